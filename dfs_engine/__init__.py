@@ -1,0 +1,21 @@
+"""Multi-exit training by Deep Feature Surgery (ECCV 2024), with backward passes that skip what nobody reads."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from dfs_engine.models import MultiExitModel, create_model, list_models
+from dfs_engine.partition import ChannelSlice, Partition, PartitionedFeature, partition
+
+try:
+    __version__ = version("dfs_engine")
+except PackageNotFoundError:  # an uninstalled checkout on PYTHONPATH
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ChannelSlice",
+    "MultiExitModel",
+    "Partition",
+    "PartitionedFeature",
+    "create_model",
+    "list_models",
+    "partition",
+]
