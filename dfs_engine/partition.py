@@ -88,12 +88,19 @@ class PartitionedFeature(NamedTuple):
     exit: Tensor
 
 
+def dense_memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last if the tensor is dense in that order and in no other, else contiguous."""
+    is_channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last and not tensor.is_contiguous() else torch.contiguous_format
+
+
 class _Partition(torch.autograd.Function):
     """Hands out views; the backward joins the two gradients in one write, without zero-filling."""
 
     @staticmethod
     def forward(ctx, feature: Tensor, num_shared: int, exit_start: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dim, ctx.num_shared, ctx.exit_start = dim, num_shared, exit_start
+        ctx.shape, ctx.memory_format = feature.shape, dense_memory_format(feature)
         # Aliases, because a Function may not return its input and a view of it side by side.
         full = feature.detach()
         ctx.mark_non_differentiable(full)
@@ -103,12 +110,14 @@ class _Partition(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad_shared: Tensor, grad_exit: Tensor):  # type: ignore[override]
         dim, num_shared = ctx.dim, ctx.num_shared
-        if ctx.exit_start == num_shared:
-            return torch.cat([grad_shared, grad_exit], dim), None, None, None
-        # exit_gradient="whole": the two overlap on [0, k), and are added there only.
-        overlap = grad_exit.narrow(dim, 0, num_shared)
-        rest = grad_exit.narrow(dim, num_shared, grad_exit.size(dim) - num_shared)
-        return torch.cat([grad_shared + overlap, rest], dim), None, None, None
+        num_own = ctx.shape[dim] - num_shared
+        grad = torch.empty(ctx.shape, dtype=grad_exit.dtype, device=grad_exit.device, memory_format=ctx.memory_format)
+        if ctx.exit_start < num_shared:
+            # exit_gradient="whole": the two overlap on [0, k), and are added there only.
+            grad_shared = grad_shared + grad_exit.narrow(dim, 0, num_shared)
+        grad.narrow(dim, 0, num_shared).copy_(grad_shared)
+        grad.narrow(dim, num_shared, num_own).copy_(grad_exit.narrow(dim, grad_exit.size(dim) - num_own, num_own))
+        return grad, None, None, None
 
 
 def partition(feature: Tensor, beta: float, *, dim: int = 1, exit_gradient: str = "own", reference: bool = True) -> PartitionedFeature:

@@ -1,0 +1,121 @@
+"""Which backend serves which op on which device.
+
+`reference` is the oracle, `aten` the floor that everyone has, `cpp` and `triton` the kernels of this project. An explicit
+request works or raises; the automatic choice says once why a faster backend is missing.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+from dfs_engine.names import check_choice
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "aten", "cpp", "triton")
+OPS = ("partitioned_conv2d", "partitioned_linear")
+
+# backend -> the device it computes on; `reference` and `aten` compute anywhere.
+_DEVICE = {"cpp": "cpu", "triton": "cuda"}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
+_request: str | None = os.environ.get("DFS_BACKEND") or None
+_last_used: dict[str, str] = {}
+_said: set[str] = set()
+
+
+def _load_extension() -> str | None:
+    """Loads csrc's kernels into the dispatcher; returns why it cannot, or None."""
+    try:
+        importlib.import_module("dfs_engine._C")
+    except ImportError as error:
+        return (
+            f"the C++ extension dfs_engine._C is not built for this torch ({error}); "
+            "install g++ and run `pip install --no-build-isolation -e .`"
+        )
+    return None
+
+
+_extension_missing = _load_extension()
+
+
+def unavailable_reason(backend: str, device_type: str = "cpu") -> str | None:
+    """Why `backend` cannot run on `device_type` here, or None if it can."""
+    check_choice("backend", backend, BACKENDS)
+    device = _DEVICE.get(backend, device_type)
+    if device != device_type:
+        return f"the {backend} backend computes on {device} tensors, got {device_type}"
+    if backend == "cpp":
+        return _extension_missing
+    if backend == "triton":
+        return "no Triton kernels are part of this version"
+    return None
+
+
+def check_backend(name: str | None) -> str | None:
+    """Returns None for None and "auto", the name of a known backend otherwise.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return None if name in (None, "auto") else check_choice("backend", name, BACKENDS)
+
+
+def requested(backend: str | None = None) -> str | None:
+    """The explicit request in force: the argument, else `use_backend`, else DFS_BACKEND, else None."""
+    return check_backend(backend) or check_backend(_request)
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Picks the backend that serves `op`, and remembers it for `last_used`.
+
+    Args:
+        op: one of `OPS`.
+        backend: an explicit request (see `requested`); None or "auto" picks the fastest one that is there.
+
+    Raises:
+        RuntimeError: the requested backend cannot run on this device.
+    """
+    explicit = requested(backend)
+    if explicit is not None:
+        reason = unavailable_reason(explicit, device.type)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {explicit!r} was requested, but {reason}.")
+        chosen = explicit
+    else:
+        chosen = _automatic(device.type)
+    if not torch.compiler.is_compiling():
+        _last_used[op] = chosen
+    return chosen
+
+
+def _automatic(device_type: str) -> str:
+    if device_type != "cpu":
+        return "aten"
+    if _extension_missing is None:
+        return "cpp"
+    if _extension_missing not in _said and not torch.compiler.is_compiling():
+        _said.add(_extension_missing)
+        logger.warning("backend: using aten, because %s.", _extension_missing)
+    return "aten"
+
+
+def last_used(op: str) -> str | None:
+    """The backend that served the last eager call of `op`, or None if it has not run."""
+    return _last_used.get(check_choice("op", op, OPS))
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Requests a backend for every op called in the block, process-wide; an op's own `backend=` argument still wins."""
+    global _request
+    previous, _request = _request, check_backend(name)
+    try:
+        yield
+    finally:
+        _request = previous

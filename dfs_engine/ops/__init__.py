@@ -1,0 +1,9 @@
+"""Functional API: stock operators whose backward skips the work outside a channel slice.
+
+One file an op: dispatcher schema, fake, argument checks, `aten` implementation, autograd.
+"""
+
+from dfs_engine.ops.conv2d import partitioned_conv2d
+from dfs_engine.ops.linear import partitioned_linear
+
+__all__ = ["partitioned_conv2d", "partitioned_linear"]

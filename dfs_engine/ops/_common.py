@@ -1,0 +1,96 @@
+"""What every op shares: the dispatcher library, argument checks, autocast."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Schemas live in Python, so that the package imports and traces without a compiler and without Triton.
+# csrc/ adds the CPU kernels, kernels/ the CUDA ones.
+LIBRARY = torch.library.Library("dfs_engine", "DEF")
+
+
+def register_fake(name: str, fake: Any) -> None:
+    """Registers the shape function of `dfs_engine::name`."""
+    torch.library.register_fake(f"dfs_engine::{name}", fake, lib=LIBRARY)
+
+
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Floating dtypes, one dtype, one device.
+
+    Raises:
+        TypeError: not a tensor, or integer, complex or mixed dtypes. ValueError: tensors on several devices.
+    """
+    first: str | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected a Tensor, got {name}={tensor!r} of type {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{op}: expected a floating-point tensor, got {name} of dtype {tensor.dtype}. Convert it, e.g. `{name}.float()`."
+            )
+        if first is None:
+            first, device, dtype = name, tensor.device, tensor.dtype
+        elif tensor.device != device:
+            raise ValueError(
+                f"{op}: expected all tensors on one device, got {first} on {device} and {name} on {tensor.device}. Move one of them."
+            )
+        elif tensor.dtype != dtype:
+            raise TypeError(
+                f"{op}: expected tensors of one dtype, got {first}={dtype} and {name}={tensor.dtype}. Convert one, or use torch.autocast."
+            )
+
+
+def check_slice(op: str, start: int, stop: int, num_channels: int, channels_name: str) -> None:
+    """0 <= start <= stop <= num_channels.
+
+    Raises:
+        TypeError: not integers. ValueError: out of order or out of range.
+    """
+    for name, value in (("start", start), ("stop", stop)):
+        if isinstance(value, (bool, float, str)):
+            raise TypeError(f"{op}: expected an integer, got {name}={value!r}.")
+    if not 0 <= start <= stop <= num_channels:
+        raise ValueError(
+            f"{op}: expected 0 <= start <= stop <= {channels_name}={num_channels}, got start={start}, stop={stop}."
+        )
+
+
+def check_live(op: str, input: Tensor, full: Tensor, start: int, stop: int, dim: int) -> None:
+    """`input` is `full` narrowed to [start, stop).
+
+    Raises:
+        ValueError: another shape.
+    """
+    expected = list(full.shape)
+    expected[dim] = stop - start
+    if list(input.shape) != expected:
+        raise ValueError(
+            f"{op}: expected input to be the live part of full, of shape {tuple(expected)}, got input of shape {tuple(input.shape)}. "
+            f"Without `full`, input is the whole feature."
+        )
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Casts what autocast would cast for a convolution or a linear, differentiably, in the dtype in force for the device.
+
+    `register_autocast` knows one fixed dtype, and a Function's body would be cast or not depending on what it calls.
+    """
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    # As stock autocast: float64 stays.
+    return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def no_autocast(device_type: str) -> torch.autocast:
+    """Inside an op the dtypes are settled."""
+    return torch.autocast(device_type, enabled=False)
+
+
+def creating_graph() -> bool:
+    """Whether this backward is itself being differentiated (`create_graph=True`)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

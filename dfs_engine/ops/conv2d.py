@@ -1,0 +1,301 @@
+"""2-D convolution that trains through a slice of its input channels (DESIGN section 2: "deeper path" and "exit" rows)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dfs_engine import backend as backends
+from dfs_engine import reference as oracle
+from dfs_engine.ops import _common
+from dfs_engine.partition import dense_memory_format
+
+NAME = "partitioned_conv2d"
+Pair = tuple[int, int]
+
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_common.LIBRARY.define(
+    "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, "
+    f"{_GEOMETRY}, SymInt start, SymInt stop, bool channels_last) -> Tensor"
+)
+_common.LIBRARY.define(
+    f"conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {_GEOMETRY}, bool bias) -> (Tensor, Tensor)"
+)
+
+
+def _fake_grad_input(
+    grad_output, weight, input_size, stride, padding, dilation, groups, start, stop, channels_last
+) -> Tensor:
+    num_images, _, height, width = input_size
+    shape = (num_images, stop - start, height, width)
+    return torch.empty(
+        shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=_memory_format(channels_last)
+    )
+
+
+def _fake_grad_weight(grad_output, input, weight_size, stride, padding, dilation, groups, bias) -> tuple[Tensor, Tensor]:
+    return grad_output.new_empty(weight_size), grad_output.new_empty(weight_size[0] if bias else 0)
+
+
+_common.register_fake("conv2d_grad_input", _fake_grad_input)
+_common.register_fake("conv2d_grad_weight", _fake_grad_weight)
+
+
+def _conv_flops(grad_output_shape, weight_shape, columns: int) -> int:
+    num_images, out_channels, height, width = grad_output_shape
+    return 2 * num_images * out_channels * height * width * columns * weight_shape[2] * weight_shape[3]
+
+
+@register_flop_formula(torch.ops.dfs_engine.conv2d_grad_input)
+def _flops_grad_input(
+    grad_output_shape, weight_shape, input_size, stride, padding, dilation, groups, start, stop, *args, out_shape=None, **kwargs
+) -> int:
+    return _conv_flops(grad_output_shape, weight_shape, stop - start if groups == 1 else weight_shape[1])
+
+
+@register_flop_formula(torch.ops.dfs_engine.conv2d_grad_weight)
+def _flops_grad_weight(grad_output_shape, input_shape, weight_size, *args, out_shape=None, **kwargs) -> int:
+    return _conv_flops(grad_output_shape, weight_size, weight_size[1])
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def aten_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: list[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    start: int,
+    stop: int,
+    channels_last: bool,
+) -> Tensor:
+    """The `aten` backend of `dfs_engine::conv2d_grad_input`: (N, stop - start, H, W)."""
+    num_images, in_channels, height, width = input_size
+    # Several groups: all channels of the groups at hand, then the slice. One group: exactly the slice.
+    first, last = (start, stop) if groups == 1 else (0, in_channels)
+    # Only shape and layout of the input matter here; a narrowed one would be copied to be made dense.
+    template = torch.empty(
+        (num_images, last - first, height, width),
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=_memory_format(channels_last),
+    )
+    columns = weight[:, first:last] if groups == 1 else weight
+    mask = [True, False, False]
+    grad_input, _, _ = torch.ops.aten.convolution_backward(
+        grad_output, template, columns, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    return grad_input if groups == 1 else grad_input.narrow(1, start, stop - start)
+
+
+def aten_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    weight_size: list[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The `aten` backend of `dfs_engine::conv2d_grad_weight`: weight_size and (out,), the latter empty without `bias`."""
+    template = grad_output.new_empty(weight_size)
+    mask = [False, True, False]
+    _, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_output, input, template, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    # Asked for by the mask, the bias gradient alone would cost a whole weight gradient on the CPU.
+    return grad_weight, grad_output.sum((0, 2, 3)) if bias else grad_output.new_empty(0)
+
+
+class _Window(NamedTuple):
+    """The groups that a non-empty channel slice touches: input channels [channels), output channels [rows)."""
+
+    groups: int
+    channels: tuple[int, int]
+    rows: tuple[int, int]
+
+
+def _window(start: int, stop: int, weight: Tensor, groups: int) -> _Window:
+    per_group, out_per_group = weight.size(1), weight.size(0) // groups
+    first = start // per_group
+    last = -(-stop // per_group)
+    return _Window(last - first, (first * per_group, last * per_group), (first * out_per_group, last * out_per_group))
+
+
+class _PartitionedConv2d(torch.autograd.Function):
+    """Forward on all channels; grad_input on [start, stop) only."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        input: Tensor,
+        full: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: tuple[Pair, Pair, Pair, int],
+        start: int,
+        stop: int,
+        kernels: str,
+    ):
+        data = input if full is None else full
+        ctx.geometry, ctx.start, ctx.stop, ctx.kernels = geometry, start, stop, kernels
+        ctx.is_plain, ctx.input_size = full is None, data.shape
+        ctx.channels_last = dense_memory_format(data) is torch.channels_last
+        keeps_input = ctx.needs_input_grad[2]
+        ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        with _common.no_autocast(weight.device.type):
+            return F.conv2d(data, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
+        input, full, weight = ctx.saved_tensors
+        needs_input, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        kernels = ctx.kernels
+        data = input if full is None else full
+        if _common.creating_graph():
+            # Only stock operators can be differentiated again, and only the live slice may be differentiated through.
+            kernels = "aten"
+            data = None if input is None else oracle.live_slice(input, ctx.start, ctx.stop, True, 1, full)
+        is_aten = kernels == "aten"
+        grad_input = grad_weight = grad_bias = None
+        with _common.no_autocast(weight.device.type):
+            if needs_input:
+                compute = aten_grad_input if is_aten else torch.ops.dfs_engine.conv2d_grad_input
+                grad_input = _grad_input(compute, ctx, grad_output, weight)
+            if needs_weight:
+                compute = aten_grad_weight if is_aten else torch.ops.dfs_engine.conv2d_grad_weight
+                grad_weight, grad_bias = compute(grad_output, data, weight.shape, *ctx.geometry, needs_bias)
+            elif needs_bias:
+                grad_bias = grad_output.sum((0, 2, 3))
+        return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None, None
+
+
+def _grad_input(compute, ctx, grad_output: Tensor, weight: Tensor) -> Tensor:
+    """grad_input of the slice, through the groups that the slice touches; full-size in the plain form."""
+    num_images, in_channels, height, width = ctx.input_size
+    stride, padding, dilation, groups = ctx.geometry
+    start, stop = ctx.start, ctx.stop
+    if start == stop:
+        grad_input = grad_output.new_empty((num_images, 0, height, width))
+    else:
+        window = _window(start, stop, weight, groups)
+        offset, end = window.channels
+        first_row, last_row = window.rows
+        if window.groups < groups:
+            grad_output, weight = grad_output[:, first_row:last_row], weight[first_row:last_row]
+        size = (num_images, end - offset, height, width)
+        geometry = (stride, padding, dilation, window.groups)
+        grad_input = compute(grad_output, weight, size, *geometry, start - offset, stop - offset, ctx.channels_last)
+    if not ctx.is_plain:
+        return grad_input
+    return F.pad(grad_input, (0, 0, 0, 0, start, in_channels - stop))
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise ValueError(f"{NAME}: expected an integer or two, got {name}={value!r}.")
+    return pair  # type: ignore[return-value]
+
+
+def partitioned_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    *,
+    start: int,
+    stop: int,
+    reference: bool = True,
+    full: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """2-D convolution whose backward computes grad_input only for channels [start, stop).
+
+    Equivalent to: ``F.conv2d(torch.cat([x[:, :start].detach(), x[:, start:stop], x[:, stop:].detach()], 1), weight, bias, ...)``
+
+    Args:
+        input: (N, in_channels, H, W), or unbatched (in_channels, H, W); or, with `full`, its live part of stop - start channels.
+        weight: (out_channels, in_channels / groups, kH, kW).
+        bias: (out_channels,).
+        stride, padding, dilation, groups: as `F.conv2d`, padding in pixels.
+        start, stop: half-open channel range, 0 <= start <= stop <= in_channels.
+        reference: True: channels outside the slice are read, without gradient (the paper's feature referencing). False: they
+            read as zero, so forward, grad_input and grad_weight all shrink to the slice.
+        full: (N, in_channels, H, W), the data of all channels; never receives gradient. Then grad_input is narrow,
+            (N, stop - start, H, W), and nothing is zero-filled.
+        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
+
+    Returns:
+        (N, out_channels, H', W'), dtype of input (of autocast, where that is on).
+
+    Backward: grad_input is exactly 0 outside the slice, every element written; grad_weight and grad_bias are full (columns
+    outside the slice exactly 0 with reference=False). Saves input only if weight needs a gradient.
+    Cost of grad_input: (stop - start) / in_channels of the stock one's.
+
+    Raises:
+        ValueError: a slice out of range, shapes that do not match, tensors on several devices, an unknown backend.
+        TypeError: integer, complex or mixed dtypes. RuntimeError: a requested backend that is not there.
+    """
+    input, full, weight, bias = _common.autocast(input, full, weight, bias)  # type: ignore[assignment]
+    _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
+    data = input if full is None else full
+    if data.dim() == 3:
+        batched = None if full is None else full.unsqueeze(0)
+        options = {"start": start, "stop": stop, "reference": reference, "full": batched, "backend": backend}
+        return partitioned_conv2d(
+            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, **options
+        ).squeeze(0)
+    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+    if data.dim() != 4 or weight.dim() != 4 or data.size(1) != weight.size(1) * groups:
+        raise ValueError(
+            f"{NAME}: expected input (N, in_channels, H, W) and weight (out_channels, in_channels / groups, kH, kW), "
+            f"got {'input' if full is None else 'full'} {tuple(data.shape)}, weight {tuple(weight.shape)}, groups={groups}."
+        )
+    _common.check_slice(NAME, start, stop, data.size(1), "in_channels")
+    if full is not None:
+        _common.check_live(NAME, input, full, start, stop, 1)
+        full = full.detach()
+    kernels = backends.select(NAME, weight.device, weight.dtype, backend)
+    reads_nothing = start == stop and not reference  # not worth a fast path
+    if kernels == "reference" or reads_nothing:
+        options = {"start": start, "stop": stop, "reference": reference, "full": full}
+        return oracle.partitioned_conv2d(input, weight, bias, *geometry, **options)
+    if reference:
+        return _PartitionedConv2d.apply(input, full, weight, bias, geometry, start, stop, kernels)
+    live = input.narrow(1, start, stop - start) if full is None else input
+    return _sliced_conv2d(live, weight, bias, geometry, start, stop, kernels)
+
+
+def _sliced_conv2d(
+    live: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair, int], start: int, stop: int, kernels: str
+) -> Tensor:
+    """Without referencing: the convolution of the live channels alone, everything else reading as zero."""
+    stride, padding, dilation, groups = geometry
+    window = _window(start, stop, weight, groups)
+    offset, end = window.channels
+    first_row, last_row = window.rows
+    rows = weight[first_row:last_row]
+    if window.groups == 1:
+        columns = rows[:, start - offset : stop - offset]
+    else:
+        # A slice that cuts into a group: the rest of that group reads as zero.
+        columns, live = rows, F.pad(live, (0, 0, 0, 0, start - offset, end - stop))
+    inner = (stride, padding, dilation, window.groups)
+    num_rows = weight.size(0)
+    if first_row == 0 and last_row == num_rows:
+        return _PartitionedConv2d.apply(live, None, columns, bias, inner, 0, live.size(1), kernels)
+    output = _PartitionedConv2d.apply(live, None, columns, None, inner, 0, live.size(1), kernels)
+    output = F.pad(output, (0, 0, 0, 0, first_row, num_rows - last_row))
+    return output if bias is None else output + bias.view(-1, 1, 1)

@@ -1,0 +1,152 @@
+"""Linear layer that trains through a slice of its input features (DESIGN section 2: "deeper path" and "exit" rows)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dfs_engine import backend as backends
+from dfs_engine import reference as oracle
+from dfs_engine.ops import _common
+
+NAME = "partitioned_linear"
+
+_common.LIBRARY.define("linear_grad_input(Tensor grad_output, Tensor weight, SymInt start, SymInt stop) -> Tensor")
+_common.LIBRARY.define("linear_grad_weight(Tensor grad_output, Tensor input, bool bias) -> (Tensor, Tensor)")
+
+
+def _fake_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+    return grad_output.new_empty((*grad_output.shape[:-1], stop - start))
+
+
+def _fake_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    out_features = grad_output.size(-1)
+    return grad_output.new_empty((out_features, input.size(-1))), grad_output.new_empty(out_features if bias else 0)
+
+
+_common.register_fake("linear_grad_input", _fake_grad_input)
+_common.register_fake("linear_grad_weight", _fake_grad_weight)
+
+
+@register_flop_formula(torch.ops.dfs_engine.linear_grad_input)
+def _flops_grad_input(grad_output_shape, weight_shape, start, stop, out_shape=None, **kwargs) -> int:
+    rows = 1
+    for size in grad_output_shape[:-1]:
+        rows *= size
+    return 2 * rows * weight_shape[0] * (stop - start)
+
+
+@register_flop_formula(torch.ops.dfs_engine.linear_grad_weight)
+def _flops_grad_weight(grad_output_shape, input_shape, bias, out_shape=None, **kwargs) -> int:
+    rows = 1
+    for size in grad_output_shape[:-1]:
+        rows *= size
+    return 2 * rows * grad_output_shape[-1] * input_shape[-1]
+
+
+def aten_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
+    """The `aten` backend of `dfs_engine::linear_grad_input`: (..., stop - start)."""
+    return grad_output @ weight[:, start:stop]
+
+
+def aten_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """The `aten` backend of `dfs_engine::linear_grad_weight`: (out, in) and (out,), the latter empty without `bias`."""
+    rows = grad_output.flatten(0, -2)
+    return rows.t() @ input.flatten(0, -2), rows.sum(0) if bias else rows.new_empty(0)
+
+
+class _PartitionedLinear(torch.autograd.Function):
+    """Forward on all features; grad_input on [start, stop) only."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, full: Tensor | None, weight: Tensor, bias: Tensor | None, start: int, stop: int, kernels: str):
+        ctx.start, ctx.stop, ctx.kernels, ctx.is_plain = start, stop, kernels, full is None
+        ctx.in_features = weight.size(1)
+        keeps_input = ctx.needs_input_grad[2]
+        ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        with _common.no_autocast(weight.device.type):
+            return F.linear(input if full is None else full, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
+        input, full, weight = ctx.saved_tensors
+        start, stop = ctx.start, ctx.stop
+        needs_input, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        kernels = ctx.kernels
+        data = input if full is None else full
+        if _common.creating_graph():
+            # Only stock operators can be differentiated again, and only the live slice may be differentiated through.
+            kernels = "aten"
+            data = None if input is None else oracle.live_slice(input, start, stop, True, -1, full)
+        is_aten = kernels == "aten"
+        grad_input = grad_weight = grad_bias = None
+        with _common.no_autocast(weight.device.type):
+            if needs_input:
+                compute = aten_grad_input if is_aten else torch.ops.dfs_engine.linear_grad_input
+                grad_input = compute(grad_output, weight, start, stop)
+                if ctx.is_plain:
+                    grad_input = F.pad(grad_input, (start, ctx.in_features - stop))
+            if needs_weight:
+                compute = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight
+                grad_weight, grad_bias = compute(grad_output, data, needs_bias)
+            elif needs_bias:
+                grad_bias = grad_output.flatten(0, -2).sum(0)
+        return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None
+
+
+def partitioned_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    start: int,
+    stop: int,
+    reference: bool = True,
+    full: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer whose backward computes grad_input only for features [start, stop).
+
+    Equivalent to: ``F.linear(torch.cat([x[..., :start].detach(), x[..., start:stop], x[..., stop:].detach()], -1), weight, bias)``
+
+    Args:
+        input: (..., in_features); or, with `full`, its live part (..., stop - start).
+        weight: (out_features, in_features).
+        bias: (out_features,).
+        start, stop: half-open feature range, 0 <= start <= stop <= in_features.
+        reference: True: features outside the slice are read, without gradient (the paper's feature referencing). False: they
+            read as zero, so forward, grad_input and grad_weight all shrink to the slice.
+        full: (..., in_features), the data of all features; never receives gradient. Then grad_input is narrow,
+            (..., stop - start), and nothing is zero-filled.
+        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
+
+    Returns:
+        (..., out_features), dtype of input (of autocast, where that is on).
+
+    Backward: grad_input is exactly 0 outside the slice, every element written; grad_weight and grad_bias are full (columns
+    outside the slice exactly 0 with reference=False). Saves input only if weight needs a gradient.
+    Cost of grad_input: 2 * rows * out_features * (stop - start) FLOPs instead of 2 * rows * out_features * in_features.
+
+    Raises:
+        ValueError: a slice out of range, shapes that do not match, tensors on several devices, an unknown backend.
+        TypeError: integer, complex or mixed dtypes. RuntimeError: a requested backend that is not there.
+    """
+    input, full, weight, bias = _common.autocast(input, full, weight, bias)  # type: ignore[assignment]
+    _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
+    data = input if full is None else full
+    if weight.dim() != 2 or data.dim() < 1 or data.size(-1) != weight.size(1):
+        raise ValueError(
+            f"{NAME}: expected input (..., in_features) and weight (out_features, in_features), "
+            f"got {'input' if full is None else 'full'} {tuple(data.shape)} and weight {tuple(weight.shape)}."
+        )
+    _common.check_slice(NAME, start, stop, weight.size(1), "in_features")
+    if full is not None:
+        _common.check_live(NAME, input, full, start, stop, -1)
+        full = full.detach()
+    kernels = backends.select(NAME, weight.device, weight.dtype, backend)
+    if kernels == "reference":
+        return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
+    if not reference:
+        live = input.narrow(-1, start, stop - start) if full is None else input
+        return _PartitionedLinear.apply(live, None, weight[:, start:stop], bias, 0, stop - start, kernels)
+    return _PartitionedLinear.apply(input, full, weight, bias, start, stop, kernels)

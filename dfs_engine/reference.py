@@ -1,0 +1,55 @@
+"""Every op in naive PyTorch: the published `cat` + `detach` on stock autograd. The oracle, never fast.
+
+Imported by tests, `dfs validate` and benchmarks only, and by `backend="reference"`. Imports only torch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def live_slice(input: Tensor, start: int, stop: int, reference: bool, dim: int, full: Tensor | None = None) -> Tensor:
+    """A feature with gradient in [start, stop) only; outside it reads as itself (referencing), or as zero.
+
+    Paper section 3.3: with referencing the reader sees its own part and sg(the other's). With `full`, `input` is the live
+    part alone and the rest is read from `full`.
+    """
+    data = input if full is None else full
+    live = input.narrow(dim, start, stop - start) if full is None else input
+    before = data.narrow(dim, 0, start).detach()
+    after = data.narrow(dim, stop, data.size(dim) - stop).detach()
+    if not reference:
+        before, after = torch.zeros_like(before), torch.zeros_like(after)
+    return torch.cat([before, live, after], dim)
+
+
+def partitioned_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    start: int,
+    stop: int,
+    reference: bool = True,
+    full: Tensor | None = None,
+) -> Tensor:
+    """See `dfs_engine.ops.partitioned_conv2d`."""
+    return F.conv2d(live_slice(input, start, stop, reference, 1, full), weight, bias, stride, padding, dilation, groups)
+
+
+def partitioned_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    start: int,
+    stop: int,
+    reference: bool = True,
+    full: Tensor | None = None,
+) -> Tensor:
+    """See `dfs_engine.ops.partitioned_linear`."""
+    return F.linear(live_slice(input, start, stop, reference, -1, full), weight, bias)
