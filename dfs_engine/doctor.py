@@ -1,0 +1,139 @@
+"""What this machine and this installation can do: `dfs doctor`. Needs only torch."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfs_engine import backend
+
+PACKAGES = (
+    "dfs_engine", "torch", "triton", "numpy", "torchvision", "timm", "transformers", "accelerate", "jsonargparse",
+    "scikit-learn", "pyarrow", "matplotlib", "tensorboard", "safetensors",
+)  # fmt: skip
+
+ENVIRONMENT_VARIABLES = {
+    "DFS_BACKEND": f"serve every op with this backend ({', '.join(backend.BACKENDS)}); unset: the fastest one that is there",
+    "DFS_NO_EXT": "1 at install time: skip the C++ extension",
+    "DFS_NATIVE": "1 at install time: compile for this machine's CPU only (-march=native)",
+    "DEBUG": "1 at install time: compile the extension with -O0 -g",
+}
+
+
+def cpu_model() -> str:
+    """The CPU's marketing name where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Cores that this process may run on: fewer than the machine's inside a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_types() -> list[str]:
+    """The kinds of device that torch can compute on here."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def report() -> dict[str, Any]:
+    """Everything that `dfs doctor` tells, as JSON-able values."""
+    devices = device_types()
+    return {
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "cpu": {
+            "model": cpu_model(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": num_cores(),
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+        },
+        "libraries": _libraries(),
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if "cuda" in devices else [],
+        "backends": {
+            device: {name: backend.unavailable_reason(name, device) for name in backend.BACKENDS} for device in devices
+        },
+        "auto": {device: {op: _automatic(op, device) for op in backend.OPS} for device in devices},
+        "environment": {
+            name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in ENVIRONMENT_VARIABLES.items()
+        },
+    }
+
+
+def _libraries() -> dict[str, str | None]:
+    """The OpenMP, MKL and oneDNN that torch was built with, in its own words; None: built without."""
+    lines = (torch.__config__.show() + torch.__config__.parallel_info()).splitlines()
+
+    def find(word: str) -> str | None:
+        return next((line.strip(" -") for line in lines if word in line), None)
+
+    return {"OpenMP": find("OpenMP 2"), "MKL": find("Math Kernel Library"), "oneDNN": find("MKL-DNN v")}
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _automatic(op: str, device: str) -> str:
+    """The backend that serves `op` when no argument asks for one; DFS_BACKEND counts as `auto` does not override it."""
+    try:
+        return backend.select(op, torch.device(device), torch.float32)
+    except (RuntimeError, ValueError) as error:
+        return f"none: {error}"
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as text for people."""
+    lines = ["Versions"]
+    lines += [f"  {name:<14} {version or 'not installed'}" for name, version in report["versions"].items()]
+    cpu = report["cpu"]
+    lines += [
+        "CPU",
+        f"  model          {cpu['model']}",
+        f"  capability     {cpu['capability']} (what torch's own kernels use)",
+        f"  cores          {cpu['cores']} usable by this process",
+        f"  threads        {cpu['threads']} intra-op, {cpu['interop_threads']} inter-op",
+    ]
+    lines += [f"  {name:<14} {text or 'torch was built without it'}" for name, text in report["libraries"].items()]
+    lines += ["GPU"]
+    lines += [
+        f"  {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"
+        for gpu in report["gpus"]
+    ] or ["  none that torch can use"]
+    for device, backends in report["backends"].items():
+        lines.append(f"Backends on {device}")
+        lines += [
+            f"  {name:<14} {'usable' if reason is None else 'not usable: ' + reason}"
+            for name, reason in backends.items()
+        ]
+        lines += [f"  auto: {op} is served by {name}" for op, name in report["auto"][device].items()]
+    lines.append("Environment variables")
+    lines += [
+        f"  {name:<14} {'unset' if entry['value'] is None else entry['value']} ({entry['meaning']})"
+        for name, entry in report["environment"].items()
+    ]
+    return "\n".join(lines)
