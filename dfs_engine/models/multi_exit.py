@@ -1,0 +1,93 @@
+"""The contract of every multi-exit model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfs_engine.nn.routing import Fork, Reading
+
+
+class MultiExitModel(nn.Module):
+    """A chain of blocks, each feeding one exit; every feature but the last is forked by Deep Feature Surgery.
+
+    Block k makes feature f_k; exit k and block k + 1 read it through `fork`. A family passes its blocks and exits.
+
+    Args:
+        blocks: module k maps a `Reading` of f_{k-1} (an image tensor for k = 0) to the tensor f_k.
+        exits: module k maps a `Reading` of f_k to logits (N, num_classes).
+        fork: routes the features.
+        num_classes: width of the logits.
+        input_shape: (C, H, W) of one image, as published.
+    """
+
+    # Set by `create_model`, for `get_config`.
+    name: str = ""
+    options: dict[str, Any]
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        exits: list[nn.Module],
+        fork: Fork,
+        *,
+        num_classes: int,
+        input_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        assert len(blocks) == len(exits)
+        self.blocks, self.exits, self.fork = nn.ModuleList(blocks), nn.ModuleList(exits), fork
+        self.num_classes, self.input_shape, self.options = num_classes, input_shape, {}
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exits)
+
+    @property
+    def variant(self) -> str:
+        return self.fork.variant
+
+    def forward(self, input: Tensor, *, return_features: bool = False) -> Any:
+        """Returns every exit's logits, shallow to deep.
+
+        Args:
+            input: images (N, C, H, W).
+            return_features: also return what feature distillation needs.
+
+        Returns:
+            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features f_k,
+            whole and with full gradient.
+        """
+        logits, features = [], []
+        reading: Reading = input
+        last = self.num_exits - 1
+        for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
+            feature = block(reading)
+            reading, exit_reading = self.fork(feature) if index < last else (feature, feature)
+            logits.append(exit(exit_reading))
+            features.append(feature)
+        return (logits, features) if return_features else logits
+
+    def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
+        """Parameters of exit `index`'s classifier alone."""
+        return self.exits[index].parameters()
+
+    def reached_parameters(self, index: int) -> Iterator[nn.Parameter]:
+        """Parameters that exit `index` runs through: its classifier, and the blocks up to it."""
+        for block in self.blocks[: index + 1]:
+            yield from block.parameters()
+        yield from self.exit_parameters(index)
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`."""
+        fork = self.fork
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "beta": fork.beta,
+            "variant": fork.variant,
+            "reference": fork.reference,
+            "exit_gradient": fork.exit_gradient,
+            "backend": fork.backend,
+            **self.options,
+        }

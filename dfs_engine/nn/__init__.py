@@ -1,0 +1,17 @@
+"""Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
+
+from dfs_engine.nn.conv2d import PartitionedConv2d
+from dfs_engine.nn.exit_head import ExitHead
+from dfs_engine.nn.linear import PartitionedLinear
+from dfs_engine.nn.routing import VARIANTS, Fork, Reading, apply_layer, global_avg_pool
+
+__all__ = [
+    "VARIANTS",
+    "ExitHead",
+    "Fork",
+    "PartitionedConv2d",
+    "PartitionedLinear",
+    "Reading",
+    "apply_layer",
+    "global_avg_pool",
+]

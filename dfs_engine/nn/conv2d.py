@@ -1,0 +1,88 @@
+"""`nn.Conv2d` that trains through a slice of its input channels."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfs_engine.backend import check_backend
+from dfs_engine.nn.linear import _share_parameters
+from dfs_engine.ops import _common, partitioned_conv2d
+
+
+class PartitionedConv2d(nn.Conv2d):
+    """Drop-in for `nn.Conv2d` whose backward computes grad_input only for channels [start, stop).
+
+    Same parameters, initialisation and state_dict keys as `nn.Conv2d`.
+
+    Equivalent to: ``nn.Conv2d`` on ``torch.cat([x[:, :start].detach(), x[:, start:stop], x[:, stop:].detach()], 1)``
+
+    Args:
+        in_channels, ..., dtype: as `nn.Conv2d`.
+        start, stop: half-open range of channels that receive gradient; stop=None means in_channels.
+        reference: whether channels outside the slice are read (True) or read as zero (False).
+        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        reference: bool = True,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, *geometry)  # type: ignore[arg-type]
+        self.start, self.stop = start, in_channels if stop is None else stop
+        self.reference, self.backend = reference, check_backend(backend)
+        _common.check_slice("PartitionedConv2d", self.start, self.stop, in_channels, "in_channels")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            # Left, right, top, bottom, as nn.Conv2d counts "same" (which may be uneven) and the other modes.
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = 0
+        options = {"start": self.start, "stop": self.stop, "reference": self.reference, "backend": self.backend}
+        geometry: Any = (self.stride, padding, self.dilation, self.groups)
+        return partitioned_conv2d(input, self.weight, self.bias, *geometry, **options)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        reference: bool = True,
+        backend: str | None = None,
+    ) -> "PartitionedConv2d":
+        """The same layer, partitioned. Shares the Parameter objects, so that an optimizer keeps working."""
+        options: Any = {"start": start, "stop": stop, "reference": reference, "backend": backend, "device": "meta"}
+        return _share_parameters(conv, cls(*_constructor_arguments(conv), **options))
+
+    def to_stock(self) -> nn.Conv2d:
+        """The plain `nn.Conv2d` with the same Parameter objects."""
+        return _share_parameters(self, nn.Conv2d(*_constructor_arguments(self), device="meta"))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
+
+
+def _constructor_arguments(conv: nn.Conv2d) -> Any:
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return (conv.in_channels, conv.out_channels, *geometry, conv.bias is not None, conv.padding_mode)

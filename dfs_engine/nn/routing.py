@@ -1,0 +1,174 @@
+"""How a feature reaches its two readers, the deeper path and the exit, in each variant.
+
+A reader gets a plain tensor where stock autograd does the routing (`dense`, `detach`), else a `Reading`: the live part, which
+carries the gradient, beside what it may only look at. Layers are stock modules, so that all variants share one state_dict.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfs_engine.backend import check_backend
+from dfs_engine.names import check_choice
+from dfs_engine.ops import partitioned_conv2d, partitioned_linear
+from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, partition
+from dfs_engine.reference import live_slice
+
+VARIANTS = ("dense", "detach", "split", "dfs")
+
+
+class SlicedReading(NamedTuple):
+    """What a reader sees in the `dfs` variant: ops that compute the gradient of the live part alone.
+
+    Attributes:
+        live: channels [start, start + live width), with gradient. full: all channels, without.
+    """
+
+    live: Tensor
+    full: Tensor
+    start: int
+    reference: bool
+    backend: str | None
+
+    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return partitioned_conv2d(self.live, layer.weight, layer.bias, *geometry, **self._options(1))  # type: ignore[arg-type]
+
+    def linear(self, layer: nn.Linear) -> Tensor:
+        return partitioned_linear(self.live, layer.weight, layer.bias, **self._options(-1))  # type: ignore[arg-type]
+
+    def global_avg_pool(self) -> "SlicedReading":
+        pooled = self.full.mean((2, 3))
+        live = _LiveMean.apply(self.live, pooled, self.start)
+        return self._replace(live=live, full=pooled)
+
+    def _options(self, dim: int) -> dict[str, object]:
+        stop = self.start + self.live.size(dim)
+        return {"start": self.start, "stop": stop, "reference": self.reference, "full": self.full, "backend": self.backend}
+
+
+class _LiveMean(torch.autograd.Function):
+    """Mean over pixels of the live part, taken from the mean of the whole feature, which is computed once."""
+
+    @staticmethod
+    def forward(ctx, live: Tensor, pooled: Tensor, start: int) -> Tensor:
+        ctx.shape = live.shape
+        return pooled[:, start : start + live.size(1)].clone()
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
+        height, width = ctx.shape[2:]
+        # One number per image and channel; never spread out over the pixels in memory.
+        return (grad_output / (height * width))[:, :, None, None].expand(ctx.shape), None, None
+
+
+class TwoCallReading(NamedTuple):
+    """What a reader sees in the `split` variant: the published VGG's two stock calls, one on the live part, one on the rest.
+
+    Attributes:
+        live: channels of the slice, with gradient. rest: the others, detached; None without referencing.
+    """
+
+    live: Tensor
+    rest: Tensor | None
+    columns: ChannelSlice
+
+    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        if layer.groups != 1:
+            raise ValueError(f"variant split: expected convolutions with groups=1, got groups={layer.groups}. Use variant='detach'.")
+        columns = self.columns.of(layer.weight, 1)
+        output = F.conv2d(self.live, columns, layer.bias, *geometry)  # type: ignore[arg-type]
+        if self.rest is None:
+            return output
+        return output + F.conv2d(self.rest, _others(layer.weight, self.columns), None, *geometry)  # type: ignore[arg-type]
+
+    def linear(self, layer: nn.Linear) -> Tensor:
+        output = F.linear(self.live, self.columns.of(layer.weight, 1), layer.bias)
+        return output if self.rest is None else output + F.linear(self.rest, _others(layer.weight, self.columns))
+
+    def global_avg_pool(self) -> "TwoCallReading":
+        rest = None if self.rest is None else self.rest.mean((2, 3))
+        return self._replace(live=self.live.mean((2, 3)), rest=rest)
+
+
+def _others(weight: Tensor, columns: ChannelSlice) -> Tensor:
+    """The weight columns outside a slice that starts at 0 or ends at the last column."""
+    return weight[:, columns.stop :] if columns.start == 0 else weight[:, : columns.start]
+
+
+Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading
+
+
+def apply_layer(layer: nn.Conv2d | nn.Linear, input: Reading) -> Tensor:
+    """The stock layer on whatever its reader got; padding_mode must be "zeros" and padding numeric for a sliced one."""
+    if isinstance(input, Tensor):
+        return layer(input)
+    return input.conv2d(layer) if isinstance(layer, nn.Conv2d) else input.linear(layer)
+
+
+def global_avg_pool(input: Reading) -> Reading:
+    """(N, C, H, W) -> (N, C)."""
+    return input.mean((2, 3)) if isinstance(input, Tensor) else input.global_avg_pool()
+
+
+class Fork(nn.Module):
+    """Sends a feature to the deeper path and to the exit (paper sections 3.2 and 3.3). Has no parameters.
+
+    Args:
+        beta: share of channels that the deeper path trains, in [0, 1].
+        variant: "dense" (no split), "detach" (published cat + detach on stock autograd), "split" (two stock calls),
+            "dfs" (this engine). All but "dense" compute the same gradients.
+        reference: whether each reader looks at the other's part (True) or reads zero there (False).
+        exit_gradient: "own": the exit trains f- only; "whole": all of f.
+        dim: channel axis, 1 for images, -1 for tokens.
+        backend: of the ops, in the dfs variant.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        variant: str = "dfs",
+        *,
+        reference: bool = True,
+        exit_gradient: str = "own",
+        dim: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.beta = check_beta(beta)
+        self.variant = check_choice("variant", variant, VARIANTS)
+        self.exit_gradient = check_choice("exit_gradient", exit_gradient, EXIT_GRADIENTS)
+        self.reference, self.dim, self.backend = reference, dim, check_backend(backend)
+
+    def forward(self, feature: Tensor) -> tuple[Reading, Reading]:
+        """Returns (what the deeper path reads, what the exit reads)."""
+        if self.variant == "dense":
+            return feature, feature
+        if self.variant == "dfs":
+            routing = {"dim": self.dim, "exit_gradient": self.exit_gradient, "reference": self.reference}
+            full, shared, live = partition(feature, self.beta, **routing)  # type: ignore[arg-type]
+            exit_start = feature.size(self.dim) - live.size(self.dim)
+            return (
+                SlicedReading(shared, full, 0, self.reference, self.backend),
+                SlicedReading(live, full, exit_start, self.reference, self.backend),
+            )
+        parts = Partition(feature.size(self.dim), self.beta)
+        exit_live = parts.exit_live(self.exit_gradient, self.reference)
+        return self._read(feature, parts.shared), self._read(feature, exit_live)
+
+    def _read(self, feature: Tensor, columns: ChannelSlice) -> Reading:
+        if columns.width == feature.size(self.dim):
+            return feature
+        if self.variant == "detach" or columns.width == 0:
+            return live_slice(feature, *columns, self.reference, self.dim)
+        live, rest = columns.of(feature, self.dim), None
+        if self.reference:
+            others = ChannelSlice(columns.stop, feature.size(self.dim)) if columns.start == 0 else ChannelSlice(0, columns.start)
+            rest = others.of(feature, self.dim).detach()
+        return TwoCallReading(live, rest, columns)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, variant={self.variant}, reference={self.reference}, exit_gradient={self.exit_gradient}"
