@@ -1,0 +1,115 @@
+"""What the user chooses about the data, and what a dataset gives before it is transformed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from dfs_engine.names import check_choice
+
+DATASETS = ("digits", "cifar10", "cifar100", "image_folder", "synthetic")
+
+
+class Augmentation(NamedTuple):
+    """What happens to a training image, in this order. Sizes are pixels of the dataset's own images."""
+
+    crop_padding: int = 0
+    crop_fill: int = 0
+    flip: bool = False
+    autoaugment: bool = False
+    policy: str = "cifar10"
+    cutout: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images to learn, and how training images are augmented. Test images never are."""
+
+    name: str = "digits"
+    """digits (1,797 real handwritten digits, needs no files), cifar10, cifar100, image_folder or synthetic."""
+    root: str | None = None
+    """Folder of cifar10, cifar100 (torchvision's layout or Hugging Face train*.parquet, test*.parquet)
+    or image_folder (train/<class>/*.png and val/ or test/). Nothing is ever downloaded."""
+    image_size: int | None = None
+    """Height and width of the images that the model gets. Default: what the model was made for."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the training process."""
+    crop_padding: int | None = None
+    """Pad the image by so many pixels, then crop its own size at random; 0 is off. Default: the dataset's (CIFAR 4)."""
+    flip: bool | None = None
+    """Mirror half of the images. Default: the dataset's (on for CIFAR and image_folder)."""
+    autoaugment: bool | None = None
+    """AutoAugment with the dataset's policy. Default: the dataset's (on for CIFAR)."""
+    cutout: int | None = None
+    """Side in pixels of one square blacked out at random; 0 is off. Default: the dataset's (CIFAR 16)."""
+    synthetic_train: int = 512
+    """Number of training images of the synthetic dataset."""
+    synthetic_test: int = 128
+    """Number of test images of the synthetic dataset."""
+    synthetic_classes: int = 10
+    """Number of classes of the synthetic dataset."""
+    synthetic_seed: int = 0
+    """Which synthetic dataset: the same seed and sizes always give the same images."""
+
+    def __post_init__(self) -> None:
+        check_choice("data.name", self.name, DATASETS)
+        minima = {
+            "image_size": 1,
+            "num_workers": 0,
+            "crop_padding": 0,
+            "cutout": 0,
+            "synthetic_train": 1,
+            "synthetic_test": 1,
+            "synthetic_classes": 2,
+            "synthetic_seed": 0,
+        }
+        for field, minimum in minima.items():
+            value = getattr(self, field)
+            if value is not None and value < minimum:
+                raise ValueError(f"data.{field}: expected an integer >= {minimum}, got {value}.")
+
+    def augmentation(self, default: Augmentation) -> Augmentation:
+        """The dataset's `default` with what this config sets."""
+        chosen = {name: getattr(self, name) for name in ("crop_padding", "flip", "autoaugment", "cutout")}
+        return default._replace(**{name: value for name, value in chosen.items() if value is not None})
+
+    def folder(self, expected: str) -> Path:
+        """`root` as an existing folder that is not empty; `expected` says in the error what belongs there."""
+        if self.root is None:
+            raise ValueError(f"data.root: expected a folder for data.name={self.name}, got none. Give {expected}.")
+        folder = Path(self.root).expanduser()
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing there"
+            raise FileNotFoundError(f"data.root: expected a folder, got {folder} ({found}). Give {expected}.")
+        if not any(folder.iterdir()):
+            raise FileNotFoundError(f"data.root: expected a dataset, got the empty folder {folder}. Give {expected}.")
+        return folder
+
+
+class ImageSource(Protocol):
+    """Images by position; a uint8 tensor (N, 3, H, W) is one."""
+
+    def __getitem__(self, indices: list[int], /) -> Tensor:
+        """uint8 (len(indices), 3, H, W)."""
+        ...
+
+
+class Images(NamedTuple):
+    """One split before any transform."""
+
+    source: ImageSource
+    labels: Sequence[int]
+
+
+class RawSplits(NamedTuple):
+    """What each dataset's loader returns."""
+
+    train: Images
+    test: Images
+    class_names: list[str]
+    description: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation

@@ -1,0 +1,70 @@
+"""DataConfig: what it refuses, and that every field explains itself."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+from dfs_engine.data import DataConfig, load_data
+from dfs_engine.data.config import Augmentation
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_size", 0),
+        ("num_workers", -1),
+        ("crop_padding", -1),
+        ("cutout", -2),
+        ("synthetic_train", 0),
+        ("synthetic_test", 0),
+        ("synthetic_classes", 1),
+        ("synthetic_seed", -1),
+    ],
+)
+def test_number_out_of_range_is_refused(field, value):
+    with pytest.raises(ValueError, match=rf"data\.{field}: expected an integer >= \d+, got {value}"):
+        DataConfig(**{field: value})
+
+
+def test_unknown_dataset_lists_the_valid_ones_and_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"data\.name: .*digits, cifar10, cifar100, image_folder, synthetic.*mean 'cifar10'"
+    ):
+        DataConfig(name="cifar-10")
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DataConfig().name = "cifar10"
+
+
+def test_every_field_has_a_docstring():
+    lines = [line.strip() for line in inspect.getsource(DataConfig).splitlines()]
+    for field in dataclasses.fields(DataConfig):
+        (position,) = [i for i, line in enumerate(lines) if line.startswith(f"{field.name}: ")]
+        assert lines[position + 1].startswith('"""'), field.name
+
+
+def test_none_takes_the_default_and_off_switches_it_off():
+    default = Augmentation(crop_padding=4, crop_fill=128, flip=True, autoaugment=True, cutout=16)
+    assert DataConfig().augmentation(default) == default
+    off = DataConfig(crop_padding=0, flip=False, autoaugment=False, cutout=0).augmentation(default)
+    assert off == Augmentation(crop_fill=128)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "image_folder"])
+def test_root_none_missing_file_or_empty(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.root: expected a folder for data\.name=" + name):
+        load_data(DataConfig(name=name), input_shape=(3, 32, 32))
+    for folder, found in [("missing", "nothing there"), ("file", "a file"), ("empty", "empty folder")]:
+        with pytest.raises(FileNotFoundError, match=rf"data\.root: .*{found}") as error:
+            load_data(DataConfig(name=name, root=str(tmp_path / folder)), input_shape=(3, 32, 32))
+        assert str(tmp_path / folder) in str(error.value)
+
+
+def test_input_shape_must_have_three_channels():
+    with pytest.raises(ValueError, match="input_shape: expected 3 channels"):
+        load_data(DataConfig(), input_shape=(1, 32, 32))
