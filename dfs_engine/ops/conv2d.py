@@ -16,6 +16,7 @@ NAME = "partitioned_conv2d"
 Pair = tuple[int, int]
 
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_common.LIBRARY.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor")
 _common.LIBRARY.define(
     "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, "
     f"{_GEOMETRY}, SymInt start, SymInt stop, bool channels_last) -> Tensor"
@@ -39,6 +40,7 @@ def _fake_grad_weight(grad_output, input, weight_size, stride, padding, dilation
     return grad_output.new_empty(weight_size), grad_output.new_empty(weight_size[0] if bias else 0)
 
 
+_common.register_fake("conv2d", F.conv2d)
 _common.register_fake("conv2d_grad_input", _fake_grad_input)
 _common.register_fake("conv2d_grad_weight", _fake_grad_weight)
 
@@ -46,6 +48,11 @@ _common.register_fake("conv2d_grad_weight", _fake_grad_weight)
 def _conv_flops(grad_output_shape, weight_shape, columns: int) -> int:
     num_images, out_channels, height, width = grad_output_shape
     return 2 * num_images * out_channels * height * width * columns * weight_shape[2] * weight_shape[3]
+
+
+@register_flop_formula(torch.ops.dfs_engine.conv2d)
+def _flops_forward(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return _conv_flops(out_shape, weight_shape, weight_shape[1])
 
 
 @register_flop_formula(torch.ops.dfs_engine.conv2d_grad_input)
@@ -151,8 +158,9 @@ class _PartitionedConv2d(torch.autograd.Function):
         ctx.channels_last = dense_memory_format(data) is torch.channels_last
         keeps_input = ctx.needs_input_grad[2]
         ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        compute = F.conv2d if kernels == "aten" else torch.ops.dfs_engine.conv2d
         with _common.no_autocast(weight.device.type):
-            return F.conv2d(data, weight, bias, *geometry)
+            return compute(data, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):  # type: ignore[override]

@@ -1,5 +1,7 @@
 """Linear layer that trains through a slice of its input features (DESIGN section 2: "deeper path" and "exit" rows)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,7 @@ from dfs_engine.ops import _common
 
 NAME = "partitioned_linear"
 
+_common.LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 _common.LIBRARY.define("linear_grad_input(Tensor grad_output, Tensor weight, SymInt start, SymInt stop) -> Tensor")
 _common.LIBRARY.define("linear_grad_weight(Tensor grad_output, Tensor input, bool bias) -> (Tensor, Tensor)")
 
@@ -24,24 +27,28 @@ def _fake_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[T
     return grad_output.new_empty((out_features, input.size(-1))), grad_output.new_empty(out_features if bias else 0)
 
 
+_common.register_fake("linear", F.linear)
 _common.register_fake("linear_grad_input", _fake_grad_input)
 _common.register_fake("linear_grad_weight", _fake_grad_weight)
 
 
+def _rows(shape) -> int:
+    return math.prod(shape[:-1])
+
+
+@register_flop_formula(torch.ops.dfs_engine.linear)
+def _flops_forward(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _rows(input_shape) * weight_shape[0] * weight_shape[1]
+
+
 @register_flop_formula(torch.ops.dfs_engine.linear_grad_input)
 def _flops_grad_input(grad_output_shape, weight_shape, start, stop, out_shape=None, **kwargs) -> int:
-    rows = 1
-    for size in grad_output_shape[:-1]:
-        rows *= size
-    return 2 * rows * weight_shape[0] * (stop - start)
+    return 2 * _rows(grad_output_shape) * weight_shape[0] * (stop - start)
 
 
 @register_flop_formula(torch.ops.dfs_engine.linear_grad_weight)
 def _flops_grad_weight(grad_output_shape, input_shape, bias, out_shape=None, **kwargs) -> int:
-    rows = 1
-    for size in grad_output_shape[:-1]:
-        rows *= size
-    return 2 * rows * grad_output_shape[-1] * input_shape[-1]
+    return 2 * _rows(grad_output_shape) * grad_output_shape[-1] * input_shape[-1]
 
 
 def aten_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
@@ -64,8 +71,9 @@ class _PartitionedLinear(torch.autograd.Function):
         ctx.in_features = weight.size(1)
         keeps_input = ctx.needs_input_grad[2]
         ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        compute = F.linear if kernels == "aten" else torch.ops.dfs_engine.linear
         with _common.no_autocast(weight.device.type):
-            return F.linear(input if full is None else full, weight, bias)
+            return compute(input if full is None else full, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):  # type: ignore[override]

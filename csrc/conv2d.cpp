@@ -1,0 +1,122 @@
+// The CPU kernels of dfs_engine::conv2d*: slicing, layouts, dtypes and the bias gradient are ours, the cores oneDNN's.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "common.h"
+
+namespace dfs_engine {
+
+namespace {
+
+at::MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+at::Tensor conv2d_cpu(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups) {
+  const auto dtype = compute_dtype(input.scalar_type());
+  const bool narrow = dtype != input.scalar_type();
+  const auto wide_bias = bias.has_value() && narrow ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
+  const auto output = at::conv2d(
+      narrow ? input.to(dtype) : input, narrow ? weight.to(dtype) : weight, wide_bias, stride, padding, dilation, groups);
+  return narrow ? output.to(input.scalar_type()) : output;
+}
+
+at::Tensor conv2d_grad_input_cpu(
+    const at::Tensor& grad_output,
+    const at::Tensor& weight,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
+    int64_t start,
+    int64_t stop,
+    bool channels_last) {
+  TORCH_CHECK(
+      0 <= start && start <= stop && stop <= input_size[1],
+      "conv2d_grad_input: expected 0 <= start <= stop <= in_channels=", input_size[1], ", got start=", start, ", stop=", stop);
+  const auto format = memory_format(channels_last);
+  const auto result_options = grad_output.options();
+  if (input_size[0] == 0 || start == stop) {
+    return at::zeros({input_size[0], stop - start, input_size[2], input_size[3]}, result_options.memory_format(format));
+  }
+  const auto dtype = compute_dtype(grad_output.scalar_type());
+  // One group: exactly the slice. Several: all channels of the groups at hand, then the slice.
+  const bool single = groups == 1;
+  const auto columns = single ? weight.narrow(1, start, stop - start) : weight;
+  const int64_t channels = single ? stop - start : input_size[1];
+  // Only its shape and layout matter; narrowing the real input would copy it.
+  const auto shape_of_input =
+      at::empty({input_size[0], channels, input_size[2], input_size[3]}, result_options.dtype(dtype).memory_format(format));
+  const auto gradient = std::get<0>(at::convolution_backward(
+      dense(grad_output, dtype, channels_last),
+      shape_of_input,
+      dense(columns, dtype, channels_last),
+      std::nullopt,
+      stride,
+      padding,
+      dilation,
+      /*transposed=*/false,
+      /*output_padding=*/{0, 0},
+      groups,
+      {true, false, false}));
+  const auto slice = single ? gradient : gradient.narrow(1, start, stop - start);
+  return dense(slice, grad_output.scalar_type(), channels_last);
+}
+
+std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
+    const at::Tensor& grad_output,
+    const at::Tensor& input,
+    at::IntArrayRef weight_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
+    bool bias) {
+  const auto options = grad_output.options();
+  auto grad_bias = bias ? at::zeros({weight_size[0]}, options) : at::empty({0}, options);
+  if (grad_output.numel() == 0) {
+    return {at::zeros(weight_size, options), grad_bias};
+  }
+  const auto dtype = compute_dtype(grad_output.scalar_type());
+  const bool channels_last = is_channels_last(input) || is_channels_last(grad_output);
+  const auto output_gradient = dense(grad_output, dtype, channels_last);
+  const auto gradient = std::get<1>(at::convolution_backward(
+      output_gradient,
+      dense(input, dtype, channels_last),
+      at::empty(weight_size, options.dtype(dtype)),
+      std::nullopt,
+      stride,
+      padding,
+      dilation,
+      /*transposed=*/false,
+      /*output_padding=*/{0, 0},
+      groups,
+      {false, true, false}));
+  if (bias) {
+    // Through convolution_backward's mask it would cost a second weight gradient.
+    grad_bias = channels_last
+        ? column_sum(output_gradient.permute({0, 2, 3, 1}).reshape({-1, weight_size[0]}))
+        : output_gradient.sum({0, 2, 3});
+    grad_bias = grad_bias.to(grad_output.scalar_type());
+  }
+  return {dense(gradient, grad_output.scalar_type(), false), grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) {
+  m.impl("conv2d", conv2d_cpu);
+  m.impl("conv2d_grad_input", conv2d_grad_input_cpu);
+  m.impl("conv2d_grad_weight", conv2d_grad_weight_cpu);
+}
+
+}  // namespace dfs_engine

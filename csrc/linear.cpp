@@ -1,0 +1,67 @@
+// The CPU kernels of dfs_engine::linear*.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "common.h"
+
+namespace dfs_engine {
+
+namespace {
+
+at::Tensor as_matrix(const at::Tensor& tensor, at::ScalarType dtype) {
+  return dense(tensor.reshape({-1, tensor.size(-1)}), dtype, /*channels_last=*/false);
+}
+
+std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
+at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const auto dtype = compute_dtype(input.scalar_type());
+  if (dtype == input.scalar_type()) {
+    return at::linear(input, weight, bias);
+  }
+  const auto wide_bias = bias.has_value() ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
+  return at::linear(input.to(dtype), weight.to(dtype), wide_bias).to(input.scalar_type());
+}
+
+at::Tensor linear_grad_input_cpu(const at::Tensor& grad_output, const at::Tensor& weight, int64_t start, int64_t stop) {
+  TORCH_CHECK(
+      0 <= start && start <= stop && stop <= weight.size(1),
+      "linear_grad_input: expected 0 <= start <= stop <= in_features=", weight.size(1), ", got start=", start, ", stop=", stop);
+  const auto sizes = with_last(grad_output.sizes(), stop - start);
+  if (grad_output.numel() == 0 || start == stop) {
+    return at::zeros(sizes, grad_output.options());
+  }
+  const auto dtype = compute_dtype(grad_output.scalar_type());
+  // The columns stay where they are: the GEMM takes their leading dimension.
+  const auto columns = weight.narrow(1, start, stop - start).to(dtype);
+  return as_matrix(grad_output, dtype).mm(columns).to(grad_output.scalar_type()).view(sizes);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(const at::Tensor& grad_output, const at::Tensor& input, bool bias) {
+  const auto options = grad_output.options();
+  const auto outputs = grad_output.size(-1), inputs = input.size(-1);
+  if (grad_output.numel() == 0 || inputs == 0) {
+    const auto rows = grad_output.numel() / std::max<int64_t>(outputs, 1);
+    const auto grad_bias = grad_output.reshape({rows, outputs}).sum(0);
+    return {at::zeros({outputs, inputs}, options), bias ? grad_bias : at::empty({0}, options)};
+  }
+  const auto dtype = compute_dtype(grad_output.scalar_type());
+  const auto rows = as_matrix(grad_output, dtype);
+  const auto grad_weight = rows.t().mm(as_matrix(input, dtype)).to(grad_output.scalar_type());
+  return {grad_weight, bias ? column_sum(rows).to(grad_output.scalar_type()) : at::empty({0}, options)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) {
+  m.impl("linear", linear_cpu);
+  m.impl("linear_grad_input", linear_grad_input_cpu);
+  m.impl("linear_grad_weight", linear_grad_weight_cpu);
+}
+
+}  // namespace dfs_engine

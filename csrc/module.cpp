@@ -1,0 +1,46 @@
+// dfs_engine._C: importing it registers the kernels; what it was built with is for `dfs doctor`.
+
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <map>
+#include <string>
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"compiler", __VERSION__},
+#ifdef _OPENMP
+      {"openmp", std::to_string(_OPENMP)},
+#else
+      {"openmp", "none: kernels run on one thread"},
+#endif
+#ifdef __AVX2__
+      {"target", "this machine's CPU (DFS_NATIVE=1)"},
+#else
+      {"target", "any x86-64, dispatched at run time"},
+#endif
+#ifdef NDEBUG
+      {"mode", "release"},
+#else
+      {"mode", "debug"},
+#endif
+  };
+}
+
+// How many threads at::parallel_for really uses in this build: one, silently, if -fopenmp was forgotten.
+int num_parallel_threads() {
+  std::atomic<int> count{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++count; });
+  return count;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++/OpenMP kernels of dfs_engine";
+  m.def("build_info", &build_info, "What the extension was built with.");
+  m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
+}
