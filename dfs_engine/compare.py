@@ -1,7 +1,7 @@
 """How closely a tensor has to follow its reference: the one table of tolerances, and the comparison that uses it.
 
-Errors are measured twice, because each measure alone is blind: the largest error over the largest reference value finds one
-wrong element, the RMS ratio finds a small error that is everywhere. Both are free of scale.
+Errors are measured twice, because each measure alone is blind: the largest error over the largest reference value finds
+one wrong element, the RMS ratio finds a small error that is everywhere. Both are free of scale.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Tolerance:
 TOLERANCES = {
     torch.float64: Tolerance(max_ratio=1e-10, rms_ratio=1e-10),
     torch.float32: Tolerance(max_ratio=1e-5, rms_ratio=1e-5),
-    # One rounding of the result costs half a unit of its last place: 2**-9 in bf16, 2**-12 in fp16. The rest is for stock
-    # kernels that round a partial sum in between.
+    # One rounding of the result costs half a unit of its last place: 2**-9 in bf16, 2**-12 in fp16. The rest is for
+    # stock kernels that round a partial sum in between.
     torch.bfloat16: Tolerance(max_ratio=2e-2, rms_ratio=1e-2),
     torch.float16: Tolerance(max_ratio=4e-3, rms_ratio=2e-3),
 }

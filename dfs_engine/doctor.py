@@ -17,7 +17,7 @@ PACKAGES = (
 )  # fmt: skip
 
 ENVIRONMENT_VARIABLES = {
-    "DFS_BACKEND": f"serve every op with this backend ({', '.join(backend.BACKENDS)}); unset: the fastest one that is there",
+    "DFS_BACKEND": f"the backend of every op ({', '.join(backend.BACKENDS)}); unset: the fastest one that is there",
     "DFS_NO_EXT": "1 at install time: skip the C++ extension",
     "DFS_NATIVE": "1 at install time: compile for this machine's CPU only (-march=native)",
     "DEBUG": "1 at install time: compile the extension with -O0 -g",
@@ -41,6 +41,9 @@ def num_cores() -> int:
 
 def version_of(package: str) -> str | None:
     """The installed version, or None."""
+    if package == "torch":
+        # The metadata of some wheels lacks the +cu or +cpu that says which build this is.
+        return str(torch.__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -99,7 +102,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _automatic(op: str, device: str) -> str:
-    """The backend that serves `op` when no argument asks for one; DFS_BACKEND counts as `auto` does not override it."""
+    """The backend that serves `op` when no argument asks for one; DFS_BACKEND counts."""
     try:
         return backend.select(op, torch.device(device), torch.float32)
     except (RuntimeError, ValueError) as error:

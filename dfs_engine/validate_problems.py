@@ -1,0 +1,85 @@
+"""The shapes on which `dfs validate` tries each op: a round one, and odd ones.
+
+A later op joins by one function here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """One shape to try an op on.
+
+    Attributes:
+        label: short name for messages.
+        tensors: shapes of the op's differentiable arguments in order, by name; `input` comes first. None: not given.
+        options: the op's other arguments.
+        channel_axis: where `input` is sliced.
+        num_channels: its size there.
+        layouts: names for `_lay_out`.
+    """
+
+    label: str
+    tensors: dict[str, tuple[int, ...] | None]
+    options: dict[str, Any]
+    channel_axis: int
+    num_channels: int
+    layouts: tuple[str, ...]
+
+
+PROBLEMS: dict[str, Callable[[], list[Problem]]] = {}
+
+
+def problems(op: str) -> Callable[[Callable[[], list[Problem]]], Callable[[], list[Problem]]]:
+    """Registers the function that lists the problems of `op`, a name in `dfs_engine.ops` and `dfs_engine.reference`."""
+
+    def register(function: Callable[[], list[Problem]]) -> Callable[[], list[Problem]]:
+        PROBLEMS[op] = function
+        return function
+
+    return register
+
+
+@problems("partitioned_conv2d")
+def _conv2d_problems() -> list[Problem]:
+    def problem(
+        label: str, input: tuple, out_channels: int, kernel: tuple, bias: bool = True, **options: Any
+    ) -> Problem:
+        weight = (out_channels, input[1] // options.get("groups", 1), *kernel)
+        tensors = {"input": input, "weight": weight, "bias": (out_channels,) if bias else None}
+        return Problem(label, tensors, options, 1, input[1], ("nchw", "channels_last", "strided", "expanded"))
+
+    return [
+        problem("round", (4, 16, 8, 8), 32, (3, 3), padding=1),
+        problem("wide", (2, 64, 6, 6), 64, (3, 3), bias=False, padding=1),
+        problem("1 channel", (2, 1, 7, 7), 8, (3, 3), padding=1),
+        problem("3 channels, stride 2", (2, 3, 9, 11), 17, (3, 3), stride=2, padding=1),
+        problem("17 channels", (3, 17, 9, 7), 9, (3, 3), padding=1),
+        problem("65 channels, no bias", (2, 65, 5, 5), 33, (3, 3), bias=False, padding=1),
+        problem("1x1", (2, 17, 6, 5), 12, (1, 1)),
+        problem("1x1, stride 2, no bias", (2, 16, 7, 6), 8, (1, 1), bias=False, stride=2),
+        problem("dilation 2", (2, 17, 11, 9), 6, (3, 3), padding=2, dilation=2),
+        problem("5x3, mixed strides", (2, 8, 9, 10), 7, (5, 3), stride=(2, 1), padding=(1, 2)),
+        problem("4 groups", (2, 12, 7, 7), 8, (3, 3), padding=1, groups=4),
+        problem("depthwise, stride 2", (2, 17, 9, 9), 17, (3, 3), bias=False, stride=2, padding=1, groups=17),
+        problem("depthwise, multiplier 2", (2, 6, 5, 7), 12, (3, 3), groups=6),
+        problem("batch 0", (0, 8, 5, 5), 4, (3, 3), padding=1),
+    ]
+
+
+@problems("partitioned_linear")
+def _linear_problems() -> list[Problem]:
+    def problem(label: str, input: tuple, out_features: int, bias: bool = True) -> Problem:
+        tensors = {"input": input, "weight": (out_features, input[-1]), "bias": (out_features,) if bias else None}
+        return Problem(label, tensors, {}, -1, input[-1], ("contiguous", "transposed", "strided", "expanded"))
+
+    return [
+        problem("round", (8, 32), 16),
+        problem("wide", (64, 128), 64),
+        problem("1 feature", (6, 1), 4),
+        problem("tokens, 3 features", (2, 3, 5, 3), 17),
+        problem("17 features", (9, 17), 3),
+        problem("tokens, 65 features, no bias", (2, 7, 65), 33, bias=False),
+        problem("one vector", (17,), 9),
+        problem("batch 0", (0, 8), 4),
+    ]
