@@ -1,0 +1,266 @@
+"""The `dfs` command: it reads flags into a config, calls what does the work, and prints.
+
+Exit status: 0 success, 1 the work failed (a breach, a loss that is not finite), 2 wrong input.
+Only the subcommand that is called gets imported, so that `dfs doctor` works where half of the installation is missing.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import Path_fc
+
+from dfs_engine.cli_parser import Parser, normalise
+
+# Raised for what the user gave; anything else is a defect and keeps its traceback.
+_INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    summary: str
+    """One line of `dfs --help`."""
+    description: str
+    """What its own --help teaches first."""
+    examples: str
+    """What its own --help ends with."""
+    add_flags: Callable[[Parser], None]
+    run: Callable[[Any, list[str]], int]
+    """(parsed flags, command line) -> exit status."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `dfs argv...`; returns its exit status."""
+    line = normalise(sys.argv[1:] if argv is None else argv) or ["--help"]
+    is_main_process = int(os.environ.get("RANK", 0)) == 0  # set by torchrun and accelerate launch
+    logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s", force=True)
+    for chatty in ("accelerate", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        values = _parse(line)
+        return _COMMANDS[line[0]].run(values, line)
+    except KeyboardInterrupt:
+        print("dfs: interrupted; --resume true continues a training run from its last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parse(line: list[str]) -> Any:
+    parser = Parser(prog="dfs", description="Multi-exit training by Deep Feature Surgery. See also: dfs COMMAND --help")
+    subcommands = parser.add_subcommands()
+    for name, command in _COMMANDS.items():
+        subparser = Parser(description=command.description, epilog=f"examples:\n{command.examples}")
+        if name in line[:1]:
+            with _input_errors():
+                command.add_flags(subparser)
+        subcommands.add_subcommand(name, subparser, help=command.summary)
+    values = parser.parse_args(line)
+    with _input_errors():
+        values = parser.instantiate(values)
+    return values[values.subcommand]
+
+
+@contextlib.contextmanager
+def _input_errors(*more: type[Exception]) -> Iterator[None]:
+    """Turns an exception about the user's input into one line and exit status 2."""
+    try:
+        yield
+    except _INPUT_ERRORS + more as error:
+        remedy = f" Install it: pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        _fail(f"{error}{remedy}", 2)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"dfs: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _config(config_class: type, values: Any) -> Any:
+    return config_class(**{item.name: values[item.name] for item in fields(config_class)})
+
+
+def _add_json(parser: Parser) -> None:
+    # Path_fc: a file that can be created; checked before the work, so that no result is lost after it.
+    parser.add_argument(
+        "--json", type=Path_fc, default=None, metavar="FILE", help="Write the result to FILE as JSON too."
+    )
+
+
+def _write_json(path: Path_fc | None, result: Any) -> None:
+    if path is not None:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dfs_engine.evaluation.metrics import table
+
+    accuracy = Table(title=title, title_justify="left")
+    accuracy.add_column("exit")
+    for heading in ("top-1 %", "top-5 %", "loss"):
+        accuracy.add_column(heading, justify="right")
+    for name, top1, top5, loss in table(metrics):
+        accuracy.add_row(
+            name, f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", style="bold" if name == "ensemble" else None
+        )
+    Console().print(accuracy)
+
+
+def _train_flags(parser: Parser) -> None:
+    from dfs_engine.training.config import TrainConfig
+
+    parser.add_argument("--config", action="config", help="YAML file of these flags; flags after it override it.")
+    parser.add_class_arguments(TrainConfig)
+    _add_json(parser)
+
+
+def _train(values: Any, line: list[str]) -> int:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    if values.resume and values.run_dir is not None and not values.config:
+        saved = values.run_dir / "config.yaml"
+        if saved.is_file():
+            values = _parse([line[0], "--config", str(saved), *line[1:]])
+    with _input_errors(RuntimeError):
+        from dfs_engine.training.config import TrainConfig
+        from dfs_engine.training.trainer import Trainer
+
+        trainer = Trainer(_config(TrainConfig, values))
+    try:
+        with logging_redirect_tqdm(), _input_errors():
+            result = trainer.fit()
+    except FloatingPointError as error:
+        _fail(str(error), 1)
+    if trainer.accelerator.is_main_process:
+        _print_accuracy(
+            result.metrics, f"Test accuracy after {trainer.progress.epoch} epochs on {trainer.data.description}"
+        )
+        print(f"run folder: {result.run_dir}")
+        _write_json(values.json, {"run_dir": str(result.run_dir), "metrics": result.metrics, "epochs": result.rows})
+    trainer.accelerator.end_training()
+    return 0
+
+
+def _eval_flags(parser: Parser) -> None:
+    from dfs_engine.training.evaluate import EvalConfig
+
+    parser.add_argument("path", type=Path, help="A run folder, or the model.safetensors of one.")
+    parser.add_class_arguments(EvalConfig, skip={"path"})
+    _add_json(parser)
+
+
+def _eval(values: Any, line: list[str]) -> int:
+    from dfs_engine.training import evaluate
+    from dfs_engine.training.checkpoint import read_description
+
+    with _input_errors(RuntimeError):
+        # The data of the run are the defaults, which this command line's flags override.
+        trained_on = read_description(values.path)["data"]
+        flags = [f"--data.{name}={value}" for name, value in trained_on.items() if value is not None]
+        values = _parse([line[0], *flags, *line[1:]])
+        result = evaluate.run(_config(evaluate.EvalConfig, values))
+    model = result["model"]
+    _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {result['epoch']}, on {result['data']}")
+    _write_json(values.json, result)
+    return 0
+
+
+def _validate_flags(parser: Parser) -> None:
+    from dfs_engine.validate import ValidateConfig
+
+    parser.add_class_arguments(ValidateConfig)
+    _add_json(parser)
+
+
+def _validate(values: Any, _line: list[str]) -> int:
+    from dfs_engine import validate
+
+    with _input_errors(RuntimeError):
+        report = validate.run(_config(validate.ValidateConfig, values))
+    print(report.table())
+    _write_json(values.json, report.to_json())
+    return 0 if report.ok else 1
+
+
+def _doctor(values: Any, _line: list[str]) -> int:
+    from dfs_engine import doctor
+
+    report = doctor.report()
+    print(doctor.format_report(report))
+    _write_json(values.json, report)
+    return 0
+
+
+def _bench_flags(parser: Parser) -> None:
+    from dfs_engine.benchmarks.train import BenchTrainConfig
+
+    train = Parser(
+        description="Times forward, backward and step of a model in all its variants, interleaved in one process.",
+        epilog="examples:\n  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs",
+    )
+    train.add_class_arguments(BenchTrainConfig)
+    _add_json(train)
+    parser.add_subcommands().add_subcommand("train", train, help="time training steps")
+
+
+def _bench(values: Any, _line: list[str]) -> int:
+    from dfs_engine.benchmarks import train
+
+    with _input_errors(RuntimeError):
+        report = train.run(_config(train.BenchTrainConfig, values.train))
+    print(report.table())
+    _write_json(values.train.json, report.to_json())
+    return 0
+
+
+_COMMANDS = {
+    "train": Command(
+        "train a multi-exit model",
+        "Trains a multi-exit model and writes a run folder: resolved config, metrics.csv, accuracy_per_exit.png,"
+        " TensorBoard events, checkpoint, model.safetensors. The weights kept are the last ones, never those that did"
+        " best on the test images. Several processes: torchrun --nproc_per_node N -m dfs_engine train ...",
+        "  dfs train --config configs/digits_vgg7_dfs.yaml\n"
+        "  dfs train --data.name cifar10 --data.root DIR --model.beta 0.3 --epochs 3 --precision bf16\n"
+        "  dfs train --resume --run_dir runs/first",
+        _train_flags,
+        _train,
+    ),
+    "eval": Command(
+        "measure saved weights",
+        "Measures every exit and the ensemble (the mean of all exits' logits) of saved weights on test images.",
+        "  dfs eval runs/first\n  dfs eval model.safetensors --data.root DIR --json result.json",
+        _eval_flags,
+        _eval,
+    ),
+    "validate": Command(
+        "compare every fused op with reference PyTorch",
+        "Compares every op, backend, dtype, layout and slice with reference PyTorch in float64 on this machine."
+        " Exit status 1 if any is beyond its tolerance.",
+        "  dfs validate --quick\n  dfs validate --dtypes fp32 --backends cpp --json validate.json",
+        _validate_flags,
+        _validate,
+    ),
+    "doctor": Command(
+        "say what this installation can do",
+        "Prints versions, CPU features, threads, which backends are there and why one is not.",
+        "  dfs doctor\n  dfs doctor --json doctor.json",
+        _add_json,
+        _doctor,
+    ),
+    "bench": Command(
+        "benchmark on this machine",
+        "Benchmarks. Variants are timed in turns, so that a busy machine is unfair to none.",
+        "  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs",
+        _bench_flags,
+        _bench,
+    ),
+}

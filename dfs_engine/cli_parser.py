@@ -1,0 +1,77 @@
+"""An argument parser whose errors are one line and name the nearest valid key."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# What jsonargparse says of a flag, of a config file's key, and of a subcommand that it does not know.
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: |does not accept option '|invalid choice: ')-*([\w.\-]+)")
+
+_NO_KEYS = ("help", "config", "print_config", "print_shtab")
+
+
+class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of examples."""
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser with flags for booleans (`--quick` is `--quick true`) and short errors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is bool:
+                action.nargs, action.const = "?", True
+        return added
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
+        print(f"{self.prog.replace(' [options]', '')}: error: {text}{self._suggestion(text)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _suggestion(self, message: str) -> str:
+        found = _UNKNOWN.search(message)
+        if found is None:
+            return ""
+        unknown = found[1]
+        if "invalid choice" in message:  # the message lists the subcommands already
+            nearest = difflib.get_close_matches(unknown, re.findall(r"'(\w+)'", message.split("choose from")[-1]), n=1)
+            return f". Did you mean {nearest[0]}?" if nearest else ""
+        names = [name for name in _keys(self) if name not in _NO_KEYS]
+        group, _, last = unknown.rpartition(".")
+        siblings = [name for name in names if name.rpartition(".")[0] == group]
+        # A key of the same last part counts as near: `beta` means `model.beta`.
+        nearest = [name for name in names if name.split(".")[-1] == last]
+        nearest = nearest or difflib.get_close_matches(unknown, names, n=1)
+        hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+        return f". Valid here: {', '.join(siblings or names)}.{hint}"
+
+
+def _keys(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Names of all flags of a parser and of its subcommands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from _keys(subparser)
+        else:
+            yield from (option[2:] for option in action.option_strings if option.startswith("--"))
+
+
+def normalise(line: Sequence[str]) -> list[str]:
+    """Lets a flag be written with dashes: `--batch-size` is `--batch_size`."""
+
+    def with_underscores(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+    return [with_underscores(word) for word in line]

@@ -1,0 +1,9 @@
+"""Training: config, trainer, schedules and checkpoints.
+
+`Trainer` needs accelerate, so it is imported from `dfs_engine.training.trainer`.
+"""
+
+from dfs_engine.training.checkpoint import load_model
+from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
+
+__all__ = ["ModelConfig", "OptimConfig", "TrainConfig", "load_model"]

@@ -1,0 +1,112 @@
+"""Which images each step sees: a pure function of seed, epoch and step.
+
+A resumed run therefore continues with the very batches, and the very augmentation, that an uninterrupted one would have
+seen, whatever the number of worker processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class Batch(NamedTuple):
+    """What the sampler asks the dataset for."""
+
+    indices: list[int]
+    seed: int
+    """Of the augmentation's random draws."""
+
+
+class EpochBatches(Sampler[Batch]):
+    """The shuffled batches of one epoch, `batch_size` images over all processes together.
+
+    Several processes take every num_processes-th image of each batch. They leave out a smaller last batch, so that the
+    mean of the processes' gradients is the gradient of the mean.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, *, rank: int = 0, num_processes: int = 1) -> None:
+        if batch_size % num_processes:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {num_processes} processes, got {batch_size}. "
+                "It counts the images of all processes together."
+            )
+        full, rest = divmod(num_images, batch_size)
+        self.num_batches = full + (rest > 0 and num_processes == 1)
+        if self.num_batches == 0:
+            raise ValueError(f"batch_size: expected at most the {num_images} training images, got {batch_size}.")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_processes = num_processes
+        self.epoch = 0
+        self.start = 0
+        """First batch to give, for a resumed epoch."""
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start
+
+    def __iter__(self) -> Iterator[Batch]:
+        entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.num_batches, self.num_processes), generator=generator)[:, self.rank].tolist()
+        for step in range(self.start, self.num_batches):
+            whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield Batch(whole[self.rank :: self.num_processes], seeds[step])
+
+
+class SeededDataset(Dataset[Any]):
+    """Draws each batch's augmentation from the batch's own seed, and leaves torch's global generator as it was."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, batch: Batch) -> Sequence[Any]:
+        # Not torch.manual_seed: it would reseed the GPU too, whose draws belong to dropout.
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(batch.seed)
+        try:
+            return _fetch(self.dataset, batch.indices)
+        finally:
+            generator.set_state(state)
+
+
+def _fetch(dataset: Dataset[Any], indices: list[int]) -> Sequence[Any]:
+    fetch = getattr(dataset, "__getitems__", None)
+    return fetch(indices) if fetch is not None else [dataset[index] for index in indices]
+
+
+def train_loader(
+    dataset: Dataset[Any], batches: EpochBatches, *, num_workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """A loader of this process's share of each training batch."""
+    return DataLoader(
+        SeededDataset(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # without one, starting an epoch draws from the global generator
+    )
+
+
+def eval_loader(
+    dataset: Any, batch_size: int, *, num_workers: int, pin_memory: bool, rank: int = 0, num_processes: int = 1
+) -> DataLoader[Any]:
+    """A loader of this process's share of the test images, each exactly once over all processes."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=range(rank, len(dataset), num_processes),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,82 @@
+"""The parts of a run, built from its config."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from dfs_engine.methods import Method
+from dfs_engine.models import MultiExitModel, create_model
+from dfs_engine.training.checkpoint import WEIGHTS_FILE
+from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def build_model(config: ModelConfig, num_classes: int) -> MultiExitModel:
+    """The model that `config` names."""
+    return create_model(num_classes=num_classes, **vars(config))
+
+
+def input_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the model was made for, found without making its weights."""
+    return create_model(**vars(config), device="meta").input_shape
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
+    """SGD in one fused call; without `decay_norm_and_bias`, vectors (norms and biases) are not decayed."""
+    parameters = list(model.parameters())
+    if config.decay_norm_and_bias:
+        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    else:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def accelerator_for(device: str, precision: str) -> "Accelerator":
+    """Device, precision and processes (of `torchrun` or `accelerate launch`, if one of them started this)."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # accelerate keeps the first precision of a process for ever; a second run here may want another.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+    )
+
+
+def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method) -> "Accelerator":
+    """`accelerator_for` the run, told whether some parameters of `model` get no gradient."""
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator = accelerator_for(config.device, config.precision)
+    if accelerator.num_processes > 1:
+        # Looking for them costs a walk over the graph in every step, so only where there are any.
+        unused = _has_unused_parameters(model, method)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    return accelerator
+
+
+def _has_unused_parameters(model: MultiExitModel, method: Method) -> bool:
+    """Whether a training step leaves some parameter without a gradient (beta 0 and 1 can)."""
+    probe = copy.deepcopy(model).eval()  # eval: a batch norm may not like so few values
+    method(probe(torch.zeros(2, *model.input_shape)), torch.zeros(2, dtype=torch.long)).backward()
+    return any(parameter.grad is None for parameter in probe.parameters())
+
+
+def check_free(run_dir: Path) -> None:
+    """Raises FileExistsError if `run_dir` already holds a run."""
+    for name in ("checkpoints", "metrics.csv", WEIGHTS_FILE):
+        if (run_dir / name).exists():
+            raise FileExistsError(
+                f"run_dir: expected a folder without a run, got {run_dir} with {name}. "
+                "Add --resume true to go on with that run, or give another --run_dir."
+            )

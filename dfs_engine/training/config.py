@@ -1,0 +1,171 @@
+"""What a training run is: typed, validated when built, written to its folder as YAML."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfs_engine.backend import BACKENDS
+from dfs_engine.data.config import DataConfig
+from dfs_engine.methods import list_methods
+from dfs_engine.models import VARIANTS, list_models
+from dfs_engine.names import check_choice
+from dfs_engine.partition import check_beta
+
+SCHEDULES = ("cosine", "multistep")
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu")
+
+
+def _check_minimum(config: object, prefix: str, minima: Mapping[str, float]) -> None:
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= minimum):
+            raise ValueError(f"{prefix}{name}: expected a number >= {minimum}, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which multi-exit model, and how its features are split between the exits and the deeper layers."""
+
+    name: str = "vgg7_64"
+    """vgg7_64 (32 pixels, 6 exits) or vgg16_64 (224 pixels, 13 exits)."""
+    beta: float = 0.5
+    """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
+    variant: str = "dfs"
+    """dfs (this engine), dense (no split), detach (the published formulation) or split (two stock calls)."""
+    reference: bool = True
+    """Each side also reads the other's channels, without sending gradient."""
+    exit_gradient: str | None = None
+    """own (the exit trains its channels only) or whole (all of them). Default: the family's."""
+    backend: str | None = None
+    """Kernels of the dfs variant: aten, cpp or triton. Default: the fastest one that is there."""
+
+    def __post_init__(self) -> None:
+        check_choice("model.name", self.name, list_models())
+        check_choice("model.variant", self.variant, VARIANTS)
+        if self.exit_gradient is not None:
+            check_choice("model.exit_gradient", self.exit_gradient, ("own", "whole"))
+        if self.backend is not None:
+            check_choice("model.backend", self.backend, ("auto", *BACKENDS))
+        try:
+            check_beta(self.beta)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"model.{error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD, and the learning rate over the run."""
+
+    lr: float = 0.1
+    """Learning rate before any decay."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty."""
+    decay_norm_and_bias: bool = True
+    """Apply the weight decay to batch-norm weights and to biases too, as the papers do."""
+    schedule: str = "cosine"
+    """cosine (to zero at the end of the run) or multistep (times gamma at each milestone)."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which multistep decays, counted from 1, for example [250,280,295]."""
+    gamma: float = 0.1
+    """Factor of each multistep decay."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate first rises linearly to lr."""
+
+    def __post_init__(self) -> None:
+        check_choice("optim.schedule", self.schedule, SCHEDULES)
+        _check_minimum(self, "optim.", dict.fromkeys(("lr", "momentum", "weight_decay", "gamma", "warmup_epochs"), 0))
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optim.nesterov: expected optim.momentum > 0, got 0. Set a momentum or turn nesterov off.")
+        if self.milestones and self.schedule != "multistep":
+            raise ValueError(
+                f"optim.milestones: expected none with optim.schedule={self.schedule}, got {list(self.milestones)}. "
+                "Remove them or set optim.schedule to multistep."
+            )
+        if list(self.milestones) != sorted(set(self.milestones)) or any(epoch < 1 for epoch in self.milestones):
+            raise ValueError(f"optim.milestones: expected rising epochs from 1, got {list(self.milestones)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, from data to run folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer and its schedule."""
+    method: str = "joint"
+    """Training method: joint (sum of all exits' cross entropies)."""
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 100
+    """Images of one optimizer step, over all processes together."""
+    eval_batch_size: int = 256
+    """Images of one evaluation batch in each process."""
+    precision: str = "fp32"
+    """fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
+    channels_last: bool = True
+    """Keep images and convolution weights in channels-last memory order, the faster one for convolutions."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    device: str = "auto"
+    """auto (an accelerator where there is one) or cpu."""
+    num_threads: int | None = None
+    """CPU threads of each process. Default: torch's."""
+    seed: int = 0
+    """Fixes the initial weights, the order of the images and their augmentation."""
+    deterministic: bool = False
+    """Let torch use deterministic algorithms only; on a GPU that is slower. A CPU run repeats exactly without it."""
+    run_dir: Path | None = None
+    """Folder of everything the run writes. Default: runs/<time>-<data>-<model>-<variant>."""
+    resume: bool = False
+    """Go on from the last checkpoint in run_dir."""
+    checkpoint_every_steps: int = 0
+    """Save a checkpoint after so many steps, besides the one after every epoch; 0 is off."""
+    log_every_steps: int = 50
+    """Report the loss of every so-manieth step; 0 is off."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    progress: bool = True
+    """Show a progress bar in a terminal."""
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, list_methods())
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("device", self.device, DEVICES)
+        minima = {
+            "epochs": 1,
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "checkpoint_every_steps": 0,
+            "log_every_steps": 0,
+            "seed": 0,
+        }
+        _check_minimum(self, "", minima)
+        if self.num_threads is not None:
+            _check_minimum(self, "", {"num_threads": 1})
+        if self.resume and self.run_dir is None:
+            raise ValueError("resume: expected run_dir to be given, got none. Add --run_dir FOLDER of that run.")
+        if self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs: expected less than epochs={self.epochs}, got {self.optim.warmup_epochs}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that YAML and JSON can hold; `dfs train --config` reads them back.
+
+        Without `resume`, which is what to do now, not what the run is.
+        """
+        result = asdict(self)
+        del result["resume"]
+        result["optim"]["milestones"] = list(self.optim.milestones)
+        result["run_dir"] = None if self.run_dir is None else str(self.run_dir)
+        return result

@@ -1,0 +1,96 @@
+"""Accuracy of every exit: after each epoch, and of saved weights (`dfs eval`)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dfs_engine.data.config import DataConfig
+from dfs_engine.evaluation.metrics import ExitMetrics
+from dfs_engine.names import check_choice
+from dfs_engine.training.config import DEVICES, PRECISIONS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Which saved weights to measure, and on what."""
+
+    path: Path
+    """A run folder, or the model.safetensors of one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data. Default: what the run was trained on."""
+    batch_size: int = 256
+    """Images of one batch."""
+    precision: str = "fp32"
+    """fp32, or autocast to bf16 or fp16."""
+    channels_last: bool = True
+    """Keep images and convolution weights in channels-last memory order."""
+    device: str = "auto"
+    """auto (an accelerator where there is one) or cpu."""
+    num_threads: int | None = None
+    """CPU threads. Default: torch's."""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("device", self.device, DEVICES)
+        for name in ("batch_size", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value}.")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader[Any], accelerator: "Accelerator", *, channels_last: bool
+) -> dict[str, Any]:
+    """`ExitMetrics.compute` over the loaders of all processes together. Leaves the model in eval mode."""
+    model.eval()
+    device = accelerator.device
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    metrics = ExitMetrics(accelerator.unwrap_model(model).num_exits, device)
+    for images, target in loader:
+        logits = model(images.to(device, non_blocking=True, memory_format=memory_format))
+        metrics.update(logits, target.to(device, non_blocking=True))
+    metrics.counters = accelerator.reduce(metrics.counters, "sum")
+    return metrics.compute()
+
+
+def run(config: EvalConfig) -> dict[str, Any]:
+    """Measures saved weights on the test images of `config.data`.
+
+    Returns:
+        `ExitMetrics.compute`, and under "model", "data" and "epoch" what was measured.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights or the data cannot be read, or do not fit each other.
+    """
+    from dfs_engine.data import load_data
+    from dfs_engine.training.batches import eval_loader
+    from dfs_engine.training.build import accelerator_for
+    from dfs_engine.training.checkpoint import load_model
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    model, description = load_model(config.path)
+    data = load_data(config.data, input_shape=model.input_shape)
+    if data.num_classes != model.num_classes:
+        raise ValueError(
+            f"data: expected {model.num_classes} classes as in {config.path}, got {data.num_classes} in "
+            f"{data.description}. Give the --data flags of the run."
+        )
+    accelerator = accelerator_for(config.device, config.precision)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    loader = eval_loader(
+        data.test, config.batch_size, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    result = evaluate(prepared, loader, accelerator, channels_last=config.channels_last)
+    return {**result, "model": description["model"], "data": data.description, "epoch": description["epoch"]}

@@ -1,0 +1,97 @@
+"""What a run leaves behind for people: metrics as CSV, a plot, and what it ran on."""
+
+import csv
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfs_engine.training.checkpoint import atomic_file
+
+Row = dict[str, float]
+
+
+def metrics_row(result: dict[str, Any], train_losses: Sequence[float]) -> Row:
+    """One epoch's columns from `ExitMetrics.compute` and the training loss of each exit."""
+    row = {f"train_loss_exit{index}": loss for index, loss in enumerate(train_losses, start=1)}
+    named = [(f"exit{index}", values) for index, values in enumerate(result["exits"], start=1)]
+    for name, values in [*named, ("ensemble", result["ensemble"])]:
+        row |= {f"test_{metric}_{name}": values[metric] for metric in ("top1", "top5", "loss")}
+    return row
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Writes one line per row, replacing what was there."""
+    with atomic_file(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_accuracy(path: Path, rows: Sequence[Row], *, title: str) -> None:
+    """Draws each exit's and the ensemble's test accuracy against the epoch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = [name for name in rows[0] if name.startswith("test_top1_")]
+    # Not pyplot: it would pick a windowing backend and keep global state.
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="epoch", ylabel="test accuracy, top-1 (%)", title=title)
+    epochs = [row["epoch"] for row in rows]
+    num_exits = len(columns) - 1
+    for index, column in enumerate(columns):
+        is_ensemble = index == num_exits
+        label = "ensemble" if is_ensemble else f"exit {index + 1}"
+        style: dict[str, Any] = (
+            {"color": "black", "linestyle": "--"} if is_ensemble else {"color": _shade(index, num_exits)}
+        )
+        values = [row[column] for row in rows]
+        axes.plot(epochs, values, marker="o", markersize=3, label=f"{label}: {values[-1]:.2f} %", **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(title="last epoch", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def _shade(index: int, num_exits: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * index / max(1, num_exits - 1))
+
+
+def environment(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """Versions and machine of this run, for its folder."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("dfs_engine", "torch", "torchvision", "accelerate", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_sha": _git_sha(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_processes": num_processes,
+        "num_threads": torch.get_num_threads(),
+        "num_cpus": os.cpu_count(),
+    }
+
+
+def _git_sha() -> str | None:
+    """Commit of the checkout that this package runs from; None for an installed wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,367 @@
+"""The training loop: one epoch after another, each ending in an evaluation, a report and a checkpoint."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dfs_engine.backend import select
+from dfs_engine.data import DataSplits, load_data
+from dfs_engine.methods import create_method, exit_losses
+from dfs_engine.models import MultiExitModel
+from dfs_engine.training import checkpoint, report
+from dfs_engine.training.batches import EpochBatches, eval_loader, train_loader
+from dfs_engine.training.build import build_model, build_optimizer, check_free, input_shape, train_accelerator
+from dfs_engine.training.config import TrainConfig
+from dfs_engine.training.evaluate import evaluate
+from dfs_engine.training.schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+# With another value of these a resumed run would be another run.
+_FIXED_ON_RESUME = ("method", "batch_size", "seed")
+# These say where the data are and how they are read, not what they are.
+_FREE_DATA_KEYS = ("root", "num_workers")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_dir: Path
+    rows: list[report.Row]
+    """One per epoch, the columns of metrics.csv."""
+    metrics: dict[str, Any]
+    """`ExitMetrics.compute` of the last epoch."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in every checkpoint, so it holds plain values only."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    step_in_epoch: int = 0
+    """Steps done of the epoch after those."""
+    step: int = 0
+    """Optimizer steps done in all."""
+    loss_sums: tuple[float, ...] = ()
+    """Sum over the epoch's images so far of each exit's loss; empty at the start of an epoch."""
+    seconds: float = 0.0
+    """Training time of the epoch so far."""
+    rows: list[report.Row] = field(default_factory=list)
+    """Metrics of the completed epochs."""
+
+
+class Trainer:
+    """Trains a multi-exit model as `config` says.
+
+    The constructor checks and loads everything and writes nothing; `fit` writes the run folder.
+
+    Args:
+        model: trained instead of the one that `config.model` names.
+        data: used instead of what `config.data` names.
+
+    Raises:
+        ValueError, FileNotFoundError: something in the config, the data or the checkpoint to resume from is wrong.
+        FileExistsError: the run folder already holds a run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, model: MultiExitModel | None = None, data: DataSplits | None = None
+    ) -> None:
+        self.config = config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+        if config.run_dir is not None and not config.resume:
+            check_free(config.run_dir)
+        set_seed(config.seed)
+        shape = input_shape(config.model) if model is None else model.input_shape
+        self.data = data or load_data(config.data, input_shape=shape)
+        self.raw_model = model or build_model(config.model, self.data.num_classes)
+        self.method = create_method(config.method)
+
+        self.accelerator = train_accelerator(config, self.raw_model, self.method)
+        rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.run_dir = self._name_run_dir()
+        loader_options: dict[str, Any] = {
+            "num_workers": config.data.num_workers,
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
+        self.batches = EpochBatches(
+            len(self.data.train), config.batch_size, config.seed, rank=rank, num_processes=num_processes
+        )
+        self.train_loader = train_loader(self.data.train, self.batches, **loader_options)
+        self.eval_loader = eval_loader(
+            self.data.test, config.eval_batch_size, rank=rank, num_processes=num_processes, **loader_options
+        )
+
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
+        if config.compile:
+            self.raw_model.compile()  # in place: the state_dict's names stay
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.raw_model, build_optimizer(self.raw_model, config.optim)
+        )
+        unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
+        if unreached:
+            logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
+        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs)
+        self.progress = Progress()
+        self.loss_sums = self._zero_losses()
+        self.last_checkpoint: Path | None = None
+        set_seed(config.seed + rank)  # every process draws its own dropout
+        if config.resume:
+            self._resume()
+
+    def fit(self) -> TrainResult:
+        """Trains until the last epoch.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite. The last checkpoint stays as it was.
+        """
+        config, progress = self.config, self.progress
+        if self.accelerator.is_main_process:
+            self._describe_run()
+        metrics: dict[str, Any] | None = None
+        with self._tensorboard() as self._writer:
+            while progress.epoch < config.epochs:
+                self._train_epoch()
+                metrics = self._finish_epoch()
+        if metrics is None:  # resumed after the last epoch
+            metrics = self.evaluate()
+        self.accelerator.wait_for_everyone()
+        return TrainResult(self.run_dir, progress.rows, metrics)
+
+    def train_step(self, images: Tensor, target: Tensor) -> Tensor:
+        """One optimizer step; returns each exit's loss, (num_exits,)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(images)
+        loss = self.method(logits, target)
+        self.accelerator.backward(loss)
+        losses = exit_losses([exit_logits.detach() for exit_logits in logits], target)
+        self._check_finite(loss, losses)
+        self.optimizer.step()
+        return losses
+
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics of every exit and of the ensemble on the test images."""
+        return evaluate(self.model, self.eval_loader, self.accelerator, channels_last=self.config.channels_last)
+
+    def _train_epoch(self) -> None:
+        config, progress, device = self.config, self.progress, self.accelerator.device
+        self.model.train()
+        self.batches.epoch, self.batches.start = progress.epoch, progress.step_in_epoch
+        started = time.perf_counter() - progress.seconds
+        self.schedule.apply(self.optimizer, progress.step)
+        with self._progress_bar() as bar:
+            for images, target in self.train_loader:
+                images = images.to(device, non_blocking=True, memory_format=self.memory_format)
+                target = target.to(device, non_blocking=True)
+                losses = self.train_step(images, target)
+                self.loss_sums += losses.double() * len(target)
+                progress.step += 1
+                progress.step_in_epoch += 1
+                progress.seconds = time.perf_counter() - started
+                self.schedule.apply(self.optimizer, progress.step)
+                bar.update()
+                if config.log_every_steps and progress.step % config.log_every_steps == 0:
+                    self._log_step(losses.sum().item(), bar)
+                every = config.checkpoint_every_steps
+                if every and progress.step % every == 0 and progress.step_in_epoch < self.batches.num_batches:
+                    self._save_checkpoint()
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Evaluates, reports and saves; moves on to the next epoch."""
+        progress = self.progress
+        metrics = self.evaluate()
+        num_images = min(self.batches.num_images, self.batches.num_batches * self.config.batch_size)
+        train_losses = [loss_sum / num_images for loss_sum in self._total_losses()]
+        progress.epoch += 1
+        row: report.Row = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "lr": self.schedule(progress.step - 1),
+            "train_loss": sum(train_losses),
+            **report.metrics_row(metrics, train_losses),
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(num_images / progress.seconds, 1),
+        }
+        progress.rows.append(row)
+        progress.step_in_epoch, progress.seconds, self.loss_sums = 0, 0.0, self._zero_losses()
+        if self.accelerator.is_main_process:
+            report.write_csv(self.run_dir / "metrics.csv", progress.rows)
+            report.plot_accuracy(self.run_dir / "accuracy_per_exit.png", progress.rows, title=self._title())
+            self._log_epoch(row)
+        self._save_checkpoint()
+        return metrics
+
+    def _check_finite(self, loss: Tensor, losses: Tensor) -> None:
+        """Refuses the step, in every process at once, while the weights are still good."""
+        finite = loss.detach().isfinite()
+        gradients = {name: p.grad for name, p in self.raw_model.named_parameters() if p.grad is not None}
+        if self.config.precision != "fp16":  # whose loss scaling skips steps with infinite gradients by itself
+            finite &= nn.utils.get_total_norm(gradients.values()).isfinite()
+        if finite.item():
+            return
+        where = f"step {self.progress.step + 1} (epoch {self.progress.epoch + 1})"
+        by_exit = ", ".join(f"exit {index} {value:.4g}" for index, value in enumerate(losses.tolist(), start=1))
+        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        of_gradient = f"; not finite: the gradient of {broken[0]} and of {len(broken) - 1} others" if broken else ""
+        kept = (
+            f"The last good checkpoint is {self.last_checkpoint}."
+            if self.last_checkpoint
+            else "No checkpoint was saved yet."
+        )
+        raise FloatingPointError(
+            f"training: expected finite losses and gradients, got at {where}: {by_exit}{of_gradient}. "
+            f"{kept} Lower --optim.lr, add --optim.warmup_epochs, or use --precision fp32."
+        )
+
+    def _save_checkpoint(self) -> None:
+        progress = self.progress
+        progress.loss_sums = self._total_losses()
+        config = self.config.to_dict()
+        if self.accelerator.is_main_process:
+            extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step}
+            checkpoint.save_weights(self.run_dir / checkpoint.WEIGHTS_FILE, self.raw_model, extras)
+        description = {"model": self.raw_model.get_config(), "config": config, "progress": vars(progress)}
+        self.last_checkpoint = checkpoint.save(
+            self.accelerator, self.run_dir, step=progress.step, description=description
+        )
+
+    def _resume(self) -> None:
+        folder, saved = checkpoint.latest(self.run_dir, self.raw_model.get_config())
+        now = self.config.to_dict()
+        fixed = {name: (saved["config"][name], now[name]) for name in _FIXED_ON_RESUME}
+        before, data = saved["config"]["data"], now["data"]
+        fixed |= {f"data.{name}": (before.get(name), data[name]) for name in data if name not in _FREE_DATA_KEYS}
+        for name, (expected, got) in fixed.items():
+            if expected != got:
+                raise ValueError(
+                    f"{name}: expected {expected!r} as in the run to resume, got {got!r}. "
+                    "Give the same value, or start another run in another --run_dir."
+                )
+        changed = [name for name in now if saved["config"].get(name) != now[name] and name != "run_dir"]
+        if changed:
+            logger.warning("resume: going on with another %s than the run began with", ", ".join(changed))
+        self.accelerator.load_state(str(folder))
+        self.progress = Progress(**saved["progress"])
+        if self.accelerator.is_main_process:  # it alone continues the sum over all processes
+            self.loss_sums += torch.tensor(self.progress.loss_sums, dtype=torch.float64)
+        self.last_checkpoint = folder
+        logger.info("resume: %s, epoch %d, step %d", folder, self.progress.epoch + 1, self.progress.step)
+
+    def _name_run_dir(self) -> Path:
+        """The configured folder, or a fresh one that all processes agree on."""
+        if self.config.run_dir is not None:
+            return self.config.run_dir
+        model = self.config.model
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        names = [f"runs/{stamp}-{self.config.data.name}-{model.name}-{model.variant}"]
+        return Path(broadcast_object_list(names)[0])
+
+    def _describe_run(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+        is_fused = self.raw_model.get_config()["variant"] == "dfs"
+        environment = {
+            **report.environment(accelerator.device, accelerator.num_processes),
+            "backend": select("partitioned_conv2d", accelerator.device, dtype, config.model.backend)
+            if is_fused
+            else "stock",
+            "data": self.data.description,
+            "model": self.raw_model.get_config(),
+        }
+        checkpoint.write_text(self.run_dir / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
+        logger.info(
+            "training %s (%s, beta %g) on %s: %s, %s, %d threads, backend %s, in %s",
+            config.model.name,
+            config.model.variant,
+            config.model.beta,
+            self.data.description,
+            environment["device"],
+            config.precision,
+            environment["num_threads"],
+            environment["backend"],
+            self.run_dir,
+        )
+
+    def _title(self) -> str:
+        model = self.config.model
+        return f"{model.name}, {model.variant}, beta {model.beta:g}\n{self.data.description}"
+
+    def _zero_losses(self) -> Tensor:
+        """On the device, so that adding to it does not wait for the step."""
+        return torch.zeros(self.raw_model.num_exits, dtype=torch.float64, device=self.accelerator.device)
+
+    def _total_losses(self) -> tuple[float, ...]:
+        return tuple(self.accelerator.reduce(self.loss_sums.clone(), "sum").tolist())
+
+    def _progress_bar(self) -> "tqdm[Any]":
+        shown = self.config.progress and self.accelerator.is_main_process and sys.stderr.isatty()
+        return tqdm(
+            total=self.batches.num_batches,
+            initial=self.progress.step_in_epoch,
+            desc=f"epoch {self.progress.epoch + 1}/{self.config.epochs}",
+            unit="step",
+            leave=False,
+            disable=not shown,
+        )
+
+    def _log_step(self, loss: float, bar: "tqdm[Any]") -> None:
+        progress = self.progress
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if not self.accelerator.is_main_process:
+            return
+        self._write_scalars({"step/train_loss": loss, "step/lr": self.schedule(progress.step - 1)})
+        if bar.disable:  # no terminal: lines instead of a bar
+            done = f"{progress.step_in_epoch}/{self.batches.num_batches}"
+            logger.info("epoch %d, step %s: loss %.4f", progress.epoch + 1, done, loss)
+
+    def _log_epoch(self, row: report.Row) -> None:
+        self._write_scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")})
+        exits = " ".join(f"{row[f'test_top1_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1))
+        logger.info(
+            "epoch %d/%d: loss %.4f, test top-1 of the exits %s, ensemble %.2f, %.0f images/s",
+            row["epoch"],
+            self.config.epochs,
+            row["train_loss"],
+            exits,
+            row["test_top1_ensemble"],
+            row["images_per_second"],
+        )
+
+    def _write_scalars(self, scalars: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, self.progress.step)
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        """The event writer of the main process; None where there is nothing to write."""
+        if not (self.config.tensorboard and self.accelerator.is_main_process):
+            yield None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: what an interrupted run wrote after its last checkpoint is written again.
+        with SummaryWriter(self.run_dir / "tensorboard", purge_step=self.progress.step + 1) as writer:
+            yield writer
