@@ -1,0 +1,1 @@
+"""Benchmarks: installed as dfs_engine.benchmarks, run by `dfs bench`."""

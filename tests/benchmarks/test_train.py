@@ -1,0 +1,128 @@
+"""`dfs bench train` compares before it times, times every case equally often, and says what FLOPs allow."""
+
+import json
+
+import pytest
+import torch
+from dfs_engine.benchmarks import train
+from dfs_engine.benchmarks.train import BenchTrainConfig
+from dfs_engine.benchmarks.train_report import Case
+
+from dfs_engine.ops import conv2d
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The real benchmark on a narrow VGG, so that a step takes milliseconds."""
+    create_model = train.create_model
+    monkeypatch.setattr(train, "create_model", lambda name, **options: create_model(name, width=8, **options))
+
+    def run(**options):
+        return train.run(
+            BenchTrainConfig(
+                **{"batch_size": 4, "image_size": 16, "rounds": 2, "warmup": 1, "compile": "off", "progress": False}
+                | {"dtypes": "fp32"}
+                | options
+            )
+        )
+
+    return run
+
+
+def test_every_case_is_timed_equally_often_and_stays_in_the_table(tiny, tmp_path):
+    report = tiny(dtypes="fp32,bf16", output=str(tmp_path / "train.csv"))
+    cases = {(row.dtype, *row.case) for row in report.rows}
+    assert cases == {
+        (dtype, variant, layout, "off")
+        for dtype in ("fp32", "bf16")
+        for variant in ("dense", "detach", "split", "dfs")
+        for layout in ("nchw", "channels_last")
+    }
+    assert {stats.n for row in report.rows for stats in row.timings.values()} == {2}
+    assert all(row.peak_bytes > 0 for row in report.rows)
+    table = report.table()
+    assert "synthetic" in table
+    assert len([line for line in table.splitlines() if line.startswith(("| fp32", "| bf16"))]) == len(report.rows)
+    assert len((tmp_path / "train.csv").read_text().splitlines()) == 1 + 8 * len(report.rows)
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["data"] == "synthetic"
+
+
+def test_ceilings_follow_from_the_flops(tiny):
+    report = tiny(layouts="nchw")
+    flops = {row.case.variant: row.flops for row in report.rows}
+    assert flops["dense"] == flops["detach"]
+    assert flops["dfs"].forward == flops["dense"].forward
+    assert flops["dfs"].backward == flops["split"].backward < flops["detach"].backward
+    row = next(row for row in report.rows if row.case.variant == "dfs")
+    against_dense = report.ratios(row)[0]
+    assert against_dense.ceiling == flops["dense"].total / flops["dfs"].total
+    dense = next(row for row in report.rows if row.case.variant == "dense")
+    assert against_dense.median == dense.timings["step"].median / row.timings["step"].median
+
+
+def test_ratios_without_a_baseline_are_absent(tiny):
+    report = tiny(variants="dfs", layouts="nchw", backend="aten")
+    assert report.ratios(report.rows[0]) == [None, None, None]
+    assert "| - | - | - |" in report.table()
+    assert report.rows[0].backend_used == "aten"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_nothing_is_timed_when_gradients_disagree(monkeypatch, tiny, dtype):
+    compute = conv2d.aten_grad_weight
+
+    def broken(grad_output, *args):
+        grad_weight, grad_bias = compute(grad_output, *args)
+        if grad_output.dtype == dtype:
+            grad_weight[:, -1] = 0
+        return grad_weight, grad_bias
+
+    monkeypatch.setattr(conv2d, "aten_grad_weight", broken)
+    monkeypatch.setattr(train, "measure_phases", lambda *args, **kwargs: pytest.fail("was timed"))
+    with pytest.raises(
+        RuntimeError, match=r"expected dfs/nchw/eager in .* gradient of blocks\.\d\.conv\.weight: .*Nothing was timed"
+    ):
+        tiny(backend="aten")
+
+
+def test_the_number_of_threads_is_restored(tiny):
+    before = torch.get_num_threads()
+    report = tiny(variants="dense", layouts="nchw", num_threads=before + 1)
+    assert report.stamp.num_threads == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_step_moves_the_weights_and_results_do_not():
+    config = BenchTrainConfig(batch_size=2, image_size=16)
+    step = train._Bench(config).build(Case("dfs", "nchw", "off"), "fp32")
+    weight = step.parameters["blocks.0.conv.weight"]
+    before = weight.detach().clone()
+    step.results()
+    assert torch.equal(weight, before)
+    step.run()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("model", "vgg7", "Did you mean 'vgg7_64'"),
+        ("variants", "dense,dsf", "Did you mean 'dfs'"),
+        ("layouts", "nhwc", "expected one of nchw, channels_last"),
+        ("compile", "yes", "expected one of off, on"),
+        ("dtypes", "float", "expected one of fp64, fp32, bf16, fp16"),
+        ("backend", "cp", "Did you mean 'cpp'"),
+        ("beta", 1.5, "beta: expected a number in"),
+        ("rounds", 0, "rounds: expected at least 1, got 0"),
+        ("batch_size", -1, "batch_size: expected at least 1"),
+    ],
+)
+def test_bad_options(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        BenchTrainConfig(**{option: value})
+
+
+@pytest.mark.slow
+def test_compiled_cases_are_compared_and_timed(tiny):
+    report = tiny(compile="on", layouts="nchw", variants="detach,dfs")
+    assert [row.case.mode for row in report.rows] == ["compile", "compile"]
