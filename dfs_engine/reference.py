@@ -38,7 +38,7 @@ def partitioned_conv2d(
     full: Tensor | None = None,
 ) -> Tensor:
     """See `dfs_engine.ops.partitioned_conv2d`."""
-    return F.conv2d(live_slice(input, start, stop, reference, 1, full), weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(live_slice(input, start, stop, reference, -3, full), weight, bias, stride, padding, dilation, groups)
 
 
 def partitioned_linear(

@@ -1,5 +1,6 @@
 """What every op shares: the dispatcher library, argument checks, autocast."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -79,15 +80,18 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     `register_autocast` knows one fixed dtype, and a Function's body would be cast or not depending on what it calls.
     """
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device_type):
+    # Autocast knows no meta device, where shapes are inferred.
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
     # As stock autocast: float64 stays.
     return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
 
 
-def no_autocast(device_type: str) -> torch.autocast:
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Inside an op the dtypes are settled."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
