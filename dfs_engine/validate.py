@@ -38,7 +38,7 @@ _HEAD = (
     "worst case",
 )
 BETAS = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
-_QUICK_COMBINATIONS = 10  # per shape and dtype, drawn at random
+_QUICK_COMBINATIONS = 6  # per shape and dtype, drawn at random
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,50 @@
+"""FLOPs are counted from what runs: the formulas below are the arithmetic of a convolution."""
+
+import pytest
+import torch
+from torch import nn
+
+from dfs_engine import backend as backends
+from dfs_engine.evaluation.flops import count_flops
+from dfs_engine.ops import partitioned_conv2d, partitioned_linear
+
+
+class TwoLayers(nn.Module):
+    """A stock convolution, a partitioned one, and a partitioned linear."""
+
+    def __init__(self, backend: str, stop: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(16, 8, 3, padding=1, bias=False)
+        self.head = nn.Linear(8, 5)
+        self.backend, self.stop = backend, stop
+
+    def forward(self, x):
+        options = {"start": 0, "backend": self.backend}
+        x = partitioned_conv2d(self.stem(x), self.conv.weight, padding=1, stop=self.stop, **options)
+        return [partitioned_linear(x.mean((2, 3)), self.head.weight, self.head.bias, stop=self.stop // 2, **options)]
+
+
+@pytest.mark.parametrize("backend", ["aten", "cpp"])
+@pytest.mark.parametrize("stop", [4, 16])
+def test_counts_are_the_arithmetic_of_each_layer(backend, stop):
+    reason = backends.unavailable_reason(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    batch, size = 2, 10
+    pixels = 2 * 9 * batch * size * size
+    stem, conv, head = pixels * 3 * 16, pixels * 16 * 8, 2 * batch * 8 * 5
+    count = count_flops(TwoLayers(backend, stop), (3, size, size), batch)
+    assert count.forward == stem + conv + head
+    # Weight gradients in full, input gradients of the slice; nobody asks for the images' gradient.
+    conv_input, head_input = pixels * stop * 8, 2 * batch * (stop // 2) * 5
+    assert count.backward == stem + conv + head + conv_input + head_input
+    assert count.total == count.forward + count.backward
+
+
+def test_gradients_are_left_as_they_were():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    count = count_flops(model, (3, 5, 5), 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert count.forward == count.backward == 2 * 9 * 2 * 3 * 3 * 3 * 4
+    assert torch.is_grad_enabled()
