@@ -51,6 +51,11 @@ def _flops_grad_weight(grad_output_shape, input_shape, bias, out_shape=None, **k
     return 2 * _rows(grad_output_shape) * grad_output_shape[-1] * input_shape[-1]
 
 
+def _matrix(tensor: Tensor) -> Tensor:
+    """(..., features) as (rows, features); one row for a vector, none for an empty batch."""
+    return tensor.reshape(_rows(tensor.shape), tensor.size(-1))
+
+
 def aten_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
     """The `aten` backend of `dfs_engine::linear_grad_input`: (..., stop - start)."""
     return grad_output @ weight[:, start:stop]
@@ -58,8 +63,8 @@ def aten_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) 
 
 def aten_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """The `aten` backend of `dfs_engine::linear_grad_weight`: (out, in) and (out,), the latter empty without `bias`."""
-    rows = grad_output.flatten(0, -2)
-    return rows.t() @ input.flatten(0, -2), rows.sum(0) if bias else rows.new_empty(0)
+    rows = _matrix(grad_output)
+    return rows.t() @ _matrix(input), rows.sum(0) if bias else rows.new_empty(0)
 
 
 class _PartitionedLinear(torch.autograd.Function):
@@ -98,7 +103,7 @@ class _PartitionedLinear(torch.autograd.Function):
                 compute = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight
                 grad_weight, grad_bias = compute(grad_output, data, needs_bias)
             elif needs_bias:
-                grad_bias = grad_output.flatten(0, -2).sum(0)
+                grad_bias = _matrix(grad_output).sum(0)
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None
 
 
