@@ -57,10 +57,10 @@ def _parse(line: list[str]) -> Any:
     subcommands = parser.add_subcommands()
     for name, command in _COMMANDS.items():
         subparser = Parser(description=command.description, epilog=f"examples:\n{command.examples}")
+        subcommands.add_subcommand(name, subparser, help=command.summary)
         if name in line[:1]:
             with _input_errors():
                 command.add_flags(subparser)
-        subcommands.add_subcommand(name, subparser, help=command.summary)
     values = parser.parse_args(line)
     with _input_errors():
         values = parser.instantiate(values)
@@ -207,9 +207,9 @@ def _bench_flags(parser: Parser) -> None:
         description="Times forward, backward and step of a model in all its variants, interleaved in one process.",
         epilog="examples:\n  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs",
     )
+    parser.add_subcommands().add_subcommand("train", train, help="time training steps")
     train.add_class_arguments(BenchTrainConfig)
     _add_json(train)
-    parser.add_subcommands().add_subcommand("train", train, help="time training steps")
 
 
 def _bench(values: Any, _line: list[str]) -> int:

@@ -25,7 +25,7 @@ class Parser(ArgumentParser):
     """jsonargparse's parser with flags for booleans (`--quick` is `--quick true`) and short errors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         added = super().add_class_arguments(*args, **kwargs)

@@ -47,8 +47,11 @@ def accelerator_for(device: str, precision: str) -> "Accelerator":
 
     # accelerate keeps the first precision of a process for ever; a second run here may want another.
     AcceleratorState._reset_state()
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    if on_cpu and precision == "fp16":  # accelerate would quietly compute in fp32
+        raise ValueError("precision: expected fp32 or bf16 on the CPU, got fp16. Use --precision bf16.")
     return Accelerator(
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        cpu=on_cpu,
         mixed_precision={"fp32": "no"}.get(precision, precision),
     )
 

@@ -223,11 +223,7 @@ class Trainer:
         by_exit = ", ".join(f"exit {index} {value:.4g}" for index, value in enumerate(losses.tolist(), start=1))
         broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         of_gradient = f"; not finite: the gradient of {broken[0]} and of {len(broken) - 1} others" if broken else ""
-        kept = (
-            f"The last good checkpoint is {self.last_checkpoint}."
-            if self.last_checkpoint
-            else "No checkpoint was saved yet."
-        )
+        kept = f"The last good checkpoint is {self.last_checkpoint or '(none was saved yet)'}."
         raise FloatingPointError(
             f"training: expected finite losses and gradients, got at {where}: {by_exit}{of_gradient}. "
             f"{kept} Lower --optim.lr, add --optim.warmup_epochs, or use --precision fp32."
