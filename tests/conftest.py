@@ -1,0 +1,50 @@
+"""Shared by all tests: a fresh seed that can be repeated, few threads, poisoned memory, the backends."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from dfs_engine import backend as backends
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="seed of every test's random inputs (default: a fresh one)")
+
+
+def pytest_configure(config):
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config):
+    return f"random inputs: --seed {config.option.seed} repeats this run"
+
+
+@pytest.fixture(autouse=True)
+def _reseed_and_use_one_thread(request):
+    # Tests are small: more threads would only wait for each other, for long where the machine is shared.
+    torch.set_num_threads(1)
+    seed = request.config.option.seed
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def poison():
+    """Every `torch.empty` and `at::empty` is NaN, so that an element nobody wrote shows: THE trap of slice-skipping kernels."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=("aten", "cpp"))
+def backend(request):
+    """Each CPU backend by explicit request."""
+    reason = backends.unavailable_reason(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param

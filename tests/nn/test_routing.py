@@ -1,0 +1,128 @@
+"""Fork: dense, detach, split and dfs on one consumer of each kind. `detach`, written out by hand here, is the truth."""
+
+import pytest
+import torch
+from torch import nn
+
+from dfs_engine.compare import assert_close
+from dfs_engine.nn import VARIANTS, ExitHead, Fork, apply_layer, global_avg_pool
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+BETAS = [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
+CHANNELS = 7
+
+
+def by_hand(feature, start, stop, reference, axis):
+    """Published formulation: a tensor with gradient in [start, stop), everything else detached or zero."""
+    mask = torch.zeros_like(feature)
+    mask.narrow(axis, start, stop - start).fill_(1)
+    return feature * mask + (feature * (1 - mask)).detach() * reference
+
+
+def readers(beta, exit_gradient, reference):
+    """The slices that the deeper path and the exit train, from the definition in the paper."""
+    k = round(beta * CHANNELS)
+    whole = exit_gradient == "whole" and reference and beta < 1
+    return (0, k), ((0 if whole else k), CHANNELS)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+@pytest.mark.parametrize("variant", ["detach", "split", "dfs"])
+@pytest.mark.parametrize("kind", ["images", "tokens"])
+def test_both_readers_against_the_definition(beta, reference, exit_gradient, variant, kind):
+    dd = {"dtype": torch.float64}
+    if kind == "images":
+        axis, feature = 1, torch.randn(3, CHANNELS, 5, 4, **dd)
+        deeper, exit = nn.Conv2d(CHANNELS, 4, 3, padding=1, **dd), ExitHead(CHANNELS, 3, bias=True, **dd)
+        by_module = exit, lambda seen: exit.linear(seen.mean((2, 3)))
+    else:
+        axis, feature = -1, torch.randn(2, 3, CHANNELS, **dd)
+        deeper, exit = nn.Linear(CHANNELS, 4, **dd), nn.Linear(CHANNELS, 3, bias=False, **dd)
+        by_module = (lambda reading: apply_layer(exit, reading)), exit
+    parameters = [*deeper.parameters(), *exit.parameters()]
+    feature.requires_grad_()
+    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient, dim=axis)
+
+    readings = fork(feature)
+    outputs = apply_layer(deeper, readings[0]), by_module[0](readings[1])
+    slices = readers(beta, exit_gradient, reference)
+    seen = [by_hand(feature, *columns, reference, axis) for columns in slices]
+    expected = deeper(seen[0]), by_module[1](seen[1])
+    for name, output, truth in zip(("deeper", "exit"), outputs, expected, strict=True):
+        assert_close(name, output, truth)
+
+    grads = [torch.randn_like(output) for output in outputs]
+    actual = torch.autograd.grad(outputs, [feature, *parameters], grads, retain_graph=True)
+    truth = torch.autograd.grad(expected, [feature, *parameters], grads, retain_graph=True)
+    for index, pair in enumerate(zip(actual, truth, strict=True)):
+        assert_close("feature" if index == 0 else f"parameter {index}", *pair)
+    # Each reader alone leaves the channels that are not its own exactly at zero.
+    for output, grad, (start, stop) in zip(outputs, grads, slices, strict=True):
+        (alone,) = torch.autograd.grad(output, feature, grad, retain_graph=True, allow_unused=True)
+        if alone is not None:
+            outside = [alone.narrow(axis, 0, start), alone.narrow(axis, stop, CHANNELS - stop)]
+            assert not any(part.any() for part in outside)
+
+
+def test_dense_gives_the_feature_itself_to_both():
+    feature = torch.randn(2, 4, 3, 3)
+    assert all(reading is feature for reading in Fork(0.5, "dense")(feature))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_empty_batch(variant, reference):
+    feature = torch.randn(0, 4, 5, 5, requires_grad=True)
+    conv, head = nn.Conv2d(4, 3, 3), ExitHead(4, 2)
+    deeper, exit = Fork(0.5, variant, reference=reference)(feature)
+    outputs = apply_layer(conv, deeper), head(exit)
+    assert [tuple(output.shape) for output in outputs] == [(0, 3, 3, 3), (0, 2)]
+    sum(output.sum() for output in outputs).backward()
+    assert feature.grad.shape == feature.shape
+    assert not conv.weight.grad.any()
+
+
+def test_the_pooled_gradient_is_not_spread_over_the_pixels():
+    """What reaches the fork from a pooled exit is one number per image and channel, read with stride 0."""
+    feature = torch.randn(2, 6, 5, 5, requires_grad=True)
+    _, exit = Fork(0.5, "dfs")(feature)
+    received = []
+    exit.live.register_hook(received.append)
+    apply_layer(nn.Linear(6, 3), global_avg_pool(exit)).sum().backward()
+    assert received[0].shape == (2, 3, 5, 5)
+    assert received[0].stride()[2:] == (0, 0)
+
+
+def test_split_refuses_grouped_convolutions():
+    deeper, _ = Fork(0.5, "split")(torch.randn(1, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"variant split: expected convolutions with groups=1, got groups=2\."):
+        apply_layer(nn.Conv2d(4, 4, 1, groups=2), deeper)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"variant": "dsf"},
+            ValueError,
+            r"variant: expected one of dense, detach, split, dfs, got 'dsf'\. Did you mean 'dfs'\?",
+        ),
+        ({"beta": 1.5}, ValueError, "beta: expected a number"),
+        ({"beta": "half"}, TypeError, "beta: expected a number"),
+        ({"exit_gradient": "all"}, ValueError, "exit_gradient: expected one of own, whole"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of"),
+    ],
+    ids=["variant", "beta-range", "beta-type", "exit_gradient", "backend"],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Fork(**arguments)
+
+
+def test_fork_has_no_parameters_and_tells_its_settings():
+    fork = Fork(0.3, "detach", reference=False, exit_gradient="whole")
+    assert not fork.state_dict()
+    assert repr(fork) == "Fork(beta=0.3, variant=detach, reference=False, exit_gradient=whole)"

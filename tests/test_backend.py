@@ -1,0 +1,129 @@
+"""An explicit request works or raises; the automatic choice says once why it falls back."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dfs_engine import backend as backends
+from dfs_engine import ops
+
+CALLS = {
+    "partitioned_conv2d": lambda **o: ops.partitioned_conv2d(
+        torch.randn(1, 4, 3, 3), torch.randn(2, 4, 1, 1), start=0, stop=2, **o
+    ),
+    "partitioned_linear": lambda **o: ops.partitioned_linear(
+        torch.randn(2, 4), torch.randn(3, 4), start=0, stop=2, **o
+    ),
+}
+MISSING = "the C++ extension dfs_engine._C is not built for this torch"
+
+
+@pytest.fixture(autouse=True)
+def _no_request_in_force():
+    with backends.use_backend(None):
+        yield
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(backends, "_extension_missing", MISSING)
+    monkeypatch.setattr(backends, "_said", set())
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_explicit_request_is_the_one_that_runs(op, backend):
+    for name in (backend, "reference"):
+        CALLS[op](backend=name)
+        assert backends.last_used(op) == name
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("backend", [None, "auto"])
+def test_automatic_choice(op, backend):
+    CALLS[op](backend=backend)
+    assert backends.last_used(op) == ("cpp" if backends.unavailable_reason("cpp") is None else "aten")
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_explicit_request_that_is_not_there_raises(op, backend, no_extension):
+    reason = MISSING if backend == "cpp" else "the triton backend computes on cuda tensors, got cpu"
+    with pytest.raises(RuntimeError, match=re.escape(f"{op}: backend '{backend}' was requested, but {reason}")):
+        CALLS[op](backend=backend)
+    with backends.use_backend(backend), pytest.raises(RuntimeError, match=re.escape(reason)):
+        CALLS[op]()
+
+
+def test_cpp_does_not_compute_on_another_device():
+    reason = "the cpp backend computes on cpu tensors, got meta"
+    assert backends.unavailable_reason("cpp", "meta") == reason
+    with pytest.raises(RuntimeError, match=reason):
+        ops.partitioned_linear(
+            torch.empty(2, 4, device="meta"), torch.empty(3, 4, device="meta"), start=0, stop=2, backend="cpp"
+        )
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_automatic_fallback_says_once_why(op, no_extension, caplog):
+    with caplog.at_level(logging.WARNING):
+        CALLS[op]()
+        CALLS[op]()
+    assert backends.last_used(op) == "aten"
+    assert [record.getMessage() for record in caplog.records] == [f"backend: using aten, because {MISSING}."]
+
+
+@pytest.mark.parametrize("name", ["atem", "", 3])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match="backend: expected one of reference, aten, cpp, triton, got"):
+        CALLS["partitioned_linear"](backend=name)
+    with pytest.raises(ValueError, match="expected one of"), backends.use_backend(name):
+        pass
+    with pytest.raises(ValueError, match="expected one of"):
+        backends.unavailable_reason(name)
+
+
+def test_suggestion_and_unknown_op():
+    with pytest.raises(ValueError, match=r"Did you mean 'aten'\?"):
+        backends.check_backend("atem")
+    with pytest.raises(ValueError, match=r"op: expected one of .*, got 'conv2d'"):
+        backends.last_used("conv2d")
+
+
+def test_use_backend_nests_yields_to_the_argument_and_is_undone():
+    op = "partitioned_linear"
+    with backends.use_backend("reference"):
+        with backends.use_backend("aten"):
+            CALLS[op]()
+            assert backends.last_used(op) == "aten"
+            CALLS[op](backend="reference")
+            assert backends.last_used(op) == "reference"
+        assert backends.requested() == "reference"
+        with pytest.raises(KeyError), backends.use_backend("aten"):
+            raise KeyError
+        assert backends.requested() == "reference"
+    assert backends.requested() is None
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    preamble = "import torch; from dfs_engine import backend, ops\n"
+    environment = os.environ | environment
+    return subprocess.run([sys.executable, "-c", preamble + code], capture_output=True, text=True, env=environment)
+
+
+CALL = "ops.partitioned_linear(torch.ones(2, 4), torch.ones(3, 4), start=0, stop=2)\n"
+
+
+def test_environment_variable():
+    done = run(f"{CALL}print(backend.last_used('partitioned_linear'))", DFS_BACKEND="aten")
+    assert done.stdout == "aten\n", done.stderr
+
+
+def test_environment_variable_that_is_misspelt():
+    done = run(CALL, DFS_BACKEND="attn")
+    assert done.returncode == 1
+    assert "backend: expected one of reference, aten, cpp, triton, got 'attn'. Did you mean 'aten'?" in done.stderr
