@@ -103,7 +103,7 @@ def test_a_missing_column_of_the_weight_gradient_is_found(monkeypatch, op, lefto
             result = torch.empty_like(grad_weight)
             result[:, :-1] = grad_weight[:, :-1]
             return result, grad_bias
-        grad_weight[:, -1] = leftover
+        grad_weight[:, -1:] = leftover
         return grad_weight, grad_bias
 
     monkeypatch.setattr(module, "aten_grad_weight", broken)
