@@ -104,7 +104,7 @@ def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
 
     from dfs_engine.evaluation.metrics import table
 
-    accuracy = Table(title=title, title_justify="left")
+    accuracy = Table()
     accuracy.add_column("exit")
     for heading in ("top-1 %", "top-5 %", "loss"):
         accuracy.add_column(heading, justify="right")
@@ -112,6 +112,7 @@ def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
         accuracy.add_row(
             name, f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", style="bold" if name == "ensemble" else None
         )
+    print(title)  # not the table's: it would wrap at the table's width
     Console().print(accuracy)
 
 
