@@ -34,7 +34,7 @@ def _reseed_and_use_one_thread(request):
 
 @pytest.fixture
 def poison():
-    """Every `torch.empty` and `at::empty` is NaN, so that an element nobody wrote shows: THE trap of slice-skipping kernels."""
+    """Every `torch.empty` and `at::empty` is NaN, so that an element nobody wrote shows."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -82,8 +82,8 @@ import dfs_engine
 BLOCKED = """
 import importlib.abc, sys
 class Blocker(importlib.abc.MetaPathFinder):
-    names = {"triton", "torchvision", "timm", "transformers", "accelerate", "jsonargparse", "safetensors", "sklearn", "pyarrow",
-             "PIL", "matplotlib", "tensorboard", "tqdm", "rich", "yaml"}
+    names = {"triton", "torchvision", "timm", "transformers", "accelerate", "jsonargparse", "safetensors", "sklearn",
+             "pyarrow", "PIL", "matplotlib", "tensorboard", "tqdm", "rich", "yaml"}
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:
             raise ModuleNotFoundError(f"blocked: {name}", name=name)

@@ -103,7 +103,7 @@ def test_from_stock_and_back_share_the_parameters(kind):
 
 
 def test_the_whole_range_is_the_default_and_equals_the_stock_layer(kind):
-    stock_class, layer_class, sizes, options, shape = kind
+    _, layer_class, sizes, options, shape = kind
     layer = layer_class(*sizes, **options, **DD)
     assert (layer.start, layer.stop) == (0, sizes[0])
     input = torch.randn(shape, requires_grad=True, **DD)

@@ -1,4 +1,4 @@
-"""What every op promises, whatever it computes: exact zeros, nothing it was not asked for, nothing written to, derivatives."""
+"""What every op promises: exact zeros, nothing it was not asked for, nothing written to, right derivatives."""
 
 import itertools
 from collections.abc import Callable
@@ -220,7 +220,7 @@ def test_gradcheck_on_the_live_slice(op, call, referencing):
 
 
 def test_gradcheck_on_the_whole_input_fails_by_design(op, call):
-    """The backward is not the derivative of the forward: the output does depend on the channels whose gradient is stopped."""
+    """The backward is not the forward's derivative: the output does depend on channels whose gradient is stopped."""
     tensors = make(op)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         torch.autograd.gradcheck(lambda input: call({**tensors, "input": input}), tensors["input"])

@@ -1,4 +1,4 @@
-"""partitioned_conv2d against the oracle, over geometries, dtypes and layouts. What both ops promise is in test_contract.py."""
+"""partitioned_conv2d against the oracle, over geometries, dtypes, layouts. What both ops promise: test_contract.py."""
 
 from typing import Any, NamedTuple
 
@@ -195,9 +195,11 @@ GEOMETRIES = (
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(torch.clone, torch.float32), (channels_last, torch.bfloat16)],
+    ids=["nchw-fp32", "channels_last-bf16"],
+)
 def test_opcheck(geometry, layout, dtype):
     if backends.unavailable_reason("cpp") is not None:
         pytest.skip(backends.unavailable_reason("cpp"))

@@ -1,4 +1,4 @@
-"""partitioned_linear against the oracle, over shapes, dtypes and layouts. What both ops promise is in test_contract.py."""
+"""partitioned_linear against the oracle, over shapes, dtypes, layouts. What both ops promise: test_contract.py."""
 
 import pytest
 import torch

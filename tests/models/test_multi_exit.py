@@ -1,0 +1,325 @@
+"""The contract of every registered model, and the engine's promise: `dfs` trains exactly as `detach` does."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dfs_engine import create_model, list_models
+from dfs_engine.compare import Tolerance, assert_close
+from dfs_engine.models import VARIANTS
+
+BETAS = [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
+# Small enough for a test: (model options, batch, image size), the size the smallest that leaves one pixel at the end.
+SMALL: dict[str, tuple[dict, int, int]] = {"vgg7_64": ({"width": 6}, 4, 16), "vgg16_64": ({"width": 4}, 3, 32)}
+
+
+def make(name: str, state: dict | None = None, dtype: torch.dtype = torch.float64, **options):
+    model = create_model(name, num_classes=5, dtype=dtype, **SMALL[name][0], **options)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def batch(
+    name: str, dtype: torch.dtype = torch.float64, num_images: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _, default, size = SMALL[name]
+    num_images = default if num_images is None else num_images
+    return torch.randn(num_images, 3, size, size, dtype=dtype), torch.randint(5, (num_images,))
+
+
+def loss_of(logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    return torch.stack([F.cross_entropy(exit_logits, target) for exit_logits in logits]).sum()
+
+
+def step(model, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, every parameter's gradient and every buffer after one forward and backward."""
+    model.zero_grad()
+    logits = model(input)
+    loss_of(logits, target).backward()
+    results = {f"logits[{index}]": value for index, value in enumerate(logits)}
+    results |= {f"grad of {name}": parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return results | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_same(actual: dict, expected: dict, tolerance: Tolerance | None = None) -> None:
+    assert list(actual) == list(expected)
+    for name, value in actual.items():
+        assert_close(
+            name,
+            value.to(expected[name].dtype) if value.is_floating_point() else value.double(),
+            expected[name],
+            tolerance,
+        )
+
+
+@pytest.fixture(params=list_models())
+def name(request):
+    return request.param
+
+
+def test_every_registered_model_is_tested():
+    assert list_models() == sorted(SMALL)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_features_and_gradients(name, variant):
+    model = make(name, variant=variant)
+    input, target = batch(name)
+    logits, features = model(input, return_features=True)
+    assert model.num_exits == len(logits) == len(features)
+    assert model.num_classes == 5
+    assert model.variant == variant
+    assert model.input_shape[0] == 3
+    assert all(exit_logits.shape == (len(input), 5) for exit_logits in logits)
+    loss_of(logits, target).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+def test_vgg7_dfs_split_and_detach_are_one(beta, reference, exit_gradient, backend):
+    compare_variants("vgg7_64", beta, reference, exit_gradient, backend)
+
+
+@pytest.mark.parametrize(
+    ("beta", "reference", "exit_gradient"),
+    [(0.5, True, "own"), (0.3, False, "own"), (0.7, True, "whole"), (0, True, "own"), (1, True, "own")],
+)
+def test_vgg16_dfs_split_and_detach_are_one(beta, reference, exit_gradient, backend):
+    compare_variants("vgg16_64", beta, reference, exit_gradient, backend)
+
+
+def compare_variants(name, beta, reference, exit_gradient, backend):
+    options = {"beta": beta, "reference": reference, "exit_gradient": exit_gradient}
+    detach = make(name, variant="detach", **options)
+    state, images = copy.deepcopy(detach.state_dict()), batch(name)
+    expected = step(detach, *images)
+    for others in ({"variant": "split"}, {"variant": "dfs", "backend": backend}):
+        assert_same(step(make(name, state, **others, **options), *images), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dfs_in_channels_last(name, layout, backend):
+    detach = make(name, variant="detach")
+    input, target = batch(name)
+    model = make(name, detach.state_dict(), backend=backend).to(memory_format=layout)
+    assert_same(step(model, input.to(memory_format=layout), target), step(detach, input, target))
+
+
+# In fp32 a whole model meets kinks: where an activation lies within rounding of ReLU's zero, or two pixels within
+# rounding of each other in a max pool, the gradient jumps, in stock PyTorch just as here. On vgg16_64 half of the seeds
+# tried sent `detach` in fp32 up to 4e-3 away from `detach` in fp64, so these tests keep to a seed without one.
+# A batch of 16 keeps batch norms over one pixel well-conditioned. Roundings add up over the depth: ten times the table.
+FP32_SEED, FP32_BATCH = 0, 16
+DEEP_FP32 = Tolerance(max_ratio=1e-4, rms_ratio=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5, 1])
+def test_dfs_and_detach_in_fp32_against_fp64(name, beta, backend):
+    torch.manual_seed(FP32_SEED)
+    truth = make(name, variant="detach", beta=beta)
+    state = {
+        key: value.float() if value.is_floating_point() else value.clone() for key, value in truth.state_dict().items()
+    }
+    truth.load_state_dict(state)
+    input, target = batch(name, torch.float32, FP32_BATCH)
+    expected = step(truth, input.double(), target)
+    for variant in ("detach", "dfs"):
+        model = make(name, state, torch.float32, variant=variant, beta=beta, backend=backend)
+        assert_same(step(model, input, target), expected, DEEP_FP32)
+
+
+def gradient(loss: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+    (grad,) = torch.autograd.grad(loss, feature, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(feature) if grad is None else grad
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+def test_which_loss_reaches_which_channels(name, variant, reference, exit_gradient):
+    """Loss by loss: exit k trains f_k's exit part only, deeper exits its shared part only; exactly zero else."""
+    model = make(name, variant=variant, reference=reference, exit_gradient=exit_gradient, beta=0.5)
+    input, target = batch(name)
+    logits, features = model(input, return_features=True)
+    losses = [F.cross_entropy(exit_logits, target) for exit_logits in logits]
+    is_whole = variant == "dense" or (exit_gradient == "whole" and reference)
+    for index, feature in enumerate(features[:-1]):
+        k = round(0.5 * feature.size(1))
+        own = gradient(losses[index], feature)
+        assert own[:, k:].any()
+        assert own[:, :k].any() == is_whole
+        for loss in losses[index + 1 :]:
+            deeper = gradient(loss, feature)
+            assert deeper[:, :k].any()
+            assert deeper[:, k:].any() == (variant == "dense")
+        for loss in losses[:index]:
+            assert not gradient(loss, feature).any()
+    assert gradient(losses[-1], features[-1])[:, 0].any()  # the last exit is never split
+
+
+def train(model, batches, num_steps: int = 20) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9, weight_decay=1e-4)
+    losses = []
+    for index in range(num_steps):
+        loss = loss_of(model(batches[index % 2][0]), batches[index % 2][1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("dtype", "relative"),
+    # fp32: a kink (see above) met on the way sends two runs apart: `split`, all stock, by up to 8e-3 here.
+    [(torch.float64, 1e-9), (torch.float32, 1e-2)],
+    ids=["fp64", "fp32"],
+)
+def test_twenty_training_steps_give_the_same_losses(name, dtype, relative, backend):
+    if dtype is torch.float32:
+        torch.manual_seed(FP32_SEED)
+    detach = make(name, dtype=dtype, variant="detach")
+    dfs = make(name, detach.state_dict(), dtype, backend=backend)
+    batches = [batch(name, dtype, FP32_BATCH) for _ in range(2)]
+    expected = train(detach, batches)
+    assert train(dfs, batches) == pytest.approx(expected, rel=relative)
+    assert expected[-1] < 0.9 * expected[0]
+    if dtype is torch.float64:
+        for (key, value), other in zip(dfs.state_dict().items(), detach.state_dict().values(), strict=True):
+            assert_close(key, value.double(), other.double(), Tolerance(1e-9, 1e-9))
+
+
+def test_one_state_dict_moves_between_all_variants(name):
+    state = make(name, variant="dense").state_dict()
+    input, _ = batch(name)
+    outputs = []
+    for variant in VARIANTS:
+        model = make(name, variant=variant).eval()
+        assert list(model.state_dict()) == list(state)
+        model.load_state_dict(state)
+        outputs.append(model(input))
+    for index, expected in enumerate(outputs[0]):
+        for other in outputs[1:]:
+            assert_close(f"logits[{index}]", other[index], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_round_trip(name, variant):
+    options = {"beta": 0.3, "reference": False, "exit_gradient": "whole", "backend": "aten"}
+    model = make(name, variant=variant, **options)
+    config = model.get_config()
+    assert config == json.loads(json.dumps(config))
+    assert config == {"name": name, "num_classes": 5, "variant": variant, **options, **SMALL[name][0]}
+    again = create_model(**config)
+    assert again.get_config() == config
+    again.double().load_state_dict(model.state_dict())
+    input, target = batch(name)
+    assert_same(step(again, input, target), step(model, input, target))
+
+
+def test_defaults(name):
+    config = create_model(name, **SMALL[name][0]).get_config()
+    chosen = {key: config[key] for key in ("beta", "variant", "reference", "exit_gradient", "backend", "num_classes")}
+    assert chosen == {
+        "beta": 0.5,
+        "variant": "dfs",
+        "reference": True,
+        "exit_gradient": "own",
+        "backend": None,
+        "num_classes": 10,
+    }
+
+
+def test_exit_and_reached_parameters(name):
+    model = make(name)
+    every = set(model.parameters())
+    assert (
+        set(model.reached_parameters(model.num_exits - 1))
+        | {p for index in range(model.num_exits) for p in model.exit_parameters(index)}
+        == every
+    )
+    logits = model(batch(name)[0])
+    for index in (0, model.num_exits // 2, model.num_exits - 1):
+        reached = set(model.reached_parameters(index))
+        assert set(model.exit_parameters(index)) <= reached
+        grads = torch.autograd.grad(logits[index].square().sum(), list(every), retain_graph=True, allow_unused=True)
+        with_gradient = {p for p, grad in zip(every, grads, strict=True) if grad is not None and grad.any()}
+        assert with_gradient <= reached
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_empty_and_single_batches_in_evaluation(name, variant):
+    model = make(name, variant=variant).eval()
+    input, _ = batch(name)
+    for num_images in (0, 1):
+        logits = model(input[:num_images])
+        assert [tuple(value.shape) for value in logits] == [(num_images, 5)] * model.num_exits
+        loss = torch.stack([value.sum() for value in logits]).sum()
+        loss.backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_grad_and_copies(name, variant):
+    model = make(name, variant=variant).eval()
+    input, _ = batch(name)
+    expected = model(input)
+    with torch.no_grad():
+        silent = model(input)
+    with torch.inference_mode():
+        fast = model(input)
+    assert not any(value.requires_grad for value in [*silent, *fast])
+    for other in (silent, fast, copy.deepcopy(model)(input), pickle.loads(pickle.dumps(model))(input)):
+        for index, value in enumerate(other):
+            assert_close(f"logits[{index}]", value, expected[index])
+
+
+def test_second_backward_is_bitwise_the_same(name, backend):
+    model = make(name, dtype=torch.float32, backend=backend)
+    input, target = batch(name, torch.float32)
+    loss = loss_of(model(input), target)
+    parameters = list(model.parameters())
+    first, second = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": "vgg7"}, ValueError, r"model: expected one of .*, got 'vgg7'\. Did you mean 'vgg7_64'\?"),
+        ({"variant": "detached"}, ValueError, r"variant: expected one of .*Did you mean 'detach'\?"),
+        ({"backend": "at"}, ValueError, r"backend: expected one of reference, aten, cpp, triton, got 'at'"),
+        ({"exit_gradient": "both"}, ValueError, "exit_gradient: expected one of own, whole"),
+        ({"beta": 2}, ValueError, r"beta: expected a number in \[0, 1\], got 2"),
+        ({"beta": "0.5"}, TypeError, r"beta: expected a number in \[0, 1\], got '0\.5' of type str"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected a positive integer, got 0"),
+        ({"num_classes": True}, ValueError, "num_classes: expected a positive integer, got True"),
+        ({"widht": 3}, TypeError, "widht"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        create_model(**{"name": "vgg7_64", **arguments})
+
+
+def test_a_backend_that_is_not_there_raises_when_the_model_runs(name):
+    model = make(name, backend="triton")
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' was requested, but the triton backend computes on cuda tensors"
+    ):
+        model(batch(name)[0])
+
+
+def test_list_models_takes_a_pattern():
+    assert list_models("vgg16*") == ["vgg16_64"]
+    assert list_models("nothing*") == []
