@@ -35,21 +35,21 @@ def no_extension(monkeypatch):
     monkeypatch.setattr(backends, "_said", set())
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_explicit_request_is_the_one_that_runs(op, backend):
     for name in (backend, "reference"):
         CALLS[op](backend=name)
         assert backends.last_used(op) == name
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("backend", [None, "auto"])
 def test_automatic_choice(op, backend):
     CALLS[op](backend=backend)
     assert backends.last_used(op) == ("cpp" if backends.unavailable_reason("cpp") is None else "aten")
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
 def test_explicit_request_that_is_not_there_raises(op, backend, no_extension):
     reason = MISSING if backend == "cpp" else "the triton backend computes on cuda tensors, got cpu"
@@ -68,7 +68,7 @@ def test_cpp_does_not_compute_on_another_device():
         )
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_automatic_fallback_says_once_why(op, no_extension, caplog):
     with caplog.at_level(logging.WARNING):
         CALLS[op]()
