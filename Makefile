@@ -33,7 +33,7 @@ $(VENV)/.requirements: pyproject.toml
 	touch $@
 
 # The extension links against the torch installed above, hence no build isolation.
-$(VENV)/.built: $(VENV)/.requirements setup.py $(wildcard csrc/*.cpp csrc/*.h)
+$(VENV)/.built: $(VENV)/.requirements setup.py $(wildcard csrc/*)
 	@echo "Installing dfs_engine and building its extension ..."
 	$(PIP) install --no-build-isolation -e ".[dev]"
 	touch $@

@@ -52,8 +52,8 @@ def extension() -> dict[str, Any]:
             module = CppExtension(
                 "dfs_engine._C",
                 sorted(glob.glob("csrc/*.cpp")),
-                depends=sorted(glob.glob("csrc/*.h")),
-                extra_compile_args=["-std=c++20", "-fopenmp", "-Wall", *optimise, *native],
+                depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")),
+                extra_compile_args=["-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi", *optimise, *native],
                 extra_link_args=["-fopenmp"],
             )
             module.optional = True

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common.h"
+#include "winograd.h"
 
 namespace dfs_engine {
 
@@ -24,6 +25,13 @@ at::Tensor conv2d_cpu(
   const auto dtype = compute_dtype(input.scalar_type());
   const bool narrow = dtype != input.scalar_type();
   const auto wide_bias = bias.has_value() && narrow ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
+  const bool channels_last = is_channels_last(input) || is_channels_last(weight);
+  if (input.numel() > 0 &&
+      winograd_applies(dtype, input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups)) {
+    const auto dense_bias = wide_bias.has_value() ? std::optional<at::Tensor>(wide_bias->contiguous()) : wide_bias;
+    const auto result = winograd_conv2d(dense(input, dtype, true), weight.to(dtype), dense_bias, padding, /*flipped=*/false);
+    return dense(result, input.scalar_type(), channels_last);
+  }
   const auto output = at::conv2d(
       narrow ? input.to(dtype) : input, narrow ? weight.to(dtype) : weight, wide_bias, stride, padding, dilation, groups);
   return narrow ? output.to(input.scalar_type()) : output;
@@ -51,6 +59,14 @@ at::Tensor conv2d_grad_input_cpu(
   const auto dtype = compute_dtype(grad_output.scalar_type());
   // One group: exactly the slice. Several: all channels of the groups at hand, then the slice.
   const bool single = groups == 1;
+  if (winograd_applies(
+          dtype, weight.size(0), stop - start, weight.sizes().slice(2), stride, padding, dilation, groups)) {
+    // The gradient is a convolution of grad_output with the turned weight, padded by what the kernel leaves over.
+    const auto columns = weight.narrow(1, start, stop - start).transpose(0, 1).to(dtype);
+    const auto gradient = winograd_conv2d(
+        dense(grad_output, dtype, true), columns, std::nullopt, {2 - padding[0], 2 - padding[1]}, /*flipped=*/true);
+    return dense(gradient, grad_output.scalar_type(), channels_last);
+  }
   const auto columns = single ? weight.narrow(1, start, stop - start) : weight;
   const int64_t channels = single ? stop - start : input_size[1];
   // Only its shape and layout matter; narrowing the real input would copy it.
@@ -87,20 +103,25 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
     return {at::zeros(weight_size, options), grad_bias};
   }
   const auto dtype = compute_dtype(grad_output.scalar_type());
-  const bool channels_last = is_channels_last(input) || is_channels_last(grad_output);
+  const bool winograd =
+      winograd_applies(dtype, input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups);
+  const bool channels_last = winograd || is_channels_last(input) || is_channels_last(grad_output);
   const auto output_gradient = dense(grad_output, dtype, channels_last);
-  const auto gradient = std::get<1>(at::convolution_backward(
-      output_gradient,
-      dense(input, dtype, channels_last),
-      at::empty(weight_size, options.dtype(dtype)),
-      std::nullopt,
-      stride,
-      padding,
-      dilation,
-      /*transposed=*/false,
-      /*output_padding=*/{0, 0},
-      groups,
-      {false, true, false}));
+  const auto dense_input = dense(input, dtype, channels_last);
+  const auto gradient = winograd
+      ? winograd_grad_weight(output_gradient, dense_input, padding)
+      : std::get<1>(at::convolution_backward(
+            output_gradient,
+            dense_input,
+            at::empty(weight_size, options.dtype(dtype)),
+            std::nullopt,
+            stride,
+            padding,
+            dilation,
+            /*transposed=*/false,
+            /*output_padding=*/{0, 0},
+            groups,
+            {false, true, false}));
   if (bias) {
     // Through convolution_backward's mask it would cost a second weight gradient.
     grad_bias = channels_last

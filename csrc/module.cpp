@@ -2,10 +2,13 @@
 
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <atomic>
 #include <map>
 #include <string>
+
+#include "winograd.h"
 
 namespace {
 
@@ -42,5 +45,7 @@ int num_parallel_threads() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++/OpenMP kernels of dfs_engine";
   m.def("build_info", &build_info, "What the extension was built with.");
+  m.def("instruction_set", &dfs_engine::instruction_set, "What the kernels run on here: avx512, avx2 or baseline.");
+  m.def("set_winograd", &dfs_engine::set_winograd, "Switches Winograd convolutions on or off; returns what it was.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
 }

@@ -17,7 +17,7 @@ from dfs_engine.names import check_choice
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "aten", "cpp", "triton")
-OPS = ("partitioned_conv2d", "partitioned_linear")
+OPS = ("partitioned_conv2d", "partitioned_linear", "conv_block")
 
 # backend -> the device it computes on; `reference` and `aten` compute anywhere.
 _DEVICE = {"cpp": "cpu", "triton": "cuda"}

@@ -133,5 +133,9 @@ def partition(feature: Tensor, beta: float, *, dim: int = 1, exit_gradient: str 
         reference: whether the readers look at each other's part; decides only what "whole" means (see `Partition.exit_live`).
     """
     parts = Partition(feature.size(dim), beta)
-    exit_live = parts.exit_live(exit_gradient, reference)
-    return PartitionedFeature(*_Partition.apply(feature, parts.num_shared, exit_live.start, dim))
+    return fork_gradient(feature, parts.num_shared, parts.exit_live(exit_gradient, reference).start, dim)
+
+
+def fork_gradient(feature: Tensor, num_shared: int, exit_start: int, dim: int = 1) -> PartitionedFeature:
+    """`partition` by channel numbers: the deeper path trains [0, num_shared), the exit [exit_start, C)."""
+    return PartitionedFeature(*_Partition.apply(feature, num_shared, exit_start, dim))

@@ -8,13 +8,22 @@ from torch import Tensor, nn
 from dfs_engine.nn.routing import Fork, Reading
 
 
+class Block(nn.Module):
+    """Makes a feature from what it reads; a family overrides `forward`, and `produce` where it has a fused form."""
+
+    def produce(self, input: Reading, fork: Fork, is_last: bool) -> tuple[Reading, Reading]:
+        """Returns what the deeper path and the exit read of this block's feature; the last feature is not split."""
+        feature = self(input)
+        return (feature, feature) if is_last else fork(feature)
+
+
 class MultiExitModel(nn.Module):
     """A chain of blocks, each feeding one exit; every feature but the last is forked by Deep Feature Surgery.
 
     Block k makes feature f_k; exit k and block k + 1 read it through `fork`. A family passes its blocks and exits.
 
     Args:
-        blocks: module k maps a `Reading` of f_{k-1} (an image tensor for k = 0) to the tensor f_k.
+        blocks: block k maps a `Reading` of f_{k-1} (an image tensor for k = 0) to the tensor f_k.
         exits: module k maps a `Reading` of f_k to logits (N, num_classes).
         fork: routes the features.
         num_classes: width of the logits.
@@ -27,7 +36,7 @@ class MultiExitModel(nn.Module):
 
     def __init__(
         self,
-        blocks: list[nn.Module],
+        blocks: list[Block],
         exits: list[nn.Module],
         fork: Fork,
         *,
@@ -58,15 +67,27 @@ class MultiExitModel(nn.Module):
             list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features f_k,
             whole and with full gradient.
         """
-        logits, features = [], []
-        reading: Reading = input
+        if return_features:
+            return self._forward_with_features(input)
+        logits = []
+        deeper: Reading = input
         last = self.num_exits - 1
         for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
-            feature = block(reading)
-            reading, exit_reading = self.fork(feature) if index < last else (feature, feature)
-            logits.append(exit(exit_reading))
+            deeper, reading = block.produce(deeper, self.fork, index == last)
+            logits.append(exit(reading))
+        return logits
+
+    def _forward_with_features(self, input: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """A fused block never holds its feature with full gradient, hence the plain form."""
+        logits, features = [], []
+        deeper: Reading = input
+        last = self.num_exits - 1
+        for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
+            feature = block(deeper)
+            deeper, reading = (feature, feature) if index == last else self.fork(feature)
+            logits.append(exit(reading))
             features.append(feature)
-        return (logits, features) if return_features else logits
+        return logits, features
 
     def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
         """Parameters of exit `index`'s classifier alone."""

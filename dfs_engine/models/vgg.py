@@ -5,12 +5,13 @@ Block: conv3x3, ReLU, BatchNorm, and a 2x2 max pool at the end of a stage. The f
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.models.multi_exit import MultiExitModel
+from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
-from dfs_engine.nn import ExitHead, Fork, Reading, apply_layer
+from dfs_engine.nn import ExitHead, Fork, Reading, apply_layer, produce_readings
 
 # name -> convolutions per stage, width of each stage as a multiple of the first, image size
 _CONFIGS = {
@@ -19,7 +20,7 @@ _CONFIGS = {
 }
 
 
-class VGGBlock(nn.Module):
+class VGGBlock(Block):
     """conv3x3, ReLU, BatchNorm, optional max pool: (N, in, H, W) -> (N, out, H, W) or (N, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool, pool: bool, device: Any, dtype: Any) -> None:
@@ -32,6 +33,13 @@ class VGGBlock(nn.Module):
     def forward(self, input: Reading) -> Tensor:
         feature = self.bn(F.relu(apply_layer(self.conv, input), inplace=True))
         return F.max_pool2d(feature, 2) if self.pool else feature
+
+    def produce(self, input: Reading, fork: Fork, is_last: bool) -> tuple[Reading, Reading]:
+        if fork.variant != "dfs" or type(self.bn) is not nn.BatchNorm2d:  # e.g. converted to SyncBatchNorm
+            return super().produce(input, fork, is_last)
+        if isinstance(input, Tensor):  # the image: the kernels behind it want channels_last, and it is small
+            input = fork.whole(input.contiguous(memory_format=torch.channels_last))
+        return produce_readings(apply_layer(self.conv, input), self.bn, fork, pool=self.pool, is_last=is_last)
 
     def extra_repr(self) -> str:
         return f"pool={self.pool}"
@@ -54,7 +62,7 @@ def _create_vgg(
     """`width`: channels of the first stage. `in_channels`: of the image."""
     convs_per_stage, multiples, image_size = _CONFIGS[name]
     dd = {"device": device, "dtype": dtype}
-    blocks: list[nn.Module] = []
+    blocks: list[Block] = []
     exits: list[nn.Module] = []
     channels = in_channels
     for num_convs, multiple in zip(convs_per_stage, multiples, strict=True):

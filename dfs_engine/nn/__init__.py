@@ -1,5 +1,6 @@
 """Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
 
+from dfs_engine.nn.conv_block import produce_readings
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.exit_head import ExitHead
 from dfs_engine.nn.linear import PartitionedLinear
@@ -14,4 +15,5 @@ __all__ = [
     "Reading",
     "apply_layer",
     "global_avg_pool",
+    "produce_readings",
 ]

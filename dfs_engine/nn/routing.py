@@ -6,14 +6,13 @@ carries the gradient, beside what it may only look at. Layers are stock modules,
 
 from typing import NamedTuple, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs_engine.backend import check_backend
 from dfs_engine.names import check_choice
-from dfs_engine.ops import partitioned_conv2d, partitioned_linear
-from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, partition
+from dfs_engine.ops import live_mean, partitioned_conv2d, partitioned_linear
+from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
 
 VARIANTS = ("dense", "detach", "split", "dfs")
@@ -40,28 +39,14 @@ class SlicedReading(NamedTuple):
         return partitioned_linear(self.live, layer.weight, layer.bias, **self._options(-1))  # type: ignore[arg-type]
 
     def global_avg_pool(self) -> "SlicedReading":
-        pooled = self.full.mean((2, 3))
-        live = _LiveMean.apply(self.live, pooled, self.start)
-        return self._replace(live=live, full=pooled)
+        if self.live.dim() == 2:  # the producer has averaged it already
+            return self
+        live, full = live_mean(self.live, self.full, self.start)
+        return self._replace(live=live, full=full)
 
     def _options(self, dim: int) -> dict[str, object]:
         stop = self.start + self.live.size(dim)
         return {"start": self.start, "stop": stop, "reference": self.reference, "full": self.full, "backend": self.backend}
-
-
-class _LiveMean(torch.autograd.Function):
-    """Mean over pixels of the live part, taken from the mean of the whole feature, which is computed once."""
-
-    @staticmethod
-    def forward(ctx, live: Tensor, pooled: Tensor, start: int) -> Tensor:
-        ctx.shape = live.shape
-        return pooled[:, start : start + live.size(1)].clone()
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
-        height, width = ctx.shape[2:]
-        # One number per image and channel; never spread out over the pixels in memory.
-        return (grad_output / (height * width))[:, :, None, None].expand(ctx.shape), None, None
 
 
 class TwoCallReading(NamedTuple):
@@ -148,9 +133,8 @@ class Fork(nn.Module):
         if self.variant == "dense":
             return feature, feature
         if self.variant == "dfs":
-            routing = {"dim": self.dim, "exit_gradient": self.exit_gradient, "reference": self.reference}
-            full, shared, live = partition(feature, self.beta, **routing)  # type: ignore[arg-type]
-            exit_start = feature.size(self.dim) - live.size(self.dim)
+            num_shared, exit_start = self.live_channels(feature.size(self.dim))
+            full, shared, live = fork_gradient(feature, num_shared, exit_start, self.dim)
             return (
                 SlicedReading(shared, full, 0, self.reference, self.backend),
                 SlicedReading(live, full, exit_start, self.reference, self.backend),
@@ -158,6 +142,15 @@ class Fork(nn.Module):
         parts = Partition(feature.size(self.dim), self.beta)
         exit_live = parts.exit_live(self.exit_gradient, self.reference)
         return self._read(feature, parts.shared), self._read(feature, exit_live)
+
+    def whole(self, input: Tensor) -> Reading:
+        """A tensor that is not split, for a reader of the `dfs` variant."""
+        return SlicedReading(input, input.detach(), 0, True, self.backend)
+
+    def live_channels(self, num_channels: int) -> tuple[int, int]:
+        """(num_shared, exit_start): the deeper path trains [0, num_shared), the exit [exit_start, num_channels)."""
+        parts = Partition(num_channels, self.beta)
+        return parts.num_shared, parts.exit_live(self.exit_gradient, self.reference).start
 
     def _read(self, feature: Tensor, columns: ChannelSlice) -> Reading:
         if columns.width == feature.size(self.dim):

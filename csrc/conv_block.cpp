@@ -1,0 +1,290 @@
+// The fused producer of a feature: ReLU, batch normalisation, 2x2 max pool and the exit's global average, on a convolution's
+// output. One pass for the statistics, one that writes the feature; backward: one pass of reductions over the shared channels
+// only (the exit's gradient is one number per image and channel, so its sums need no pixels), one that writes grad_z.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+#include "instruction_set.h"
+
+namespace dfs_engine {
+
+namespace {
+
+struct Shape {
+  int64_t images, channels, height, width;
+  bool pool;
+
+  int64_t row() const { return width * channels; }
+  int64_t pixels() const { return height * width; }
+  int64_t out_height() const { return pool ? height / 2 : height; }
+  int64_t out_width() const { return pool ? width / 2 : width; }
+  int64_t out_pixels() const { return out_height() * out_width(); }
+};
+
+struct Affine {  // per channel; scale = gamma * inverse_std
+  const float *mean, *inverse_std, *scale, *beta;
+};
+
+template <typename T>
+struct Kernels {
+  void (*block_statistics)(const T*, int64_t, int64_t, double*, double*);
+  void (*normalise_rows[2])(const T*, const Shape&, const Affine&, int64_t, int64_t, T*, double*);
+  void (*reduce_rows[2])(
+      const T*, const T*, int64_t, const Shape&, const Affine&, int64_t, int64_t, double*, double*);
+  void (*gradient_rows[2])(
+      const T*, const T*, int64_t, const float*, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*);
+  void (*gradient_pixels)(
+      const T*, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*);
+};
+
+namespace baseline {
+constexpr int VL = 4;
+#include "vector.inc"
+#include "conv_block_kernels.inc"
+}  // namespace baseline
+
+#ifdef DFS_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int VL = 8;
+#include "vector.inc"
+#include "conv_block_kernels.inc"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+constexpr int VL = 16;
+#include "vector.inc"
+#include "conv_block_kernels.inc"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+template <typename T>
+const Kernels<T>& kernels() {
+#ifdef DFS_X86
+  switch (cpu_level()) {
+    case CpuLevel::avx512: return avx512::KernelsOf<T>::value;
+    case CpuLevel::avx2: return avx2::KernelsOf<T>::value;
+    case CpuLevel::baseline: break;
+  }
+#endif
+  return baseline::KernelsOf<T>::value;
+}
+
+// Output rows that one task works on: enough to amortise it, few enough to spread a small batch over the threads. Depends on
+// the shape alone, so that sums over tasks have one order.
+int64_t rows_per_task(const Shape& s) {
+  return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, s.out_width() * s.channels));
+}
+
+Shape shape_of(const at::Tensor& z, bool pool) { return {z.size(0), z.size(1), z.size(2), z.size(3), pool}; }
+
+// Calls work(task, image, first row, last row) for every task, in parallel; returns nothing. Tasks of an image are consecutive.
+template <typename Work>
+void for_each_task(const Shape& s, const Work& work) {
+  const int64_t rows = rows_per_task(s), per_image = (s.out_height() + rows - 1) / rows;
+  at::parallel_for(0, s.images * per_image, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % per_image * rows;
+      work(task, task / per_image, first, std::min(s.out_height(), first + rows));
+    }
+  });
+}
+
+int64_t num_tasks(const Shape& s) { return s.images * ((s.out_height() + rows_per_task(s) - 1) / rows_per_task(s)); }
+
+// Mean and biased variance per channel of relu(z), by Chan's pairwise update of block statistics in double.
+template <typename T>
+void statistics(const T* z, const Shape& s, std::vector<double>& mean, std::vector<double>& variance) {
+  const int64_t pixels = s.images * s.pixels(), channels = s.channels;
+  const int64_t per_block = std::max<int64_t>(16, 8192 / channels), blocks = (pixels + per_block - 1) / per_block;
+  std::vector<double> means(blocks * channels), deviations(blocks * channels);
+  at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * per_block, count = std::min(per_block, pixels - first);
+      kernels<T>().block_statistics(
+          z + first * channels, count, channels, &means[block * channels], &deviations[block * channels]);
+    }
+  });
+  mean.assign(channels, 0);
+  variance.assign(channels, 0);
+  double seen = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const double count = std::min(per_block, pixels - block * per_block), total = seen + count;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = means[block * channels + c] - mean[c];
+      mean[c] += delta * count / total;
+      variance[c] += deviations[block * channels + c] + delta * delta * seen * count / total;
+    }
+    seen = total;
+  }
+  for (auto& value : variance) value /= seen;
+}
+
+// (feature, average, average of x_hat, mean, inverse_std, biased variance); the last five float.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_cpu(
+    const at::Tensor& z_any,
+    const at::Tensor& gamma,
+    const at::Tensor& beta,
+    const std::optional<at::Tensor>& running_mean,
+    const std::optional<at::Tensor>& running_var,
+    double eps,
+    bool pool) {
+  TORCH_CHECK(
+      z_any.scalar_type() == at::kFloat || z_any.scalar_type() == at::kBFloat16,
+      "conv_block: expected float32 or bfloat16, got ", z_any.scalar_type());
+  const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
+  const Shape s = shape_of(z, pool);
+  const auto options = z.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  auto feature = at::empty(
+      {s.images, s.channels, s.out_height(), s.out_width()}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
+  auto average_hat = at::empty({s.images, s.channels}, options);
+  auto mean = at::empty({s.channels}, options), inverse_std = at::empty({s.channels}, options);
+  auto variance = at::empty({s.channels}, options);
+  const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
+  const bool training = !running_mean.has_value();
+  if (!training) {
+    mean.copy_(*running_mean);
+    variance.copy_(*running_var);
+  }
+  if (z.numel() == 0) {
+    return {feature, average_hat, average_hat.clone(), mean.zero_(), inverse_std.zero_(), variance.zero_()};
+  }
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = z.const_data_ptr<T>();
+    if (training) {
+      std::vector<double> means, variances;
+      statistics(from, s, means, variances);
+      std::copy(means.begin(), means.end(), mean.mutable_data_ptr<float>());
+      std::copy(variances.begin(), variances.end(), variance.mutable_data_ptr<float>());
+      float* inverse = inverse_std.mutable_data_ptr<float>();
+      for (int64_t c = 0; c < s.channels; ++c) inverse[c] = static_cast<float>(1 / std::sqrt(variances[c] + eps));
+    } else {
+      inverse_std.copy_((variance + eps).rsqrt());
+    }
+    const auto scale = weight * inverse_std;
+    const Affine affine{mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
+                        shift.const_data_ptr<float>()};
+    std::vector<double> sums(num_tasks(s) * s.channels, 0);
+    T* to = feature.mutable_data_ptr<T>();
+    for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
+      kernels<T>().normalise_rows[pool](
+          from + image * s.pixels() * s.channels, s, affine, first, last, to + image * s.out_pixels() * s.channels,
+          &sums[task * s.channels]);
+    });
+    float* averages = average_hat.mutable_data_ptr<float>();
+    const int64_t per_image = num_tasks(s) / s.images;
+    for (int64_t n = 0; n < s.images; ++n) {
+      for (int64_t c = 0; c < s.channels; ++c) {
+        double total = 0;
+        for (int64_t task = 0; task < per_image; ++task) total += sums[(n * per_image + task) * s.channels + c];
+        averages[n * s.channels + c] = static_cast<float>(total / s.out_pixels());
+      }
+    }
+  };
+  z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
+  return {feature, (average_hat * weight + shift).to(z.scalar_type()), average_hat, mean, inverse_std, variance};
+}
+
+// (grad_z, grad_gamma, grad_beta). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit trains nothing.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
+    const at::Tensor& grad_shared_any,
+    const at::Tensor& grad_average_any,
+    const at::Tensor& z_any,
+    const at::Tensor& gamma,
+    const at::Tensor& beta,
+    const at::Tensor& average_hat,
+    const at::Tensor& mean,
+    const at::Tensor& inverse_std,
+    bool training,
+    bool pool) {
+  const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
+  const Shape s = shape_of(z, pool);
+  auto grad_z = at::empty_like(z, z.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
+  const auto grad_average = grad_average_any.to(at::kFloat).contiguous();
+  auto grad_beta = grad_average.sum(0), grad_gamma = (grad_average * average_hat).sum(0);
+  if (z.numel() == 0) {
+    return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type())};
+  }
+  const auto grad_shared = dense(grad_shared_any, z.scalar_type(), /*channels_last=*/true);
+  const int64_t shared = grad_shared.size(1);
+  const auto scale = weight * inverse_std;
+  const Affine affine{mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
+                      shift.const_data_ptr<float>()};
+  const auto exit = grad_average / static_cast<double>(s.out_pixels());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = z.const_data_ptr<T>();
+    const T* gradient = grad_shared.const_data_ptr<T>();
+    const int64_t image_size = s.pixels() * s.channels, gradient_size = s.out_pixels() * shared;
+    std::vector<double> sums(num_tasks(s) * shared, 0), products(num_tasks(s) * shared, 0);
+    for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
+      kernels<T>().reduce_rows[pool](
+          from + image * image_size, gradient + image * gradient_size, shared, s, affine, first, last, sums.data() + task * shared,
+          products.data() + task * shared);
+    });
+    float* to_beta = grad_beta.mutable_data_ptr<float>();
+    float* to_gamma = grad_gamma.mutable_data_ptr<float>();
+    for (int64_t c = 0; c < shared; ++c) {
+      double sum = 0, product = 0;
+      for (int64_t task = 0; task < num_tasks(s); ++task) {
+        sum += sums[task * shared + c];
+        product += products[task * shared + c];
+      }
+      to_beta[c] += static_cast<float>(sum);
+      to_gamma[c] += static_cast<float>(product);
+    }
+    // In eval mode the statistics are constants, and nothing flows through them.
+    const double count = static_cast<double>(s.images * s.pixels());
+    const auto offset = training ? grad_beta / count : at::zeros_like(grad_beta);
+    const auto slope = training ? grad_gamma / count : at::zeros_like(grad_gamma);
+    const float *constant = offset.template const_data_ptr<float>(), *factor = slope.template const_data_ptr<float>();
+    T* to = grad_z.mutable_data_ptr<T>();
+    for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {
+      kernels<T>().gradient_rows[pool](
+          from + image * image_size, gradient + image * gradient_size, shared, exit.const_data_ptr<float>() + image * s.channels,
+          s, affine, constant, factor, first, last, to + image * image_size);
+    });
+    if (pool && (s.height % 2 || s.width % 2)) {
+      at::parallel_for(0, s.images, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t image = begin; image < end; ++image) {
+          const T* source = from + image * image_size;
+          T* target = to + image * image_size;
+          if (s.height % 2) {
+            const int64_t last_row = (s.height - 1) * s.row();
+            kernels<T>().gradient_pixels(source + last_row, s, affine, constant, factor, s.width, s.channels, target + last_row);
+          }
+          if (s.width % 2) {
+            const int64_t last_column = (s.width - 1) * s.channels;
+            kernels<T>().gradient_pixels(
+                source + last_column, s, affine, constant, factor, s.height, s.row(), target + last_column);
+          }
+        }
+      });
+    }
+  };
+  z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
+  return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) {
+  m.impl("conv_block", conv_block_cpu);
+  m.impl("conv_block_backward", conv_block_backward_cpu);
+}
+
+}  // namespace dfs_engine

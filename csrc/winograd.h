@@ -1,0 +1,39 @@
+// 3x3, stride 1 convolutions by Winograd's F(4x4, 3x3): a quarter of the multiplications, in float.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <optional>
+#include <string>
+
+namespace dfs_engine {
+
+// Whether Winograd computes this convolution, and faster than oneDNN.
+bool winograd_applies(
+    at::ScalarType dtype,
+    int64_t in_channels,
+    int64_t out_channels,
+    at::IntArrayRef kernel_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups);
+
+// Convolution of a channels_last float input with weight (out, in, 3, 3) of any strides and a contiguous bias.
+// `flipped`: correlate with the weight turned by 180 degrees (the gradient of the input).
+at::Tensor winograd_conv2d(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef padding,
+    bool flipped);
+
+// Gradient (out, in, 3, 3) of the weight, from channels_last float tensors. The same for any number of threads.
+at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef padding);
+
+// Switches Winograd on or off for the process; returns what it was.
+bool set_winograd(bool enabled);
+
+// The instruction set in use: "avx512", "avx2" or "baseline".
+std::string instruction_set();
+
+}  // namespace dfs_engine
