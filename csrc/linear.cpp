@@ -3,7 +3,10 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "common.h"
+#include "gemm.h"
 
 namespace dfs_engine {
 
@@ -19,12 +22,25 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return result;
 }
 
+// Whether this project's product runs, rather than ATen's: float, and large enough to pay for packing.
+std::atomic<bool> own_gemm{true};
+
+bool uses_own(at::ScalarType dtype, int64_t rows, int64_t depth, int64_t columns) {
+  return own_gemm && dtype == at::kFloat && rows >= 32 && depth >= 32 && columns >= 16 && rows * depth * columns >= (1 << 20);
+}
+
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+  return uses_own(a.scalar_type(), a.size(0), a.size(1), b.size(1)) ? gemm(a, b) : a.mm(b);
+}
+
 at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const auto dtype = compute_dtype(input.scalar_type());
-  if (dtype == input.scalar_type()) {
-    return at::linear(input, weight, bias);
-  }
   const auto wide_bias = bias.has_value() ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
+  const auto rows = input.numel() / std::max<int64_t>(1, input.size(-1));
+  if (uses_own(dtype, rows, weight.size(1), weight.size(0))) {
+    const auto output = gemm(as_matrix(input, dtype), weight.to(dtype).t(), wide_bias);
+    return output.to(input.scalar_type()).view(with_last(input.sizes(), weight.size(0)));
+  }
   return at::linear(input.to(dtype), weight.to(dtype), wide_bias).to(input.scalar_type());
 }
 
@@ -39,7 +55,7 @@ at::Tensor linear_grad_input_cpu(const at::Tensor& grad_output, const at::Tensor
   const auto dtype = compute_dtype(grad_output.scalar_type());
   // The columns stay where they are: the GEMM takes their leading dimension.
   const auto columns = weight.narrow(1, start, stop - start).to(dtype);
-  return as_matrix(grad_output, dtype).mm(columns).to(grad_output.scalar_type()).view(sizes);
+  return product(as_matrix(grad_output, dtype), columns).to(grad_output.scalar_type()).view(sizes);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(const at::Tensor& grad_output, const at::Tensor& input, bool bias) {
@@ -52,11 +68,13 @@ std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(const at::Tensor& grad
   }
   const auto dtype = compute_dtype(grad_output.scalar_type());
   const auto rows = as_matrix(grad_output, dtype);
-  const auto grad_weight = rows.t().mm(as_matrix(input, dtype)).to(grad_output.scalar_type());
+  const auto grad_weight = product(rows.t(), as_matrix(input, dtype)).to(grad_output.scalar_type());
   return {grad_weight, bias ? column_sum(rows).to(grad_output.scalar_type()) : at::empty({0}, options)};
 }
 
 }  // namespace
+
+bool set_own_gemm(bool enabled) { return own_gemm.exchange(enabled); }
 
 TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) {
   m.impl("linear", linear_cpu);

@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "gemm.h"
 #include "winograd.h"
 
 namespace {
@@ -47,5 +48,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What the extension was built with.");
   m.def("instruction_set", &dfs_engine::instruction_set, "What the kernels run on here: avx512, avx2 or baseline.");
   m.def("set_winograd", &dfs_engine::set_winograd, "Switches Winograd convolutions on or off; returns what it was.");
+  m.def("set_own_gemm", &dfs_engine::set_own_gemm, "Switches the linear layers' own matrix product on or off; returns what it was.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
 }
