@@ -1,16 +1,18 @@
 """Training methods: how the exits' losses, and later their gradients, become one update. One file each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
-
+from dfs_engine.methods.byot import BYOT, ByotConfig, feature_widths
 from dfs_engine.methods.joint import Joint, exit_losses
+from dfs_engine.methods.method import Method
+from dfs_engine.models import MultiExitModel
 from dfs_engine.names import check_choice
 
-Method = Callable[[Sequence[Tensor], Tensor], Tensor]
-"""(logits of every exit, shallow to deep; target) -> the scalar that is minimised."""
-
-_METHODS: dict[str, Callable[[], Method]] = {"joint": Joint}
+_METHODS: dict[str, Callable[..., Method]] = {
+    "byot": lambda model, **options: BYOT(feature_widths(model), ByotConfig(**options)),
+    "joint": lambda model: Joint(),
+}
 
 
 def list_methods() -> list[str]:
@@ -18,13 +20,18 @@ def list_methods() -> list[str]:
     return sorted(_METHODS)
 
 
-def create_method(name: str) -> Method:
+def create_method(name: str, model: MultiExitModel, **options: Any) -> Method:
     """Builds a training method by name.
 
+    Args:
+        name: one of `list_methods()`.
+        model: what it will train, on the CPU.
+        options: the method's own, e.g. the fields of `ByotConfig`.
+
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known ones. TypeError: an option the method does not have.
     """
-    return _METHODS[check_choice("method", name, _METHODS)]()
+    return _METHODS[check_choice("method", name, _METHODS)](model, **options)
 
 
-__all__ = ["Joint", "Method", "create_method", "exit_losses", "list_methods"]
+__all__ = ["BYOT", "ByotConfig", "Joint", "Method", "create_method", "exit_losses", "feature_widths", "list_methods"]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfs_engine.methods.method import Method
+
 
 def exit_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """Mean cross entropy of each exit.
@@ -20,8 +22,8 @@ def exit_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(exit_logits, target) for exit_logits in logits])
 
 
-class Joint:
+class Joint(Method):
     """``loss = sum_k cross_entropy(logits[k], target)``."""
 
-    def __call__(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
+    def forward(self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         return exit_losses(logits, target).sum()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from dfs_engine.methods import Method
+from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.training.checkpoint import WEIGHTS_FILE
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
@@ -25,6 +25,12 @@ def build_model(config: ModelConfig, num_classes: int) -> MultiExitModel:
 def input_shape(config: ModelConfig) -> tuple[int, int, int]:
     """(C, H, W) of the images that the model was made for, found without making its weights."""
     return create_model(**vars(config), device="meta").input_shape
+
+
+def build_method(config: TrainConfig, model: MultiExitModel) -> Method:
+    """The method that `config` names, with the options in the config's section of the same name."""
+    section = getattr(config, config.method, None)
+    return create_method(config.method, model, **(vars(section) if section else {}))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
@@ -71,7 +77,8 @@ def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method
 def _has_unused_parameters(model: MultiExitModel, method: Method) -> bool:
     """Whether a training step leaves some parameter without a gradient (beta 0 and 1 can)."""
     probe = copy.deepcopy(model).eval()  # eval: a batch norm may not like so few values
-    method(probe(torch.zeros(2, *model.input_shape)), torch.zeros(2, dtype=torch.long)).backward()
+    logits, features = method.run(probe, torch.zeros(2, *model.input_shape))
+    copy.deepcopy(method)(logits, torch.zeros(2, dtype=torch.long), features).backward()
     return any(parameter.grad is None for parameter in probe.parameters())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dfs_engine.backend import BACKENDS
 from dfs_engine.data.config import DataConfig
-from dfs_engine.methods import list_methods
+from dfs_engine.methods import ByotConfig, list_methods
 from dfs_engine.models import VARIANTS, list_models
 from dfs_engine.names import check_choice
 from dfs_engine.partition import check_beta
@@ -103,7 +103,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer and its schedule."""
     method: str = "joint"
-    """Training method: joint (sum of all exits' cross entropies)."""
+    """Training method: joint (sum of all exits' cross entropies) or byot (the deepest exit also teaches the others)."""
+    byot: ByotConfig = field(default_factory=ByotConfig)
+    """Options of method byot."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 100

@@ -1,6 +1,7 @@
 """The training loop: one epoch after another, each ending in an evaluation, a report and a checkpoint."""
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -19,11 +20,18 @@ from tqdm import tqdm
 
 from dfs_engine.backend import select
 from dfs_engine.data import DataSplits, load_data
-from dfs_engine.methods import create_method, exit_losses
+from dfs_engine.methods import exit_losses
 from dfs_engine.models import MultiExitModel
 from dfs_engine.training import checkpoint, report
 from dfs_engine.training.batches import EpochBatches, eval_loader, train_loader
-from dfs_engine.training.build import build_model, build_optimizer, check_free, input_shape, train_accelerator
+from dfs_engine.training.build import (
+    build_method,
+    build_model,
+    build_optimizer,
+    check_free,
+    input_shape,
+    train_accelerator,
+)
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.schedules import Schedule
@@ -94,9 +102,9 @@ class Trainer:
         shape = input_shape(config.model) if model is None else model.input_shape
         self.data = data or load_data(config.data, input_shape=shape)
         self.raw_model = model or build_model(config.model, self.data.num_classes)
-        self.method = create_method(config.method)
+        self.raw_method = build_method(config, self.raw_model)
 
-        self.accelerator = train_accelerator(config, self.raw_model, self.method)
+        self.accelerator = train_accelerator(config, self.raw_model, self.raw_method)
         rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         self.run_dir = self._name_run_dir()
         loader_options: dict[str, Any] = {
@@ -115,9 +123,11 @@ class Trainer:
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
         if config.compile:
             self.raw_model.compile()  # in place: the state_dict's names stay
-        self.model, self.optimizer = self.accelerator.prepare(
-            self.raw_model, build_optimizer(self.raw_model, config.optim)
-        )
+        self.raw_method.to(self.accelerator.device)
+        trained = nn.ModuleList([self.raw_model, self.raw_method])
+        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, build_optimizer(trained, config.optim))
+        has_parameters = next(self.raw_method.parameters(), None) is not None  # then they are part of the checkpoint
+        self.method = self.accelerator.prepare(self.raw_method) if has_parameters else self.raw_method
         unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
         if unreached:
             logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
@@ -151,8 +161,8 @@ class Trainer:
     def train_step(self, images: Tensor, target: Tensor) -> Tensor:
         """One optimizer step; returns each exit's loss, (num_exits,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(images)
-        loss = self.method(logits, target)
+        logits, features = self.raw_method.run(self.model, images)
+        loss = self.method(logits, target, features)
         self.accelerator.backward(loss)
         losses = exit_losses([exit_logits.detach() for exit_logits in logits], target)
         self._check_finite(loss, losses)
@@ -214,7 +224,8 @@ class Trainer:
     def _check_finite(self, loss: Tensor, losses: Tensor) -> None:
         """Refuses the step, in every process at once, while the weights are still good."""
         finite = loss.detach().isfinite()
-        gradients = {name: p.grad for name, p in self.raw_model.named_parameters() if p.grad is not None}
+        parameters = itertools.chain(self.raw_model.named_parameters(), self.raw_method.named_parameters())
+        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         if self.config.precision != "fp16":  # whose loss scaling skips steps with infinite gradients by itself
             finite &= nn.utils.get_total_norm(gradients.values()).isfinite()
         if finite.item():
