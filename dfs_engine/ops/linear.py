@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dfs_engine import backend as backends
+from dfs_engine import calibration
 from dfs_engine import reference as oracle
 from dfs_engine.ops import _common
 
@@ -157,6 +158,8 @@ def partitioned_linear(
         _common.check_live(NAME, input, full, start, stop, -1)
         full = full.detach()
     kernels = backends.select(NAME, weight.device, weight.dtype, backend)
+    if kernels == "cpp" and not torch.compiler.is_compiling():
+        calibration.settle_linear()
     if kernels == "reference":
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
     if not reference:
