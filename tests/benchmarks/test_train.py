@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from dfs_engine.benchmarks import train
+from dfs_engine.benchmarks import train, train_step
 from dfs_engine.benchmarks.train import BenchTrainConfig
 from dfs_engine.benchmarks.train_report import Case
 
@@ -14,13 +14,13 @@ from dfs_engine.ops import conv2d
 @pytest.fixture
 def tiny(monkeypatch):
     """The real benchmark on a narrow VGG, so that a step takes milliseconds."""
-    create_model = train.create_model
-    monkeypatch.setattr(train, "create_model", lambda name, **options: create_model(name, width=8, **options))
+    create_model = train_step.create_model
+    monkeypatch.setattr(train_step, "create_model", lambda name, **options: create_model(name, width=8, **options))
 
     def run(**options):
         return train.run(
             BenchTrainConfig(
-                **{"batch_size": 4, "image_size": 16, "rounds": 2, "warmup": 1, "compile": "off", "progress": False}
+                **{"batch_size": "4", "image_size": 16, "rounds": 2, "warmup": 1, "compile": "off", "progress": False}
                 | {"dtypes": "fp32"}
                 | options
             )
@@ -33,7 +33,7 @@ def test_every_case_is_timed_equally_often_and_stays_in_the_table(tiny, tmp_path
     report = tiny(dtypes="fp32,bf16", output=str(tmp_path / "train.csv"))
     cases = {(row.dtype, *row.case) for row in report.rows}
     assert cases == {
-        (dtype, variant, layout, "off")
+        (dtype, variant, layout, "off", None if variant == "dense" else 0.5)
         for dtype in ("fp32", "bf16")
         for variant in ("dense", "detach", "split", "dfs")
         for layout in ("nchw", "channels_last")
@@ -62,8 +62,8 @@ def test_ceilings_follow_from_the_flops(tiny):
 
 def test_ratios_without_a_baseline_are_absent(tiny):
     report = tiny(variants="dfs", layouts="nchw", backend="aten")
-    assert report.ratios(report.rows[0]) == [None, None, None]
-    assert "| - | - | - |" in report.table()
+    assert report.ratios(report.rows[0]) == [None] * 4
+    assert "| - | - | - | - |" in report.table()
     assert report.rows[0].backend_used == "aten"
 
 
@@ -80,9 +80,41 @@ def test_nothing_is_timed_when_gradients_disagree(monkeypatch, tiny, dtype):
     monkeypatch.setattr(conv2d, "aten_grad_weight", broken)
     monkeypatch.setattr(train, "measure_phases", lambda *args, **kwargs: pytest.fail("was timed"))
     with pytest.raises(
-        RuntimeError, match=r"expected dfs/nchw/eager in .* gradient of blocks\.\d\.conv\.weight: .*Nothing was timed"
+        RuntimeError, match=r"expected dfs/nchw/eager/beta=0.5 in .* of blocks\.\d\.conv\.weight: .*Nothing was timed"
     ):
         tiny(backend="aten")
+
+
+def test_sweeps_compare_like_with_like(tiny):
+    report = tiny(batch_size="2,4", beta=".3,.7", variants="dense,byot,dfs", layouts="channels_last")
+    keys = [(row.shape[0], row.case.variant, row.case.beta) for row in report.rows]
+    assert keys == [
+        (batch, variant, beta)
+        for batch in (2, 4)
+        for variant, beta in (("dense", None), ("byot", None), ("dfs", 0.3), ("dfs", 0.7))
+    ]
+    last = report.rows[-1]
+    dense, byot = report.rows[4:6]
+    ratios = report.ratios(last)
+    assert ratios[0].median == dense.timings["step"].median / last.timings["step"].median
+    assert ratios[1] is None
+    assert ratios[3].median == byot.timings["step"].median / last.timings["step"].median
+    cases = {row["case"] for row in report.csv_rows()}
+    assert cases == {"channels_last", "beta=0.3/channels_last", "beta=0.7/channels_last"}
+
+
+def test_breakdown_covers_the_step_by_kind_of_kernel(tiny):
+    report = tiny(variants="dense,dfs", layouts="channels_last", breakdown=True, batch_size="16")
+    dense, dfs = (row.kernels for row in report.rows)
+    common = {"convolution forward", "producer forward", "producer backward", "linear + loss", "optimizer", "other"}
+    assert set(dense) == common | {"convolution grad_input + grad_weight"}
+    assert set(dfs) - {"convolution grad_input + grad_weight"} == common | {
+        "convolution grad_input",
+        "convolution grad_weight",
+    }
+    assert all(seconds > 0 for kernels in (dense, dfs) for seconds in kernels.values())
+    assert "| convolution grad_weight |" in report.table()
+    assert {row["op"] for row in report.csv_rows() if row["metric"] == "breakdown"} == set(dense) | set(dfs)
 
 
 def test_the_number_of_threads_is_restored(tiny):
@@ -93,8 +125,8 @@ def test_the_number_of_threads_is_restored(tiny):
 
 
 def test_a_step_moves_the_weights_and_results_do_not():
-    config = BenchTrainConfig(batch_size=2, image_size=16)
-    step = train._Bench(config).build(Case("dfs", "nchw", "off"), "fp32")
+    config = BenchTrainConfig(image_size=16)
+    step = train_step.StepBuilder(config, 2).build(Case("dfs", "nchw", "off", 0.5), "fp32")
     weight = step.parameters["blocks.0.conv.weight"]
     before = weight.detach().clone()
     step.results()
@@ -112,9 +144,11 @@ def test_a_step_moves_the_weights_and_results_do_not():
         ("compile", "yes", "expected one of off, on"),
         ("dtypes", "float", "expected one of fp64, fp32, bf16, fp16"),
         ("backend", "cp", "Did you mean 'cpp'"),
-        ("beta", 1.5, "beta: expected a number in"),
+        ("beta", "0.5,1.5", "beta: expected comma-separated numbers in"),
+        ("beta", "", "beta: expected comma-separated numbers in"),
         ("rounds", 0, "rounds: expected at least 1, got 0"),
-        ("batch_size", -1, "batch_size: expected at least 1"),
+        ("batch_size", "25,-1", "batch_size: expected comma-separated integers of at least 1"),
+        ("batch_size", "many", "batch_size: expected comma-separated integers"),
     ],
 )
 def test_bad_options(option, value, message):

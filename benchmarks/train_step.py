@@ -1,0 +1,192 @@
+"""Training steps to be timed: all from the same weights and data, and compared with each other before."""
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dfs_engine import backend as backends
+from dfs_engine.compare import DTYPES, TOLERANCES, Tolerance, compare
+from dfs_engine.evaluation.flops import FlopCount, count_flops
+from dfs_engine.methods import BYOT, Joint, Method, feature_widths
+from dfs_engine.models import MultiExitModel, create_model
+
+from .measure import Phases
+from .options import LAYOUTS
+from .train_report import Case
+
+if TYPE_CHECKING:
+    from .train import BenchTrainConfig
+
+# Variants that split nothing, so that beta means nothing to them; `byot` is BYOT's loss on `dense`.
+UNSPLIT = ("dense", "byot")
+_GATE_BATCH = 4
+# The table is for one op. In a network roundings add up, and flip some ReLUs and max pools, in stock PyTorch as here.
+_NOISE_MARGIN = 4
+
+
+class Step:
+    """One model's training step, cut into phases."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: Method,
+        images: Tensor,
+        target: Tensor,
+        *,
+        compiled: bool,
+        autocast: torch.dtype | None,
+        backend_used: str,
+    ) -> None:
+        self.images, self.target, self.method, self.backend_used = images, target, method, backend_used
+        trained = torch.nn.ModuleDict({"model": model, "method": method})
+        self.parameters = {name.removeprefix("model."): value for name, value in trained.named_parameters()}
+        self.model: Any = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.autocast = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
+        # The smallest learning rate that still is work: random labels must not drive the weights to infinity.
+        self.optimizer = torch.optim.SGD(
+            trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True
+        )
+        self.phases: Phases = {
+            "forward": self.forward, "loss": self.compute_loss, "backward": self.backward, "update": self.update,
+        }  # fmt: skip
+
+    def forward(self) -> None:
+        with self.autocast:
+            self.logits, self.features = self.method.run(self.model, self.images)
+
+    def compute_loss(self) -> None:
+        with self.autocast:
+            logits = [exit_logits.to(self.images.dtype) for exit_logits in self.logits]  # as trainers do, off bf16
+            self.loss = self.method(logits, self.target, self.features)
+
+    def backward(self) -> None:
+        self.loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self._drop()
+
+    def run(self) -> None:
+        for phase in self.phases.values():
+            phase()
+
+    def results(self) -> dict[str, Tensor]:
+        """Logits and gradients of one pass, in float64; leaves the weights as they are."""
+        self.forward()
+        self.compute_loss()
+        self.backward()
+        results = {f"logits of exit {index}": logits.detach().double() for index, logits in enumerate(self.logits)}
+        # A gradient that no exit reaches (beta = 0) is absent in one formulation and zero in another.
+        results |= {
+            f"gradient of {name}": torch.zeros_like(parameter, dtype=torch.float64)
+            if parameter.grad is None
+            else parameter.grad.double()
+            for name, parameter in self.parameters.items()
+        }
+        self._drop()
+        return results
+
+    def _drop(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        del self.logits, self.features, self.loss
+
+
+class StepBuilder:
+    """Builds steps of one batch size that start from the same weights and data, and checks that they agree."""
+
+    def __init__(self, config: "BenchTrainConfig", batch_size: int) -> None:
+        self.config, self.batch_size = config, batch_size
+        torch.manual_seed(config.seed)
+        model = self._model("dense", None)
+        channels, *size = model.input_shape
+        self.shape = (channels, *([config.image_size] * 2 if config.image_size else size))
+        self.weights = model.state_dict()
+        self.byot = BYOT(feature_widths(model)) if "byot" in config.variants else None
+        self.images = torch.randn(batch_size, *self.shape)
+        self.target = torch.randint(config.num_classes, (batch_size,))
+
+    def _model(self, variant: str, beta: float | None) -> MultiExitModel:
+        config = self.config
+        return create_model(
+            config.model,
+            num_classes=config.num_classes,
+            beta=0.5 if beta is None else beta,
+            variant="dense" if variant == "byot" else variant,
+            backend=config.backend,
+        )
+
+    def build(self, case: Case, dtype: str, batch_size: int | None = None) -> Step:
+        """The step of `case`; its first `batch_size` images, default all."""
+        torch_dtype, device = DTYPES[dtype], self.config.device
+        # As in mixed-precision training, parameters stay float32.
+        held = torch.float64 if dtype == "fp64" else torch.float32
+        model = self._model(case.variant, case.beta).train()
+        model.load_state_dict(self.weights)
+        model.to(device=device, dtype=held).to(memory_format=LAYOUTS[case.layout])
+        method = copy.deepcopy(self.byot) if case.variant == "byot" else None
+        images = self.images[:batch_size].to(device, held).to(memory_format=LAYOUTS[case.layout])
+        return Step(
+            model,
+            (method or Joint()).to(device=device, dtype=held),
+            images,
+            self.target[:batch_size].to(device),
+            compiled=case.compile == "on",
+            autocast=None if torch_dtype == held else torch_dtype,
+            backend_used=self._backend_used(torch_dtype) if case.variant == "dfs" else "stock",
+        )
+
+    def _backend_used(self, dtype: torch.dtype) -> str:
+        device = torch.device(self.config.device)
+        return "+".join(dict.fromkeys(backends.select(op, device, dtype, self.config.backend) for op in backends.OPS))
+
+    def count_flops(self, case: Case) -> FlopCount:
+        """Of the whole batch, counted on two images: all of it is proportional to the batch."""
+        model = self._model(case.variant, case.beta).to(self.config.device)
+        two = count_flops(model, self.shape, 2, device=self.config.device)
+        per_two = self.batch_size / 2
+        return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
+
+    def check_formulation(self, cases: Iterable[Case]) -> None:
+        """In float64, where rounding hides nothing, every variant computes what its plain formulation computes."""
+        batch_size = min(self.batch_size, _GATE_BATCH)
+        cases = dict.fromkeys(case._replace(compile="off") for case in cases)
+        expected = {truth: self.build(truth, "fp64", batch_size).results() for truth in map(_truth, cases)}
+        for case in cases:
+            results = self.build(case, "fp64", batch_size).results()
+            self._refuse_unless_close(case, "float64", results, expected[_truth(case)], TOLERANCES[torch.float64])
+
+    def check_kernels(self, dtype: str, steps: dict[Case, Step]) -> None:
+        """As they will be timed, they are about as near to float64 as the stock formulation is in that dtype."""
+        # In every layout, because stock kernels of one layout round otherwise than those of another.
+        layouts = dict.fromkeys(case.layout for case in steps)
+        for truth in dict.fromkeys(map(_truth, steps)):
+            expected = self.build(truth, "fp64").results()
+            noise = 0.0
+            for layout in layouts:
+                stock = self.build(truth._replace(layout=layout), dtype).results()
+                noise = max(noise, *(compare(name, stock[name], expected[name]).rms_ratio for name in expected))
+            bound = Tolerance(float("inf"), _NOISE_MARGIN * max(TOLERANCES[DTYPES[dtype]].rms_ratio, noise))
+            for case, step in steps.items():
+                if _truth(case) == truth:
+                    self._refuse_unless_close(case, dtype, step.results(), expected, bound)
+
+    @staticmethod
+    def _refuse_unless_close(
+        case: Case, dtype: str, results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance
+    ) -> None:
+        for name, reference in expected.items():
+            comparison = compare(name, results[name], reference, tolerance)
+            if not comparison.ok:
+                raise RuntimeError(
+                    f"bench train: expected {case} in {dtype} to compute what {_truth(case).variant} computes, got "
+                    f"{comparison}. Nothing was timed; run `dfs validate` to find the op."
+                )
+
+
+def _truth(case: Case) -> Case:
+    """The plain formulation on stock autograd that `case` must agree with."""
+    return Case(case.variant if case.variant in UNSPLIT else "detach", "nchw", "off", case.beta)
