@@ -74,7 +74,10 @@ def extension() -> dict[str, Any]:
 
 
 def say(reason: str) -> None:
-    print(f"dfs_engine: installing without the C++ extension: {reason}. The `aten` backend serves all ops.", file=sys.stderr)
+    print(
+        f"dfs_engine: installing without the C++ extension: {reason}. The `aten` backend serves all ops.",
+        file=sys.stderr,
+    )
 
 
 setup(packages=PACKAGES, package_dir=PACKAGE_DIR, **extension())

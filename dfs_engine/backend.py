@@ -1,7 +1,7 @@
 """Which backend serves which op on which device.
 
-`reference` is the oracle, `aten` the floor that everyone has, `cpp` and `triton` the kernels of this project. An explicit
-request works or raises; the automatic choice says once why a faster backend is missing.
+`reference` is the oracle, `aten` the floor that everyone has, `cpp` and `triton` the kernels of this project. An
+explicit request works or raises; the automatic choice says once why a faster backend is missing.
 """
 
 import contextlib

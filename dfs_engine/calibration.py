@@ -1,7 +1,7 @@
 """Which matrix product is the faster one on this machine: this project's or ATen's.
 
-ATen's `linear` goes to MKL, which may run at a third of an AMD CPU's peak; on other CPUs it may win. So it is measured, once per
-machine, in a few milliseconds, and the answer is kept in a file.
+ATen's `linear` goes to MKL, which may run at a third of an AMD CPU's peak; on other CPUs it may win. So it is measured,
+once per machine, in a few milliseconds, and the answer is kept in a file.
 """
 
 import functools
@@ -35,7 +35,7 @@ def cache_dir() -> Path:
 
 @functools.cache
 def settle_linear() -> bool:
-    """Sets the matrix product of the cpp backend's linear layers for this process; returns whether it is this project's."""
+    """Sets the matrix product of the cpp backend's linear layers for this process; returns whether it is ours."""
     from dfs_engine import _C
 
     ratio = _remembered()

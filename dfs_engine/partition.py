@@ -1,4 +1,4 @@
-"""Which channels of a feature the deeper path trains and which the exit trains (paper section 3.2, feature partitioning).
+"""Which channels of a feature the deeper path trains, and which the exit (paper section 3.2, feature partitioning).
 
 The only place that turns `beta` into channels.
 """
@@ -38,7 +38,9 @@ def check_beta(beta: float) -> float:
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise TypeError(f"beta: expected a number in [0, 1], got {beta!r} of type {type(beta).__name__}.")
     if math.isnan(beta) or not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta}. It is the share of channels that deeper exits train.")
+        raise ValueError(
+            f"beta: expected a number in [0, 1], got {beta}. It is the share of channels that deeper exits train."
+        )
     return float(beta)
 
 
@@ -66,8 +68,8 @@ class Partition:
     def exit_live(self, exit_gradient: str = "own", reference: bool = True) -> ChannelSlice:
         """The channels that the exit's gradient trains.
 
-        `"whole"` is the published routing of MSDNet and ViT: the exit trains all of f, except at beta = 1 where it trains
-        nothing, and except without referencing, where it sees only f-.
+        `"whole"` is the published routing of MSDNet and ViT: the exit trains all of f, except at beta = 1 where it
+        trains nothing, and except without referencing, where it sees only f-.
         """
         check_choice("exit_gradient", exit_gradient, EXIT_GRADIENTS)
         whole = exit_gradient == "whole" and reference and self.beta < 1
@@ -108,7 +110,7 @@ class _Partition(torch.autograd.Function):
         return full, feature.narrow(dim, 0, num_shared), feature.narrow(dim, exit_start, num_channels - exit_start)
 
     @staticmethod
-    def backward(ctx, _, grad_shared: Tensor, grad_exit: Tensor):  # type: ignore[override]
+    def backward(ctx, _, grad_shared: Tensor, grad_exit: Tensor):
         dim, num_shared = ctx.dim, ctx.num_shared
         num_own = ctx.shape[dim] - num_shared
         grad = torch.empty(ctx.shape, dtype=grad_exit.dtype, device=grad_exit.device, memory_format=ctx.memory_format)
@@ -120,7 +122,9 @@ class _Partition(torch.autograd.Function):
         return grad, None, None, None
 
 
-def partition(feature: Tensor, beta: float, *, dim: int = 1, exit_gradient: str = "own", reference: bool = True) -> PartitionedFeature:
+def partition(
+    feature: Tensor, beta: float, *, dim: int = 1, exit_gradient: str = "own", reference: bool = True
+) -> PartitionedFeature:
     """Splits the gradient of a feature between the deeper path and the exit; its values stay whole.
 
     Equivalent to: ``PartitionedFeature(f.detach(), f[:, :k], f[:, k:])`` with ``k = round(beta * f.size(1))``
@@ -130,7 +134,8 @@ def partition(feature: Tensor, beta: float, *, dim: int = 1, exit_gradient: str 
         beta: share of channels that the deeper path trains, in [0, 1].
         dim: 1 for images (N, C, H, W), -1 for tokens (N, T, C).
         exit_gradient: "own": the exit trains f- only; "whole": the exit trains all of f.
-        reference: whether the readers look at each other's part; decides only what "whole" means (see `Partition.exit_live`).
+        reference: whether the readers look at each other's part; decides only what "whole" means (see
+            `Partition.exit_live`).
     """
     parts = Partition(feature.size(dim), beta)
     return fork_gradient(feature, parts.num_shared, parts.exit_live(exit_gradient, reference).start, dim)

@@ -11,8 +11,8 @@ from torch import Tensor
 def live_slice(input: Tensor, start: int, stop: int, reference: bool, dim: int, full: Tensor | None = None) -> Tensor:
     """A feature with gradient in [start, stop) only; outside it reads as itself (referencing), or as zero.
 
-    Paper section 3.3: with referencing the reader sees its own part and sg(the other's). With `full`, `input` is the live
-    part alone and the rest is read from `full`.
+    Paper section 3.3: with referencing the reader sees its own part and sg(the other's). With `full`, `input` is the
+    live part alone and the rest is read from `full`.
     """
     data = input if full is None else full
     live = input.narrow(dim, start, stop - start) if full is None else input
@@ -38,7 +38,9 @@ def partitioned_conv2d(
     full: Tensor | None = None,
 ) -> Tensor:
     """See `dfs_engine.ops.partitioned_conv2d`."""
-    return F.conv2d(live_slice(input, start, stop, reference, -3, full), weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(
+        live_slice(input, start, stop, reference, -3, full), weight, bias, stride, padding, dilation, groups
+    )
 
 
 def partitioned_linear(

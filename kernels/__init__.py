@@ -1,1 +1,1 @@
-"""Triton kernels of dfs_engine, installed as `dfs_engine.kernels`. They know pointers and ranges, nothing of autograd."""
+"""Triton kernels of dfs_engine, installed as `dfs_engine.kernels`. They know pointers and ranges, not autograd."""

@@ -77,9 +77,7 @@ class BYOT(Method):
 
     def _feature_distance(self, features: Sequence[Tensor]) -> Tensor:
         *shallow, deepest = (_pooled(feature) for feature in features)
-        gaps = [
-            adapter(feature) - deepest.detach() for adapter, feature in zip(self.adapters, shallow, strict=True)
-        ]
+        gaps = [adapter(feature) - deepest.detach() for adapter, feature in zip(self.adapters, shallow, strict=True)]
         distances = [gap.square().sum() if self.config.squared else torch.linalg.vector_norm(gap) for gap in gaps]
         return torch.stack(distances).sum()
 

@@ -1,7 +1,7 @@
 """The contract of every multi-exit model."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -64,8 +64,8 @@ class MultiExitModel(nn.Module):
             return_features: also return what feature distillation needs.
 
         Returns:
-            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features f_k,
-            whole and with full gradient.
+            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features
+            f_k, whole and with full gradient.
         """
         if return_features:
             return self._forward_with_features(input)
@@ -73,7 +73,7 @@ class MultiExitModel(nn.Module):
         deeper: Reading = input
         last = self.num_exits - 1
         for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
-            deeper, reading = block.produce(deeper, self.fork, index == last)
+            deeper, reading = cast(Block, block).produce(deeper, self.fork, index == last)
             logits.append(exit(reading))
         return logits
 

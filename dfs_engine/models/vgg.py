@@ -1,6 +1,7 @@
 """VGG with an exit after every convolution, as in the paper's training-efficiency experiments (section 4.4).
 
-Block: conv3x3, ReLU, BatchNorm, and a 2x2 max pool at the end of a stage. The first convolution has a bias, the others none.
+Block: conv3x3, ReLU, BatchNorm, and a 2x2 max pool at the end of a stage. The first convolution has a bias, the others
+none.
 """
 
 from typing import Any

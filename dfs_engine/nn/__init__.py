@@ -1,7 +1,7 @@
 """Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
 
-from dfs_engine.nn.conv_block import produce_readings
 from dfs_engine.nn.conv2d import PartitionedConv2d
+from dfs_engine.nn.conv_block import produce_readings
 from dfs_engine.nn.exit_head import ExitHead
 from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.routing import VARIANTS, Fork, Reading, apply_layer, global_avg_pool

@@ -57,9 +57,19 @@ class PartitionedConv2d(nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
             padding = 0
-        options = {"start": self.start, "stop": self.stop, "reference": self.reference, "backend": self.backend}
-        geometry: Any = (self.stride, padding, self.dilation, self.groups)
-        return partitioned_conv2d(input, self.weight, self.bias, *geometry, **options)
+        return partitioned_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            padding,
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            start=self.start,
+            stop=self.stop,
+            reference=self.reference,
+            backend=self.backend,
+        )
 
     @classmethod
     def from_conv(
@@ -72,17 +82,26 @@ class PartitionedConv2d(nn.Conv2d):
         backend: str | None = None,
     ) -> "PartitionedConv2d":
         """The same layer, partitioned. Shares the Parameter objects, so that an optimizer keeps working."""
-        options: Any = {"start": start, "stop": stop, "reference": reference, "backend": backend, "device": "meta"}
-        return _share_parameters(conv, cls(*_constructor_arguments(conv), **options))
+        layer = cls(
+            **_constructor_arguments(conv),
+            start=start,
+            stop=stop,
+            reference=reference,
+            backend=backend,
+            device="meta",
+        )
+        return _share_parameters(conv, layer)
 
     def to_stock(self) -> nn.Conv2d:
         """The plain `nn.Conv2d` with the same Parameter objects."""
-        return _share_parameters(self, nn.Conv2d(*_constructor_arguments(self), device="meta"))
+        return _share_parameters(self, nn.Conv2d(**_constructor_arguments(self), device="meta"))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
 
 
-def _constructor_arguments(conv: nn.Conv2d) -> Any:
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return (conv.in_channels, conv.out_channels, *geometry, conv.bias is not None, conv.padding_mode)
+def _constructor_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    names = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    )  # fmt: skip
+    return {"bias": conv.bias is not None} | {name: getattr(conv, name) for name in names}

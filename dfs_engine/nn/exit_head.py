@@ -16,7 +16,9 @@ class ExitHead(nn.Module):
         bias: the published VGG exits have none.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, bias: bool = False, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, bias: bool = False, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
         self.linear = nn.Linear(in_channels, num_classes, bias, device=device, dtype=dtype)
 

@@ -13,7 +13,8 @@ class PartitionedLinear(nn.Linear):
 
     Same parameters, initialisation and state_dict keys as `nn.Linear`.
 
-    Equivalent to: ``nn.Linear`` on ``torch.cat([x[..., :start].detach(), x[..., start:stop], x[..., stop:].detach()], -1)``
+    Equivalent to: ``nn.Linear`` on
+    ``torch.cat([x[..., :start].detach(), x[..., start:stop], x[..., stop:].detach()], -1)``
 
     Args:
         in_features, out_features, bias, device, dtype: as `nn.Linear`.
@@ -42,8 +43,15 @@ class PartitionedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        options = {"start": self.start, "stop": self.stop, "reference": self.reference, "backend": self.backend}
-        return partitioned_linear(input, self.weight, self.bias, **options)
+        return partitioned_linear(
+            input,
+            self.weight,
+            self.bias,
+            start=self.start,
+            stop=self.stop,
+            reference=self.reference,
+            backend=self.backend,
+        )
 
     @classmethod
     def from_linear(
@@ -70,7 +78,9 @@ class PartitionedLinear(nn.Linear):
 
     def to_stock(self) -> nn.Linear:
         """The plain `nn.Linear` with the same Parameter objects."""
-        return _share_parameters(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+        return _share_parameters(
+            self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"

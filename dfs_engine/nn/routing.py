@@ -1,7 +1,8 @@
 """How a feature reaches its two readers, the deeper path and the exit, in each variant.
 
-A reader gets a plain tensor where stock autograd does the routing (`dense`, `detach`), else a `Reading`: the live part, which
-carries the gradient, beside what it may only look at. Layers are stock modules, so that all variants share one state_dict.
+A reader gets a plain tensor where stock autograd does the routing (`dense`, `detach`), else a `Reading`: the live part,
+which carries the gradient, beside what it may only look at. Layers are stock modules, so that all variants share one
+state_dict.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -33,10 +34,29 @@ class SlicedReading(NamedTuple):
 
     def conv2d(self, layer: nn.Conv2d) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return partitioned_conv2d(self.live, layer.weight, layer.bias, *geometry, **self._options(1))  # type: ignore[arg-type]
+        return partitioned_conv2d(
+            self.live,
+            layer.weight,
+            layer.bias,
+            *geometry,  # type: ignore[arg-type]
+            start=self.start,
+            stop=self.start + self.live.size(1),
+            reference=self.reference,
+            full=self.full,
+            backend=self.backend,
+        )
 
     def linear(self, layer: nn.Linear) -> Tensor:
-        return partitioned_linear(self.live, layer.weight, layer.bias, **self._options(-1))  # type: ignore[arg-type]
+        return partitioned_linear(
+            self.live,
+            layer.weight,
+            layer.bias,
+            start=self.start,
+            stop=self.start + self.live.size(-1),
+            reference=self.reference,
+            full=self.full,
+            backend=self.backend,
+        )
 
     def global_avg_pool(self) -> "SlicedReading":
         if self.live.dim() == 2:  # the producer has averaged it already
@@ -44,13 +64,9 @@ class SlicedReading(NamedTuple):
         live, full = live_mean(self.live, self.full, self.start)
         return self._replace(live=live, full=full)
 
-    def _options(self, dim: int) -> dict[str, object]:
-        stop = self.start + self.live.size(dim)
-        return {"start": self.start, "stop": stop, "reference": self.reference, "full": self.full, "backend": self.backend}
-
 
 class TwoCallReading(NamedTuple):
-    """What a reader sees in the `split` variant: the published VGG's two stock calls, one on the live part, one on the rest.
+    """What a reader sees in the `split` variant: the published VGG's two stock calls, on the live part and on the rest.
 
     Attributes:
         live: channels of the slice, with gradient. rest: the others, detached; None without referencing.
@@ -63,7 +79,9 @@ class TwoCallReading(NamedTuple):
     def conv2d(self, layer: nn.Conv2d) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         if layer.groups != 1:
-            raise ValueError(f"variant split: expected convolutions with groups=1, got groups={layer.groups}. Use variant='detach'.")
+            raise ValueError(
+                f"variant split: expected convolutions with groups=1, got groups={layer.groups}. Use variant='detach'."
+            )
         columns = self.columns.of(layer.weight, 1)
         output = F.conv2d(self.live, columns, layer.bias, *geometry)  # type: ignore[arg-type]
         if self.rest is None:
@@ -159,9 +177,12 @@ class Fork(nn.Module):
             return live_slice(feature, *columns, self.reference, self.dim)
         live, rest = columns.of(feature, self.dim), None
         if self.reference:
-            others = ChannelSlice(columns.stop, feature.size(self.dim)) if columns.start == 0 else ChannelSlice(0, columns.start)
+            num_channels = feature.size(self.dim)
+            others = ChannelSlice(columns.stop, num_channels) if columns.start == 0 else ChannelSlice(0, columns.start)
             rest = others.of(feature, self.dim).detach()
         return TwoCallReading(live, rest, columns)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, variant={self.variant}, reference={self.reference}, exit_gradient={self.exit_gradient}"
+        return (
+            f"beta={self.beta}, variant={self.variant}, reference={self.reference}, exit_gradient={self.exit_gradient}"
+        )

@@ -30,17 +30,20 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: expected a Tensor, got {name}={tensor!r} of type {type(tensor).__name__}.")
         if not tensor.is_floating_point():
             raise TypeError(
-                f"{op}: expected a floating-point tensor, got {name} of dtype {tensor.dtype}. Convert it, e.g. `{name}.float()`."
+                f"{op}: expected a floating-point tensor, got {name} of dtype {tensor.dtype}. "
+                f"Convert it, e.g. `{name}.float()`."
             )
         if first is None:
             first, device, dtype = name, tensor.device, tensor.dtype
         elif tensor.device != device:
             raise ValueError(
-                f"{op}: expected all tensors on one device, got {first} on {device} and {name} on {tensor.device}. Move one of them."
+                f"{op}: expected all tensors on one device, got {first} on {device} and {name} on {tensor.device}. "
+                "Move one of them."
             )
         elif tensor.dtype != dtype:
             raise TypeError(
-                f"{op}: expected tensors of one dtype, got {first}={dtype} and {name}={tensor.dtype}. Convert one, or use torch.autocast."
+                f"{op}: expected tensors of one dtype, got {first}={dtype} and {name}={tensor.dtype}. "
+                "Convert one, or use torch.autocast."
             )
 
 
@@ -69,13 +72,13 @@ def check_live(op: str, input: Tensor, full: Tensor, start: int, stop: int, dim:
     expected[dim] = stop - start
     if list(input.shape) != expected:
         raise ValueError(
-            f"{op}: expected input to be the live part of full, of shape {tuple(expected)}, got input of shape {tuple(input.shape)}. "
-            f"Without `full`, input is the whole feature."
+            f"{op}: expected input to be the live part of full, of shape {tuple(expected)}, "
+            f"got input of shape {tuple(input.shape)}. Without `full`, input is the whole feature."
         )
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts what autocast would cast for a convolution or a linear, differentiably, in the dtype in force for the device.
+    """Casts what autocast would cast for a convolution or a linear, differentiably, to the device's dtype in force.
 
     `register_autocast` knows one fixed dtype, and a Function's body would be cast or not depending on what it calls.
     """

@@ -1,6 +1,6 @@
-"""2-D convolution that trains through a slice of its input channels (DESIGN section 2: "deeper path" and "exit" rows)."""
+"""2-D convolution that trains through a slice of its input channels (DESIGN section 2, "deeper path" and "exit")."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ _common.LIBRARY.define(
     f"{_GEOMETRY}, SymInt start, SymInt stop, bool channels_last) -> Tensor"
 )
 _common.LIBRARY.define(
-    f"conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {_GEOMETRY}, bool bias) -> (Tensor, Tensor)"
+    "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, "
+    f"{_GEOMETRY}, bool bias) -> (Tensor, Tensor)"
 )
 
 
@@ -36,7 +37,9 @@ def _fake_grad_input(
     )
 
 
-def _fake_grad_weight(grad_output, input, weight_size, stride, padding, dilation, groups, bias) -> tuple[Tensor, Tensor]:
+def _fake_grad_weight(
+    grad_output, input, weight_size, stride, padding, dilation, groups, bias
+) -> tuple[Tensor, Tensor]:
     return grad_output.new_empty(weight_size), grad_output.new_empty(weight_size[0] if bias else 0)
 
 
@@ -57,7 +60,18 @@ def _flops_forward(input_shape, weight_shape, *args, out_shape=None, **kwargs) -
 
 @register_flop_formula(torch.ops.dfs_engine.conv2d_grad_input)
 def _flops_grad_input(
-    grad_output_shape, weight_shape, input_size, stride, padding, dilation, groups, start, stop, *args, out_shape=None, **kwargs
+    grad_output_shape,
+    weight_shape,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    start,
+    stop,
+    *args,
+    out_shape=None,
+    **kwargs,
 ) -> int:
     return _conv_flops(grad_output_shape, weight_shape, stop - start if groups == 1 else weight_shape[1])
 
@@ -112,7 +126,7 @@ def aten_grad_weight(
     groups: int,
     bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The `aten` backend of `dfs_engine::conv2d_grad_weight`: weight_size and (out,), the latter empty without `bias`."""
+    """The `aten` backend of `dfs_engine::conv2d_grad_weight`: weight_size and (out,), which is empty without `bias`."""
     template = grad_output.new_empty(weight_size)
     mask = [False, True, False]
     _, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -163,7 +177,7 @@ class _PartitionedConv2d(torch.autograd.Function):
             return compute(data, weight, bias, *geometry)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
+    def backward(ctx, grad_output: Tensor):
         input, full, weight = ctx.saved_tensors
         needs_input, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         kernels = ctx.kernels
@@ -179,8 +193,9 @@ class _PartitionedConv2d(torch.autograd.Function):
                 compute = aten_grad_input if is_aten else torch.ops.dfs_engine.conv2d_grad_input
                 grad_input = _grad_input(compute, ctx, grad_output, weight)
             if needs_weight:
-                compute = aten_grad_weight if is_aten else torch.ops.dfs_engine.conv2d_grad_weight
-                grad_weight, grad_bias = compute(grad_output, data, weight.shape, *ctx.geometry, needs_bias)
+                reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.conv2d_grad_weight
+                geometry: Any = (*ctx.geometry, needs_bias)
+                grad_weight, grad_bias = reduce(grad_output, data, weight.shape, *geometry)
             elif needs_bias:
                 grad_bias = grad_output.sum((0, 2, 3))
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None, None
@@ -211,7 +226,7 @@ def _pair(name: str, value: int | tuple[int, int]) -> Pair:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{NAME}: expected an integer or two, got {name}={value!r}.")
-    return pair  # type: ignore[return-value]
+    return pair
 
 
 def partitioned_conv2d(
@@ -231,16 +246,18 @@ def partitioned_conv2d(
 ) -> Tensor:
     """2-D convolution whose backward computes grad_input only for channels [start, stop).
 
-    Equivalent to: ``F.conv2d(torch.cat([x[:, :start].detach(), x[:, start:stop], x[:, stop:].detach()], 1), weight, bias, ...)``
+    Equivalent to: ``F.conv2d(y, weight, bias, ...)`` with
+    ``y = torch.cat([x[:, :start].detach(), x[:, start:stop], x[:, stop:].detach()], 1)``
 
     Args:
-        input: (N, in_channels, H, W), or unbatched (in_channels, H, W); or, with `full`, its live part of stop - start channels.
+        input: (N, in_channels, H, W), or unbatched (in_channels, H, W); or, with `full`, its live part of stop - start
+            channels.
         weight: (out_channels, in_channels / groups, kH, kW).
         bias: (out_channels,).
         stride, padding, dilation, groups: as `F.conv2d`, padding in pixels.
         start, stop: half-open channel range, 0 <= start <= stop <= in_channels.
-        reference: True: channels outside the slice are read, without gradient (the paper's feature referencing). False: they
-            read as zero, so forward, grad_input and grad_weight all shrink to the slice.
+        reference: True: channels outside the slice are read, without gradient (the paper's feature referencing). False:
+            they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (N, in_channels, H, W), the data of all channels; never receives gradient. Then grad_input is narrow,
             (N, stop - start, H, W), and nothing is zero-filled.
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
@@ -248,8 +265,8 @@ def partitioned_conv2d(
     Returns:
         (N, out_channels, H', W'), dtype of input (of autocast, where that is on).
 
-    Backward: grad_input is exactly 0 outside the slice, every element written; grad_weight and grad_bias are full (columns
-    outside the slice exactly 0 with reference=False). Saves input only if weight needs a gradient.
+    Backward: grad_input is exactly 0 outside the slice, every element written; grad_weight and grad_bias are full
+    (columns outside the slice exactly 0 with reference=False). Saves input only if weight needs a gradient.
     Cost of grad_input: (stop - start) / in_channels of the stock one's.
 
     Raises:
@@ -260,16 +277,27 @@ def partitioned_conv2d(
     _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
     data = input if full is None else full
     if data.dim() == 3:
-        batched = None if full is None else full.unsqueeze(0)
-        options = {"start": start, "stop": stop, "reference": reference, "full": batched, "backend": backend}
-        return partitioned_conv2d(
-            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, **options
-        ).squeeze(0)
+        output = partitioned_conv2d(
+            input.unsqueeze(0),
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            start=start,
+            stop=stop,
+            reference=reference,
+            full=None if full is None else full.unsqueeze(0),
+            backend=backend,
+        )
+        return output.squeeze(0)
     geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
     if data.dim() != 4 or weight.dim() != 4 or data.size(1) != weight.size(1) * groups:
         raise ValueError(
             f"{NAME}: expected input (N, in_channels, H, W) and weight (out_channels, in_channels / groups, kH, kW), "
-            f"got {'input' if full is None else 'full'} {tuple(data.shape)}, weight {tuple(weight.shape)}, groups={groups}."
+            f"got {'input' if full is None else 'full'} {tuple(data.shape)}, weight {tuple(weight.shape)}, "
+            f"groups={groups}."
         )
     _common.check_slice(NAME, start, stop, data.size(1), "in_channels")
     if full is not None:
@@ -278,8 +306,9 @@ def partitioned_conv2d(
     kernels = backends.select(NAME, weight.device, weight.dtype, backend)
     reads_nothing = start == stop and not reference  # not worth a fast path
     if kernels == "reference" or reads_nothing:
-        options = {"start": start, "stop": stop, "reference": reference, "full": full}
-        return oracle.partitioned_conv2d(input, weight, bias, *geometry, **options)
+        return oracle.partitioned_conv2d(
+            input, weight, bias, *geometry, start=start, stop=stop, reference=reference, full=full
+        )
     if reference:
         return _PartitionedConv2d.apply(input, full, weight, bias, geometry, start, stop, kernels)
     live = input.narrow(1, start, stop - start) if full is None else input
@@ -287,7 +316,13 @@ def partitioned_conv2d(
 
 
 def _sliced_conv2d(
-    live: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair, int], start: int, stop: int, kernels: str
+    live: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Pair, Pair, Pair, int],
+    start: int,
+    stop: int,
+    kernels: str,
 ) -> Tensor:
     """Without referencing: the convolution of the live channels alone, everything else reading as zero."""
     stride, padding, dilation, groups = geometry

@@ -72,7 +72,16 @@ class _PartitionedLinear(torch.autograd.Function):
     """Forward on all features; grad_input on [start, stop) only."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, full: Tensor | None, weight: Tensor, bias: Tensor | None, start: int, stop: int, kernels: str):
+    def forward(
+        ctx,
+        input: Tensor,
+        full: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        start: int,
+        stop: int,
+        kernels: str,
+    ):
         ctx.start, ctx.stop, ctx.kernels, ctx.is_plain = start, stop, kernels, full is None
         ctx.in_features = weight.size(1)
         keeps_input = ctx.needs_input_grad[2]
@@ -82,7 +91,7 @@ class _PartitionedLinear(torch.autograd.Function):
             return compute(input if full is None else full, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
+    def backward(ctx, grad_output: Tensor):
         input, full, weight = ctx.saved_tensors
         start, stop = ctx.start, ctx.stop
         needs_input, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -101,8 +110,8 @@ class _PartitionedLinear(torch.autograd.Function):
                 if ctx.is_plain:
                     grad_input = F.pad(grad_input, (start, ctx.in_features - stop))
             if needs_weight:
-                compute = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight
-                grad_weight, grad_bias = compute(grad_output, data, needs_bias)
+                reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight
+                grad_weight, grad_bias = reduce(grad_output, data, needs_bias)
             elif needs_bias:
                 grad_bias = _matrix(grad_output).sum(0)
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None
@@ -121,15 +130,16 @@ def partitioned_linear(
 ) -> Tensor:
     """Linear layer whose backward computes grad_input only for features [start, stop).
 
-    Equivalent to: ``F.linear(torch.cat([x[..., :start].detach(), x[..., start:stop], x[..., stop:].detach()], -1), weight, bias)``
+    Equivalent to: ``F.linear(y, weight, bias)`` with
+    ``y = torch.cat([x[..., :start].detach(), x[..., start:stop], x[..., stop:].detach()], -1)``
 
     Args:
         input: (..., in_features); or, with `full`, its live part (..., stop - start).
         weight: (out_features, in_features).
         bias: (out_features,).
         start, stop: half-open feature range, 0 <= start <= stop <= in_features.
-        reference: True: features outside the slice are read, without gradient (the paper's feature referencing). False: they
-            read as zero, so forward, grad_input and grad_weight all shrink to the slice.
+        reference: True: features outside the slice are read, without gradient (the paper's feature referencing). False:
+            they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (..., in_features), the data of all features; never receives gradient. Then grad_input is narrow,
             (..., stop - start), and nothing is zero-filled.
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
@@ -137,8 +147,8 @@ def partitioned_linear(
     Returns:
         (..., out_features), dtype of input (of autocast, where that is on).
 
-    Backward: grad_input is exactly 0 outside the slice, every element written; grad_weight and grad_bias are full (columns
-    outside the slice exactly 0 with reference=False). Saves input only if weight needs a gradient.
+    Backward: grad_input is exactly 0 outside the slice, every element written; grad_weight and grad_bias are full
+    (columns outside the slice exactly 0 with reference=False). Saves input only if weight needs a gradient.
     Cost of grad_input: 2 * rows * out_features * (stop - start) FLOPs instead of 2 * rows * out_features * in_features.
 
     Raises:

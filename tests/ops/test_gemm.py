@@ -32,7 +32,9 @@ def test_matches_float64(own_gemm, shape, bias):
     grad = torch.rand(outputs, rows).t()
     start, stop = inputs // 3, inputs - 1
     double = None if shift is None else shift.double()
-    assert_close("output", ops.linear(x, weight, shift), torch.nn.functional.linear(x.double(), weight.double(), double))
+    assert_close(
+        "output", ops.linear(x, weight, shift), torch.nn.functional.linear(x.double(), weight.double(), double)
+    )
     expected = grad.double() @ weight.double()[:, start:stop]
     assert_close("grad_input", ops.linear_grad_input(grad, weight, start, stop), expected)
     grad_weight, grad_bias = ops.linear_grad_weight(grad, x, bias)
