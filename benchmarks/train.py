@@ -9,10 +9,9 @@ import torch._dynamo
 from tqdm import tqdm
 
 from dfs_engine import backend as backends
-from dfs_engine.choices import split_choices
 from dfs_engine.compare import DTYPES
 from dfs_engine.models import VARIANTS, list_models
-from dfs_engine.names import check_choice
+from dfs_engine.names import check_choice, split_choices
 
 from .breakdown import profile_step
 from .measure import append_csv, environment, measure_phases, peak_memory

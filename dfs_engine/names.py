@@ -1,4 +1,4 @@
-"""Checks of a name against the names that exist."""
+"""Checks of names against those that exist: how a configuration and a command line say "this" or "these of those"."""
 
 import difflib
 from collections.abc import Iterable
@@ -16,3 +16,16 @@ def check_choice(argument: str, value: object, valid: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(value), names, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {value!r}.{hint}")
+
+
+def split_choices(argument: str, value: str, valid: Iterable[str]) -> list[str]:
+    """The names in `value`, in order, without repeats.
+
+    Raises:
+        ValueError: an empty list, or a name that is not one of `valid` (which the message lists).
+    """
+    names = list(valid)
+    chosen = [check_choice(argument, name.strip(), names) for name in value.split(",") if name.strip()]
+    if not chosen:
+        raise ValueError(f"{argument}: expected a comma-separated list of {', '.join(names)}, got {value!r}.")
+    return list(dict.fromkeys(chosen))

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from dfs_engine import backend as backends
 from dfs_engine import ops, reference
-from dfs_engine.choices import split_choices
 from dfs_engine.compare import DTYPES, EXACT, TOLERANCES, Comparison, Tolerance, compare
-from dfs_engine.names import check_choice
+from dfs_engine.names import check_choice, split_choices
 from dfs_engine.partition import ChannelSlice, Partition
 from dfs_engine.validate_problems import PROBLEMS, Problem
 
