@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dfs_engine.doctor import cpu_model, num_cores, version_of
+from dfs_engine.doctor import version_of
+from dfs_engine.machine import cpu_model, num_cores
 
 CSV_COLUMNS = (
     "timestamp_utc", "git_sha", "dirty", "suite", "case", "model", "op", "mode", "variant", "backend_used",

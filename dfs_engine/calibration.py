@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dfs_engine.machine import cpu_model
 
 logger = logging.getLogger(__name__)
 
@@ -80,21 +81,11 @@ def _key() -> dict[str, Any]:
 
     return {
         "version": _VERSION,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "instruction_set": _C.instruction_set(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _file() -> Path:

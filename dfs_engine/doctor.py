@@ -4,12 +4,12 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfs_engine import backend
+from dfs_engine.machine import cpu_model, num_cores
 
 PACKAGES = (
     "dfs_engine", "torch", "triton", "numpy", "torchvision", "timm", "transformers", "accelerate", "jsonargparse",
@@ -22,21 +22,6 @@ ENVIRONMENT_VARIABLES = {
     "DFS_NATIVE": "1 at install time: compile for this machine's CPU only (-march=native)",
     "DEBUG": "1 at install time: compile the extension with -O0 -g",
 }
-
-
-def cpu_model() -> str:
-    """The CPU's marketing name where the system tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def num_cores() -> int:
-    """Cores that this process may run on: fewer than the machine's inside a container or under taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version_of(package: str) -> str | None:
