@@ -1,4 +1,4 @@
-// The fused producer of a feature: ReLU, batch normalisation, 2x2 max pool and the exit's global average, on a convolution's
+// The fused producer of a feature: ReLU and batch normalisation in either order, 2x2 max pool and the exit's global average, on a convolution's
 // output. One pass for the statistics, one that writes the feature; backward: one pass of reductions over the shared channels
 // only (the exit's gradient is one number per image and channel, so its sums need no pixels), one that writes grad_z.
 
@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common.h"
@@ -71,15 +72,15 @@ constexpr int VL = 16;
 #endif
 
 template <typename T>
-const Kernels<T>& kernels() {
+const Kernels<T>& kernels(bool relu_first) {
 #ifdef DFS_X86
   switch (cpu_level()) {
-    case CpuLevel::avx512: return avx512::KernelsOf<T>::value;
-    case CpuLevel::avx2: return avx2::KernelsOf<T>::value;
+    case CpuLevel::avx512: return relu_first ? avx512::KernelsOf<T, true>::value : avx512::KernelsOf<T, false>::value;
+    case CpuLevel::avx2: return relu_first ? avx2::KernelsOf<T, true>::value : avx2::KernelsOf<T, false>::value;
     case CpuLevel::baseline: break;
   }
 #endif
-  return baseline::KernelsOf<T>::value;
+  return relu_first ? baseline::KernelsOf<T, true>::value : baseline::KernelsOf<T, false>::value;
 }
 
 // Output rows that one task works on: enough to amortise it, few enough to spread a small batch over the threads. Depends on
@@ -104,16 +105,16 @@ void for_each_task(const Shape& s, const Work& work) {
 
 int64_t num_tasks(const Shape& s) { return s.images * ((s.out_height() + rows_per_task(s) - 1) / rows_per_task(s)); }
 
-// Mean and biased variance per channel of relu(z), by Chan's pairwise update of block statistics in double.
+// Mean and biased variance per channel of what is normalised, by Chan's pairwise update of block statistics in double.
 template <typename T>
-void statistics(const T* z, const Shape& s, std::vector<double>& mean, std::vector<double>& variance) {
+void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<double>& mean, std::vector<double>& variance) {
   const int64_t pixels = s.images * s.pixels(), channels = s.channels;
   const int64_t per_block = std::max<int64_t>(16, 8192 / channels), blocks = (pixels + per_block - 1) / per_block;
   std::vector<double> means(blocks * channels), deviations(blocks * channels);
   at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * per_block, count = std::min(per_block, pixels - first);
-      kernels<T>().block_statistics(
+      k.block_statistics(
           z + first * channels, count, channels, &means[block * channels], &deviations[block * channels]);
     }
   });
@@ -132,15 +133,17 @@ void statistics(const T* z, const Shape& s, std::vector<double>& mean, std::vect
   for (auto& value : variance) value /= seen;
 }
 
-// (feature, average, average of x_hat, mean, inverse_std, biased variance); the last five float.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_cpu(
+// (feature, average, average of x_hat over the pixels, mean, inverse_std, biased variance, share of the pixels that averages count);
+// the last five float. ReLU last: only the pixels that it let through count, in both averages.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_cpu(
     const at::Tensor& z_any,
     const at::Tensor& gamma,
     const at::Tensor& beta,
     const std::optional<at::Tensor>& running_mean,
     const std::optional<at::Tensor>& running_var,
     double eps,
-    bool pool) {
+    bool pool,
+    bool relu_first) {
   TORCH_CHECK(
       z_any.scalar_type() == at::kFloat || z_any.scalar_type() == at::kBFloat16,
       "conv_block: expected float32 or bfloat16, got ", z_any.scalar_type());
@@ -149,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto options = z.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   auto feature = at::empty(
       {s.images, s.channels, s.out_height(), s.out_width()}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
-  auto average_hat = at::empty({s.images, s.channels}, options);
+  auto average_hat = at::empty({s.images, s.channels}, options), passed = at::empty({s.images, s.channels}, options);
   auto mean = at::empty({s.channels}, options), inverse_std = at::empty({s.channels}, options);
   auto variance = at::empty({s.channels}, options);
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
@@ -159,14 +162,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     variance.copy_(*running_var);
   }
   if (z.numel() == 0) {
-    return {feature, average_hat, average_hat.clone(), mean.zero_(), inverse_std.zero_(), variance.zero_()};
+    return {feature, average_hat, average_hat.clone(), mean.zero_(), inverse_std.zero_(), variance.zero_(), passed};
   }
   const auto run = [&](auto zero) {
     using T = decltype(zero);
+    const auto& k = kernels<T>(relu_first);
     const T* from = z.const_data_ptr<T>();
     if (training) {
       std::vector<double> means, variances;
-      statistics(from, s, means, variances);
+      statistics(k, from, s, means, variances);
       std::copy(means.begin(), means.end(), mean.mutable_data_ptr<float>());
       std::copy(variances.begin(), variances.end(), variance.mutable_data_ptr<float>());
       float* inverse = inverse_std.mutable_data_ptr<float>();
@@ -177,25 +181,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const auto scale = weight * inverse_std;
     const Affine affine{mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
                         shift.const_data_ptr<float>()};
-    std::vector<double> sums(num_tasks(s) * s.channels, 0);
+    std::vector<double> sums(num_tasks(s) * 2 * s.channels, 0);
     T* to = feature.mutable_data_ptr<T>();
     for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
-      kernels<T>().normalise_rows[pool](
+      k.normalise_rows[pool](
           from + image * s.pixels() * s.channels, s, affine, first, last, to + image * s.out_pixels() * s.channels,
-          &sums[task * s.channels]);
+          &sums[task * 2 * s.channels]);
     });
-    float* averages = average_hat.mutable_data_ptr<float>();
+    float *averages = average_hat.mutable_data_ptr<float>(), *shares = passed.mutable_data_ptr<float>();
     const int64_t per_image = num_tasks(s) / s.images;
     for (int64_t n = 0; n < s.images; ++n) {
       for (int64_t c = 0; c < s.channels; ++c) {
-        double total = 0;
-        for (int64_t task = 0; task < per_image; ++task) total += sums[(n * per_image + task) * s.channels + c];
+        double total = 0, count = 0;
+        for (int64_t task = 0; task < per_image; ++task) {
+          const double* of_task = &sums[(n * per_image + task) * 2 * s.channels];
+          total += of_task[c];
+          count += of_task[s.channels + c];
+        }
         averages[n * s.channels + c] = static_cast<float>(total / s.out_pixels());
+        shares[n * s.channels + c] = static_cast<float>(count / s.out_pixels());
       }
     }
   };
   z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
-  return {feature, (average_hat * weight + shift).to(z.scalar_type()), average_hat, mean, inverse_std, variance};
+  const auto average = (average_hat * weight + passed * shift).to(z.scalar_type());
+  return {feature, average, average_hat, mean, inverse_std, variance, passed};
 }
 
 // (grad_z, grad_gamma, grad_beta). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit trains nothing.
@@ -208,14 +218,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     const at::Tensor& average_hat,
     const at::Tensor& mean,
     const at::Tensor& inverse_std,
+    const at::Tensor& passed,
     bool training,
-    bool pool) {
+    bool pool,
+    bool relu_first) {
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const Shape s = shape_of(z, pool);
   auto grad_z = at::empty_like(z, z.options().memory_format(at::MemoryFormat::ChannelsLast));
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
   const auto grad_average = grad_average_any.to(at::kFloat).contiguous();
-  auto grad_beta = grad_average.sum(0), grad_gamma = (grad_average * average_hat).sum(0);
+  auto grad_beta = (grad_average * passed).sum(0), grad_gamma = (grad_average * average_hat).sum(0);
   if (z.numel() == 0) {
     return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type())};
   }
@@ -227,12 +239,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
   const auto exit = grad_average / static_cast<double>(s.out_pixels());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
+    const auto& k = kernels<T>(relu_first);
     const T* from = z.const_data_ptr<T>();
     const T* gradient = grad_shared.const_data_ptr<T>();
     const int64_t image_size = s.pixels() * s.channels, gradient_size = s.out_pixels() * shared;
     std::vector<double> sums(num_tasks(s) * shared, 0), products(num_tasks(s) * shared, 0);
     for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
-      kernels<T>().reduce_rows[pool](
+      k.reduce_rows[pool](
           from + image * image_size, gradient + image * gradient_size, shared, s, affine, first, last, sums.data() + task * shared,
           products.data() + task * shared);
     });
@@ -254,7 +267,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     const float *constant = offset.template const_data_ptr<float>(), *factor = slope.template const_data_ptr<float>();
     T* to = grad_z.mutable_data_ptr<T>();
     for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {
-      kernels<T>().gradient_rows[pool](
+      k.gradient_rows[pool](
           from + image * image_size, gradient + image * gradient_size, shared, exit.const_data_ptr<float>() + image * s.channels,
           s, affine, constant, factor, first, last, to + image * image_size);
     });
@@ -265,11 +278,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
           T* target = to + image * image_size;
           if (s.height % 2) {
             const int64_t last_row = (s.height - 1) * s.row();
-            kernels<T>().gradient_pixels(source + last_row, s, affine, constant, factor, s.width, s.channels, target + last_row);
+            k.gradient_pixels(source + last_row, s, affine, constant, factor, s.width, s.channels, target + last_row);
           }
           if (s.width % 2) {
             const int64_t last_column = (s.width - 1) * s.channels;
-            kernels<T>().gradient_pixels(
+            k.gradient_pixels(
                 source + last_column, s, affine, constant, factor, s.height, s.row(), target + last_column);
           }
         }
