@@ -27,6 +27,9 @@ CSV_COLUMNS = (
     "n", "loadavg", "torch", "triton",
 )  # fmt: skip
 
+# Or every profile would announce itself; read when the first one starts.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 Phases = dict[str, Callable[[], object]]
 TOTAL = "step"
 

@@ -202,24 +202,52 @@ def _doctor(values: Any, _line: list[str]) -> int:
 
 
 def _bench_flags(parser: Parser) -> None:
+    from dfs_engine.benchmarks.ops import BenchOpsConfig
+    from dfs_engine.benchmarks.plot import BenchPlotConfig
     from dfs_engine.benchmarks.train import BenchTrainConfig
 
-    train = Parser(
-        description="Times forward, backward and step of a model in all its variants, interleaved in one process.",
-        epilog="examples:\n  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs",
-    )
-    parser.add_subcommands().add_subcommand("train", train, help="time training steps")
-    train.add_class_arguments(BenchTrainConfig)
-    _add_json(train)
+    subcommands = parser.add_subcommands()
+    for name, config_class, summary, description, examples in (
+        (
+            "train",
+            BenchTrainConfig,
+            "time training steps",
+            "Times forward, backward and step of a model in all its variants, interleaved in one process.",
+            "  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,byot,detach,split,dfs\n"
+            "  dfs bench train --variants dense,byot,dfs --batch-size 25,50,100,200,400 --output train.csv\n"
+            "  dfs bench train --variants dfs --layouts channels_last --compile off --breakdown",
+        ),
+        (
+            "ops",
+            BenchOpsConfig,
+            "time single ops",
+            "Times forward and backward of single ops on the shapes of VGG, ResNet, MSDNet, ViT and BERT, interleaved.",
+            "  dfs bench ops --quick\n  dfs bench ops --ops conv2d --shapes 'vgg7/*' --beta .1,.5,.9 --output ops.csv",
+        ),
+        (
+            "plot",
+            BenchPlotConfig,
+            "draw the measurements",
+            "Draws what `dfs bench train` and `dfs bench ops` measured, from their CSV files.",
+            "  dfs bench plot\n  dfs bench plot --results train.csv",
+        ),
+    ):
+        subparser = Parser(description=description, epilog=f"examples:\n{examples}")
+        subcommands.add_subcommand(name, subparser, help=summary)
+        subparser.add_class_arguments(config_class)
+        _add_json(subparser)
 
 
 def _bench(values: Any, _line: list[str]) -> int:
-    from dfs_engine.benchmarks import train
+    import importlib
 
+    name = values.subcommand
+    module = importlib.import_module(f"dfs_engine.benchmarks.{name}")
+    config_class = getattr(module, f"Bench{name.capitalize()}Config")
     with _input_errors(RuntimeError):
-        report = train.run(_config(train.BenchTrainConfig, values.train))
+        report = module.run(_config(config_class, values[name]))
     print(report.table())
-    _write_json(values.train.json, report.to_json())
+    _write_json(values[name].json, report.to_json())
     return 0
 
 
@@ -260,7 +288,8 @@ _COMMANDS = {
     "bench": Command(
         "benchmark on this machine",
         "Benchmarks. Variants are timed in turns, so that a busy machine is unfair to none.",
-        "  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs",
+        "  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs\n"
+        "  dfs bench ops --quick\n  dfs bench plot",
         _bench_flags,
         _bench,
     ),

@@ -1,0 +1,201 @@
+"""`dfs bench ops`: forward and backward of every op on the models' shapes, each formulation in turn."""
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dfs_engine import backend as backends
+from dfs_engine.compare import DTYPES, Comparison, Tolerance, compare
+from dfs_engine.names import split_choices
+
+from .machine import copy_bandwidth, matmul_peak
+from .measure import append_csv, environment, measure_phases
+from .op_cases import OP_NAMES, STOCK, OpCase, Operands, TimedOp
+from .ops_report import OpRow, OpsReport
+from .options import LAYOUTS, check_least, split_betas
+from .shapes import SHAPES, LinearShape, Shape
+
+# Sums of one op may be rounded in another order than stock's: about as near to float64 as stock is.
+_NOISE_MARGIN = 4
+_QUICK_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchOpsConfig:
+    """What `dfs bench ops` times. Lists are comma-separated.
+
+    Attributes:
+        ops: of conv2d, linear, conv_block.
+        shapes: patterns of "family/shape" to keep, e.g. "vgg7/*,bert/*".
+        backends: of dense (stock, full gradient), detach (stock, published cat + detach), aten, cpp.
+        layouts: of nchw, channels_last; linear layers have one.
+        dtypes: of fp32, bf16, fp16, fp64. One interleaving each.
+        beta: shares of channels with gradient, in the same interleaving.
+        rounds: turns of every case, at least 20 for numbers to publish.
+        warmup: turns before that, not timed.
+        max_seconds: per shape and dtype, start no further round after this time.
+        num_threads: of torch; None leaves them as they are.
+        seed: of the data.
+        detail: also time the two gradients of convolutions and linears one by one.
+        quick: one shape of each family and op, fp32, 5 rounds: to see that it works.
+        output: CSV file to append the measurements to; empty: none.
+        progress: show a progress bar.
+    """
+
+    ops: str = "conv2d,linear,conv_block"
+    shapes: str = "*"
+    backends: str = "dense,detach,aten,cpp"
+    layouts: str = "nchw,channels_last"
+    dtypes: str = "fp32"
+    beta: str = "0.5"
+    rounds: int = 20
+    warmup: int = 2
+    max_seconds: float | None = None
+    num_threads: int | None = None
+    seed: int = 0
+    detail: bool = False
+    quick: bool = False
+    output: str = ""
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        split_choices("ops", self.ops, OP_NAMES)
+        split_choices("backends", self.backends, (*STOCK, "aten", "cpp"))
+        split_choices("layouts", self.layouts, LAYOUTS)
+        split_choices("dtypes", self.dtypes, DTYPES)
+        split_betas("beta", self.beta)
+        check_least(self, dict.fromkeys(("rounds", "warmup", "num_threads"), 1))
+        if not self.chosen_shapes:
+            families = ", ".join(dict.fromkeys(shape.family for shape in SHAPES))
+            raise ValueError(
+                f"shapes: expected patterns that match some of the shapes of {families}, got {self.shapes!r}. "
+                'Write family/shape with wildcards, e.g. "vgg7/*".'
+            )
+
+    @property
+    def chosen_shapes(self) -> list[Shape]:
+        """What is timed."""
+        ops = split_choices("ops", self.ops, OP_NAMES)
+        patterns = [pattern.strip() for pattern in self.shapes.split(",")]
+        shapes = [
+            shape
+            for shape in SHAPES
+            if shape.op in ops and any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns)
+        ]
+        return list({(shape.family, shape.op): shape for shape in reversed(shapes)}.values()) if self.quick else shapes
+
+    @property
+    def chosen_dtypes(self) -> list[str]:
+        return ["fp32"] if self.quick else split_choices("dtypes", self.dtypes, DTYPES)
+
+    def cases(self, shape: Shape) -> list[OpCase]:
+        """One interleaving, without the backends that are not there."""
+        return [
+            OpCase(path, layout, beta)
+            for path in split_choices("backends", self.backends, (*STOCK, "aten", "cpp"))
+            if path in STOCK or backends.unavailable_reason(path) is None
+            for beta in ([None] if path == "dense" else split_betas("beta", self.beta))
+            for layout in (["-"] if isinstance(shape, LinearShape) else split_choices("layouts", self.layouts, LAYOUTS))
+        ]
+
+
+def run(config: BenchOpsConfig) -> OpsReport:
+    """Times everything that `config` asks for.
+
+    Raises:
+        RuntimeError: a case's results are wrong; nothing of that shape was timed then.
+    """
+    num_threads_before = torch.get_num_threads()
+    torch.set_num_threads(config.num_threads or num_threads_before)
+    try:
+        return _run(config)
+    finally:
+        torch.set_num_threads(num_threads_before)
+
+
+def _run(config: BenchOpsConfig) -> OpsReport:
+    shapes, dtypes = config.chosen_shapes, config.chosen_dtypes
+    report = OpsReport(config=config, stamp=environment())
+    for path in split_choices("backends", config.backends, (*STOCK, "aten", "cpp")):
+        reason = None if path in STOCK else backends.unavailable_reason(path)
+        if reason is not None:
+            report.notes.append(f"{path} was not measured: {reason}.")
+    report.bandwidth = copy_bandwidth()
+    report.peaks = {dtype: matmul_peak(DTYPES[dtype]) for dtype in dtypes}
+    with tqdm(total=len(shapes) * len(dtypes), unit="shape", disable=not config.progress) as bar:
+        for shape in shapes:
+            for dtype in dtypes:
+                bar.set_description(f"{shape.op} {shape.family} {shape} {dtype}")
+                report.rows += _time_shape(config, shape, dtype)
+                bar.update()
+    report.finish()
+    if config.output:
+        append_csv(Path(config.output), report.stamp, report.csv_rows())
+    return report
+
+
+def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]:
+    """One interleaving: compares, then times."""
+    operands = Operands(shape, DTYPES[dtype], config.seed)
+    timed = [TimedOp(case, operands) for case in config.cases(shape)]
+    check(timed, operands)
+    variants = {str(one.case): one.phases for one in timed}
+    if config.detail and shape.op != "conv_block":
+        variants |= {f"{one.case} detailed": one.detailed() for one in timed}
+    rounds = min(config.rounds, _QUICK_ROUNDS) if config.quick else config.rounds
+    timings = measure_phases(variants, rounds, config.warmup, max_seconds=config.max_seconds)
+    rows = []
+    for one in timed:
+        details = timings.get(f"{one.case} detailed", {})
+        parts = {name: stats for name, stats in details.items() if name.startswith("grad")}
+        rows.append(OpRow(dtype, shape, one.case, one.num_live, timings[str(one.case)] | parts))
+    return rows
+
+
+def check(timed: list[TimedOp], operands: Operands) -> None:
+    """All cases give what stock PyTorch gives in float64 from the same values, about as nearly as stock in their dtype.
+
+    For a layer the oracle is the stock one, whose gradient's live slice is the sliced gradient; for a block, whose
+    input's gradient depends on what its readers train, it is the published formulation.
+
+    Raises:
+        RuntimeError: one does not.
+    """
+    is_block = operands.shape.op == "conv_block"
+    formulation = "detach" if is_block else "dense"
+    dim = -1 if isinstance(operands.shape, LinearShape) else 1
+    sliced = [one for one in timed if one.case.path != "dense"]
+    for beta in dict.fromkeys(one.case.beta for one in sliced):
+        plain = OpCase(formulation, "nchw", beta if is_block else None)
+        expected = TimedOp(plain, operands.double()).results()
+        layouts = dict.fromkeys(one.case.layout for one in sliced)
+        stock = [TimedOp(plain._replace(layout=layout), operands).results() for layout in layouts]
+        tolerances = {
+            name: _tolerance([compare(name, one[name], reference) for one in stock])
+            for name, reference in expected.items()
+        }
+        for one in sliced:
+            if one.case.beta != beta:
+                continue
+            results = one.results()
+            for name, reference in expected.items():
+                if name == "grad_input" and not is_block:
+                    reference = reference.narrow(dim, 0, one.num_live)
+                comparison = compare(name, results[name], reference, tolerances[name])
+                if not comparison.ok:
+                    raise RuntimeError(
+                        f"bench ops: expected {one.case} of {one.shape.op} on {one.shape} to compute what stock "
+                        f"PyTorch computes, got {comparison}. It was not timed; run `dfs validate` to find the op."
+                    )
+
+
+def _tolerance(stock: list[Comparison]) -> Tolerance:
+    """The table's, or a multiple of stock's own error where that is larger."""
+    table = stock[0].tolerance
+    return Tolerance(
+        max(table.max_ratio, _NOISE_MARGIN * max(one.max_ratio for one in stock)),
+        max(table.rms_ratio, _NOISE_MARGIN * max(one.rms_ratio for one in stock)),
+    )

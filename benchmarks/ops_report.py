@@ -1,0 +1,220 @@
+"""What `dfs bench ops` found: ratios against stock, where the automatic choice loses, CSV rows, JSON."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dfs_engine import backend as backends
+from dfs_engine.compare import DTYPES
+
+from .measure import TOTAL, Environment, Stats
+from .op_cases import OP_NAMES, STOCK, OpCase
+from .shapes import Shape
+from .train_report import case_column
+
+if TYPE_CHECKING:
+    from .ops import BenchOpsConfig
+
+_PHASES = ("forward", "backward", TOTAL)
+
+
+@dataclass(frozen=True, slots=True)
+class OpRow:
+    """One case on one shape; `num_live` input channels have gradient."""
+
+    dtype: str
+    shape: Shape
+    case: OpCase
+    num_live: int
+    timings: dict[str, Stats]
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Of each phase: stock computes the gradient of all input channels, and drops what nobody asked for."""
+        full = self.shape.flops
+        grad_input = full if self.case.path in STOCK else full * self.num_live // self.shape.channels
+        backward = full + grad_input
+        return {
+            "forward": full,
+            "backward": backward,
+            TOTAL: full + backward,
+            "grad_input": grad_input,
+            "grad_weight": full,
+        }
+
+
+@dataclass(slots=True)
+class OpsReport:
+    """All rows of a run, slower ones included. Peaks in FLOP/s, bandwidth in B/s."""
+
+    config: "BenchOpsConfig"
+    stamp: Environment
+    rows: list[OpRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    peaks: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = 0.0
+    loadavg_end: float = 0.0
+
+    def finish(self) -> None:
+        """Records the load after the last measurement."""
+        self.loadavg_end = round(os.getloadavg()[0], 2)
+
+    def automatic(self, row: OpRow) -> str:
+        """The backend that `auto` takes for this op and dtype."""
+        return backends.select(OP_NAMES[row.shape.op], torch.device("cpu"), DTYPES[row.dtype], "auto")
+
+    def summary(self) -> Iterator[tuple[OpRow, OpRow, OpRow | None]]:
+        """(fastest automatic case, fastest dense, fastest detach) of each shape, dtype and beta, in any layout."""
+        for row in self._groups():
+            rivals = self._rivals(row)
+            own = self._fastest(rivals, self.automatic(row))
+            dense, detach = self._fastest(rivals, "dense"), self._fastest(rivals, "detach")
+            if own and dense:
+                yield own, dense, detach
+
+    def losses(self) -> Iterator[tuple[OpRow, OpRow, str]]:
+        """(automatic case, what beat it, phase) where it loses beyond noise in a layout: p20 above p80."""
+        for row in self.rows:
+            if row.case.path != self.automatic(row):
+                continue
+            for rival in self._rivals(row):
+                if rival.case.layout == row.case.layout and rival.case.path != row.case.path:
+                    for phase in _PHASES:
+                        if row.timings[phase].p20 > rival.timings[phase].p80:
+                            yield row, rival, phase
+
+    def _groups(self) -> list[OpRow]:
+        """One split row for each shape, dtype and beta."""
+        groups = {(row.dtype, row.shape, row.case.beta): row for row in self.rows if row.case.beta is not None}
+        return list(groups.values())
+
+    def _rivals(self, row: OpRow) -> list[OpRow]:
+        """Everything on the same shape with the same beta or none, itself included."""
+        return [
+            rival
+            for rival in self.rows
+            if (rival.dtype, rival.shape) == (row.dtype, row.shape) and rival.case.beta in (None, row.case.beta)
+        ]
+
+    @staticmethod
+    def _fastest(rows: list[OpRow], path: str) -> OpRow | None:
+        of_path = [row for row in rows if row.case.path == path]
+        return min(of_path, key=lambda row: row.timings[TOTAL].median) if of_path else None
+
+    def table(self) -> str:
+        """Markdown: conditions, every case, the summary, and where the automatic choice loses."""
+        peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s {dtype}" for dtype, peak in self.peaks.items())
+        lines = [
+            "Forward and backward (grad_input, grad_weight, grad_bias) of single ops, cases interleaved.",
+            *str(self.stamp).splitlines(),
+            *self.notes,
+            f"Load average at the end {self.loadavg_end:.2f}. Best stock matrix product {peaks}; copy "
+            f"{self.bandwidth / 1e9:.0f} GB/s. Times in ms, median / minimum of n; in brackets GFLOP/s of the median.",
+            "",
+            "| op | shape | dtype | path | layout | beta | n | forward | backward | both |",
+            "|" + "---|" * 10,
+        ]
+        lines += [self._cells(row) for row in self.rows]
+        lines += [
+            "",
+            "Automatic backend against stock, each in its best layout: stock's time over ours, medians / minima "
+            "(and what FLOPs alone imply).",
+            "",
+            "| op | shape | dtype | beta | backend | dense: forward | backward | both | detach: backward | both |",
+            "|" + "---|" * 10,
+        ]
+        for own, dense, detach in self.summary():
+            ratios = [_ratio(dense, own, phase) for phase in _PHASES]
+            ratios += [_ratio(detach, own, phase) if detach else "-" for phase in _PHASES[1:]]
+            cells = [own.shape.op, f"{own.shape.family} {own.shape}", own.dtype, f"{own.case.beta:g}", own.case.path]
+            lines.append("| " + " | ".join(cells + ratios) + " |")
+        for heading, paths in (("aten", ("aten",)), ("stock", STOCK)):
+            lines += ["", f"The automatic backend loses to {heading} in one layout beyond noise (its p20 above p80):"]
+            lines += self._loss_lines(paths) or ["- nowhere"]
+        return "\n".join(lines)
+
+    def _loss_lines(self, paths: tuple[str, ...]) -> list[str]:
+        phases: dict[str, list[str]] = {}
+        for row, rival, phase in self.losses():
+            if rival.case.path in paths:
+                ours, theirs = (one.timings[phase].median * 1e3 for one in (row, rival))
+                where = f"- {row.shape.op} {row.shape.family} {row.shape} {row.dtype} {row.case} to {rival.case.path}: "
+                phases.setdefault(where, []).append(f"{phase} {ours:.3f} against {theirs:.3f} ms")
+        return [where + ", ".join(texts) for where, texts in phases.items()]
+
+    def _cells(self, row: OpRow) -> str:
+        times = []
+        for phase in _PHASES:
+            stats = row.timings[phase]
+            rate = f" ({row.flops[phase] / stats.median / 1e9:.0f})" if row.shape.flops else ""
+            times.append(f"{stats.median * 1e3:.3f} / {stats.min * 1e3:.3f}{rate}")
+        beta = "-" if row.case.beta is None else f"{row.case.beta:g}"
+        cells = [
+            row.shape.op, f"{row.shape.family} {row.shape}", row.dtype, row.case.path, row.case.layout, beta,
+            str(row.timings[TOTAL].n), *times,
+        ]  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+    def csv_rows(self) -> list[dict[str, Any]]:
+        """One row per measurement, for `append_csv`; FLOPs, bytes and the machine's peaks as rows of their own."""
+        machine = {"suite": "ops", "op": "machine", "n": 1}
+        rows: list[dict[str, Any]] = [
+            machine | {"dtype": dtype, "metric": "peak", "unit": "FLOP/s", "median": peak}
+            for dtype, peak in self.peaks.items()
+        ]
+        rows.append(machine | {"metric": "bandwidth", "unit": "B/s", "median": self.bandwidth})
+        for row in self.rows:
+            path = row.case.path
+            key = {
+                "suite": "ops", "case": case_column(row.case.layout, row.case.beta), "model": row.shape.family,
+                "op": row.shape.op, "mode": "eager", "variant": path if path in STOCK else "dfs",
+                "backend_used": "stock" if path in STOCK else path, "dtype": row.dtype, "shape": str(row.shape),
+                "start": 0, "stop": row.num_live,
+            }  # fmt: skip
+            rows += [key | {"metric": phase, "unit": "s"} | asdict(stats) for phase, stats in row.timings.items()]
+            num_bytes = row.shape.elements * DTYPES[row.dtype].itemsize
+            extras = {f"flops_{phase}": (row.flops[phase], "FLOP") for phase in row.timings if row.shape.flops}
+            extras["bytes"] = (num_bytes, "B")
+            rows += [
+                key | {"metric": name, "unit": unit} | asdict(Stats.of([value]))
+                for name, (value, unit) in extras.items()
+            ]
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return {
+            "config": asdict(self.config),
+            "environment": asdict(self.stamp),
+            "loadavg_end": self.loadavg_end,
+            "notes": self.notes,
+            "peaks": self.peaks,
+            "bandwidth": self.bandwidth,
+            "rows": [
+                {
+                    "op": row.shape.op,
+                    "family": row.shape.family,
+                    "shape": str(row.shape),
+                    "dtype": row.dtype,
+                    **row.case._asdict(),
+                    "num_live": row.num_live,
+                    "seconds": {phase: asdict(stats) for phase, stats in row.timings.items()},
+                    "flops": row.flops,
+                }
+                for row in self.rows
+            ],
+            "losses": [
+                {"shape": str(row.shape), "dtype": row.dtype, "case": str(row.case), "to": str(rival.case)}
+                | {"phase": phase}
+                for row, rival, phase in self.losses()
+            ],
+        }
+
+
+def _ratio(rival: OpRow, own: OpRow, phase: str) -> str:
+    theirs, ours = rival.timings[phase], own.timings[phase]
+    ceiling = f" ({rival.flops[phase] / own.flops[phase]:.2f})" if own.shape.flops else ""
+    return f"{theirs.median / ours.median:.2f} / {theirs.min / ours.min:.2f}{ceiling}"
