@@ -26,7 +26,9 @@ at::Tensor conv2d_cpu(
   const bool narrow = dtype != input.scalar_type();
   const auto wide_bias = bias.has_value() && narrow ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
-  if (input.numel() > 0 &&
+  // An image smaller than the kernel is an error, which is for ATen to word.
+  const bool has_output = input.size(2) + 2 * padding[0] >= weight.size(2) && input.size(3) + 2 * padding[1] >= weight.size(3);
+  if (input.numel() > 0 && has_output &&
       winograd_applies(dtype, input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups)) {
     const auto dense_bias = wide_bias.has_value() ? std::optional<at::Tensor>(wide_bias->contiguous()) : wide_bias;
     const auto result = winograd_conv2d(dense(input, dtype, true), weight.to(dtype), dense_bias, padding, /*flipped=*/false);

@@ -33,6 +33,24 @@ struct Affine {  // per channel; scale = gamma * inverse_std
   const float *mean, *inverse_std, *scale, *beta;
 };
 
+// What the kernels normalise with. A mean that is large beside the deviation needs more digits than a float has, so they work
+// with its float part, and their x_hat is too large by `rest`: `beta` makes up for it in y, the callers in their sums.
+struct Normalisation {
+  at::Tensor mean, rest, inverse_std, scale, beta;
+
+  Normalisation(const at::Tensor& exact_mean, const at::Tensor& deviation, const at::Tensor& gamma, const at::Tensor& shift)
+      : mean(exact_mean.to(at::kFloat)),
+        rest(((exact_mean - mean.to(at::kDouble)) * deviation).to(at::kFloat)),
+        inverse_std(deviation),
+        scale(gamma * deviation),
+        beta(shift - rest * gamma) {}
+
+  Affine affine() const {
+    return {mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
+            beta.const_data_ptr<float>()};
+  }
+};
+
 template <typename T>
 struct Kernels {
   void (*block_statistics)(const T*, int64_t, int64_t, double*, double*);
@@ -134,7 +152,7 @@ void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<dou
 }
 
 // (feature, average, average of x_hat over the pixels, mean, inverse_std, biased variance, share of the pixels that averages count);
-// the last five float. ReLU last: only the pixels that it let through count, in both averages.
+// mean double, the other last ones float. ReLU last: only the pixels that it let through count, in both averages.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_cpu(
     const at::Tensor& z_any,
     const at::Tensor& gamma,
@@ -153,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   auto feature = at::empty(
       {s.images, s.channels, s.out_height(), s.out_width()}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
   auto average_hat = at::empty({s.images, s.channels}, options), passed = at::empty({s.images, s.channels}, options);
-  auto mean = at::empty({s.channels}, options), inverse_std = at::empty({s.channels}, options);
+  auto mean = at::empty({s.channels}, options.dtype(at::kDouble)), inverse_std = at::empty({s.channels}, options);
   auto variance = at::empty({s.channels}, options);
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
   const bool training = !running_mean.has_value();
@@ -162,7 +180,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     variance.copy_(*running_var);
   }
   if (z.numel() == 0) {
-    return {feature, average_hat, average_hat.clone(), mean.zero_(), inverse_std.zero_(), variance.zero_(), passed};
+    const auto average = at::empty({s.images, s.channels}, z.options().memory_format(at::MemoryFormat::Contiguous));
+    return {feature, average, average_hat, mean.zero_(), inverse_std.zero_(), variance.zero_(), passed};
   }
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -171,16 +190,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (training) {
       std::vector<double> means, variances;
       statistics(k, from, s, means, variances);
-      std::copy(means.begin(), means.end(), mean.mutable_data_ptr<float>());
+      std::copy(means.begin(), means.end(), mean.mutable_data_ptr<double>());
       std::copy(variances.begin(), variances.end(), variance.mutable_data_ptr<float>());
       float* inverse = inverse_std.mutable_data_ptr<float>();
       for (int64_t c = 0; c < s.channels; ++c) inverse[c] = static_cast<float>(1 / std::sqrt(variances[c] + eps));
     } else {
       inverse_std.copy_((variance + eps).rsqrt());
     }
-    const auto scale = weight * inverse_std;
-    const Affine affine{mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
-                        shift.const_data_ptr<float>()};
+    const Normalisation normalisation(mean, inverse_std, weight, shift);
+    const Affine affine = normalisation.affine();
+    const float* rest = normalisation.rest.const_data_ptr<float>();
     std::vector<double> sums(num_tasks(s) * 2 * s.channels, 0);
     T* to = feature.mutable_data_ptr<T>();
     for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
@@ -198,7 +217,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           total += of_task[c];
           count += of_task[s.channels + c];
         }
-        averages[n * s.channels + c] = static_cast<float>(total / s.out_pixels());
+        averages[n * s.channels + c] = static_cast<float>((total - rest[c] * count) / s.out_pixels());
         shares[n * s.channels + c] = static_cast<float>(count / s.out_pixels());
       }
     }
@@ -233,9 +252,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
   }
   const auto grad_shared = dense(grad_shared_any, z.scalar_type(), /*channels_last=*/true);
   const int64_t shared = grad_shared.size(1);
-  const auto scale = weight * inverse_std;
-  const Affine affine{mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
-                      shift.const_data_ptr<float>()};
+  const Normalisation normalisation(mean, inverse_std, weight, shift);
+  const Affine affine = normalisation.affine();
+  const float* rest = normalisation.rest.const_data_ptr<float>();
   const auto exit = grad_average / static_cast<double>(s.out_pixels());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -258,12 +277,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
         product += products[task * shared + c];
       }
       to_beta[c] += static_cast<float>(sum);
-      to_gamma[c] += static_cast<float>(product);
+      to_gamma[c] += static_cast<float>(product - rest[c] * sum);
     }
     // In eval mode the statistics are constants, and nothing flows through them.
     const double count = static_cast<double>(s.images * s.pixels());
-    const auto offset = training ? grad_beta / count : at::zeros_like(grad_beta);
     const auto slope = training ? grad_gamma / count : at::zeros_like(grad_gamma);
+    const auto offset = training ? grad_beta / count - normalisation.rest * slope : at::zeros_like(grad_beta);
     const float *constant = offset.template const_data_ptr<float>(), *factor = slope.template const_data_ptr<float>();
     T* to = grad_z.mutable_data_ptr<T>();
     for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {

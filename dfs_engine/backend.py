@@ -119,3 +119,21 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _request = previous
+
+
+@contextlib.contextmanager
+def use_winograd(enabled: bool) -> Iterator[None]:
+    """Switches the cpp backend's Winograd convolutions on or off in the block, process-wide.
+
+    They are on unless DFS_WINOGRAD=0 is set, for float32 alone. Without the extension this does nothing.
+    """
+    if _extension_missing is not None:
+        yield
+        return
+    from dfs_engine import _C
+
+    previous = _C.set_winograd(enabled)
+    try:
+        yield
+    finally:
+        _C.set_winograd(previous)

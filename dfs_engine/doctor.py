@@ -18,6 +18,9 @@ PACKAGES = (
 
 ENVIRONMENT_VARIABLES = {
     "DFS_BACKEND": f"the backend of every op ({', '.join(backend.BACKENDS)}); unset: the fastest one that is there",
+    "DFS_WINOGRAD": "0: 3x3 convolutions in float32 directly, not by Winograd's algorithm",
+    "DFS_CPU": "baseline, avx2 or avx512: the best instruction set that the C++ kernels may use",
+    "DFS_CACHE_DIR": "where calibrations of this machine are kept; unset: dfs_engine in the user's cache folder",
     "DFS_NO_EXT": "1 at install time: skip the C++ extension",
     "DFS_NATIVE": "1 at install time: compile for this machine's CPU only (-march=native)",
     "DEBUG": "1 at install time: compile the extension with -O0 -g",
@@ -55,6 +58,7 @@ def report() -> dict[str, Any]:
             "interop_threads": torch.get_num_interop_threads(),
         },
         "libraries": _libraries(),
+        "extension": _extension(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if "cuda" in devices else [],
         "backends": {
             device: {name: backend.unavailable_reason(name, device) for name in backend.BACKENDS} for device in devices
@@ -74,6 +78,15 @@ def _libraries() -> dict[str, str | None]:
         return next((line.strip(" -") for line in lines if word in line), None)
 
     return {"OpenMP": find("OpenMP 2"), "MKL": find("Math Kernel Library"), "oneDNN": find("MKL-DNN v")}
+
+
+def _extension() -> dict[str, str]:
+    """How the C++ kernels were built and what they run on; empty where they are not."""
+    if backend.unavailable_reason("cpp") is not None:
+        return {}
+    from dfs_engine import _C
+
+    return {"instructions": _C.instruction_set(), **_C.build_info()}
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -107,6 +120,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"  threads        {cpu['threads']} intra-op, {cpu['interop_threads']} inter-op",
     ]
     lines += [f"  {name:<14} {text or 'torch was built without it'}" for name, text in report["libraries"].items()]
+    lines += ["C++ kernels"]
+    lines += [f"  {name:<14} {text}" for name, text in report["extension"].items()] or ["  not built"]
     lines += ["GPU"]
     lines += [
         f"  {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"

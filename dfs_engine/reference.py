@@ -55,3 +55,27 @@ def partitioned_linear(
 ) -> Tensor:
     """See `dfs_engine.ops.partitioned_linear`."""
     return F.linear(live_slice(input, start, stop, reference, -1, full), weight, bias)
+
+
+def conv_block(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pool: bool = False,
+    relu_first: bool = True,
+    num_shared: int,
+    exit_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `dfs_engine.ops.conv_block`: (full, shared, average, exit)."""
+    feature = F.relu(z) if relu_first else z
+    feature = F.batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps)
+    feature = feature if relu_first else F.relu(feature)
+    feature = F.max_pool2d(feature, 2) if pool else feature
+    average = feature.mean((2, 3))
+    return feature.detach(), feature[:, :num_shared], average.detach(), average[:, exit_start:]

@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dfs_engine import backend, doctor
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_report_is_json_and_names_every_backend_and_op():
@@ -31,6 +35,30 @@ def test_missing_package_and_unusable_backend_are_said_with_the_reason(monkeypat
     text = doctor.format_report(doctor.report())
     assert "no-such-package not installed" in text
     assert f"not usable: {reason}" in text
+
+
+def test_the_extension_tells_its_build_and_instruction_set(monkeypatch):
+    if backend.unavailable_reason("cpp") is None:
+        extension = doctor.report()["extension"]
+        assert extension["instructions"] in ("baseline", "avx2", "avx512")
+        assert extension["compiler"]
+        assert f"  instructions   {extension['instructions']}\n" in doctor.format_report(doctor.report())
+    monkeypatch.setattr(backend, "_extension_missing", "no compiler")
+    assert doctor.report()["extension"] == {}
+    assert "C++ kernels\n  not built" in doctor.format_report(doctor.report())
+
+
+def test_every_environment_variable_of_the_project_is_documented():
+    sources = [
+        path for folder in ("dfs_engine", "csrc") for path in (ROOT / folder).rglob("*.[chpi]*") if path.is_file()
+    ]
+    used = set(
+        re.findall(
+            r"\bDFS_[A-Z_]+\b", "".join(path.read_text(errors="ignore") for path in [*sources, ROOT / "setup.py"])
+        )
+    )
+    used -= {"DFS_X86"}  # a macro
+    assert used == {name for name in doctor.ENVIRONMENT_VARIABLES if name.startswith("DFS_")}
 
 
 @pytest.mark.parametrize("name", ["aten", "reference"])

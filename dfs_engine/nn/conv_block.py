@@ -1,13 +1,14 @@
 """The fused producer on a stock `nn.BatchNorm2d`, and what its two readers get."""
 
-import torch
 from torch import Tensor, nn
 
 from dfs_engine.nn.routing import Fork, Reading, SlicedReading
 from dfs_engine.ops import conv_block
 
 
-def produce_readings(z: Tensor, bn: nn.BatchNorm2d, fork: Fork, *, pool: bool, is_last: bool) -> tuple[Reading, Reading]:
+def produce_readings(
+    z: Tensor, bn: nn.BatchNorm2d, fork: Fork, *, pool: bool, is_last: bool
+) -> tuple[Reading, Reading]:
     """ReLU, `bn`, optional 2x2 max pool, and the fork, in one op; updates `bn`'s statistics as its own forward would.
 
     Args:
@@ -26,13 +27,11 @@ def produce_readings(z: Tensor, bn: nn.BatchNorm2d, fork: Fork, *, pool: bool, i
         if bn.momentum is None:  # cumulative average
             momentum = 1.0 / float(bn.num_batches_tracked)
     num_channels = z.size(1)
-    weight = bn.weight if bn.affine else torch.ones(num_channels, device=z.device)
-    bias = bn.bias if bn.affine else torch.zeros(num_channels, device=z.device)
     num_shared, exit_start = (0, 0) if is_last else fork.live_channels(num_channels)
     produced = conv_block(
         z,
-        weight,
-        bias,
+        bn.weight,
+        bn.bias,
         bn.running_mean,
         bn.running_var,
         training=training,

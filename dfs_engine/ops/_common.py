@@ -16,8 +16,8 @@ def register_fake(name: str, fake: Any) -> None:
     torch.library.register_fake(f"dfs_engine::{name}", fake, lib=LIBRARY)
 
 
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
-    """Floating dtypes, one dtype, one device.
+def check_tensors(op: str, *, same_dtype: bool = True, **tensors: Tensor | None) -> None:
+    """Floating dtypes, one dtype (unless `same_dtype` is off), one device.
 
     Raises:
         TypeError: not a tensor, or integer, complex or mixed dtypes. ValueError: tensors on several devices.
@@ -40,11 +40,22 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: expected all tensors on one device, got {first} on {device} and {name} on {tensor.device}. "
                 "Move one of them."
             )
-        elif tensor.dtype != dtype:
+        elif same_dtype and tensor.dtype != dtype:
             raise TypeError(
                 f"{op}: expected tensors of one dtype, got {first}={dtype} and {name}={tensor.dtype}. "
                 "Convert one, or use torch.autocast."
             )
+
+
+def check_integers(op: str, **values: int) -> None:
+    """Integers, symbolic ones among them.
+
+    Raises:
+        TypeError: something else.
+    """
+    for name, value in values.items():
+        if isinstance(value, (bool, float, str)):
+            raise TypeError(f"{op}: expected an integer, got {name}={value!r}.")
 
 
 def check_slice(op: str, start: int, stop: int, num_channels: int, channels_name: str) -> None:
@@ -53,9 +64,7 @@ def check_slice(op: str, start: int, stop: int, num_channels: int, channels_name
     Raises:
         TypeError: not integers. ValueError: out of order or out of range.
     """
-    for name, value in (("start", start), ("stop", stop)):
-        if isinstance(value, (bool, float, str)):
-            raise TypeError(f"{op}: expected an integer, got {name}={value!r}.")
+    check_integers(op, start=start, stop=stop)
     if not 0 <= start <= stop <= num_channels:
         raise ValueError(
             f"{op}: expected 0 <= start <= stop <= {channels_name}={num_channels}, got start={start}, stop={stop}."

@@ -1,7 +1,8 @@
 """The fused producer of a partitioned feature: ReLU, batch normalisation, 2x2 max pool and the exit's global average.
 
-What follows a convolution in VGG, or, with the ReLU last, in ResNet and MSDNet (DESIGN section 4). The backward takes the two gradients as they come, the deeper path's
-on its channels and the exit's as one number per image and channel, which is never spread out over the pixels.
+What follows a convolution in VGG or, with the ReLU last, in ResNet and MSDNet (DESIGN section 4). The backward takes
+the two gradients as they come: the deeper path's on its channels, and the exit's as one number per image and channel,
+which is never spread out over the pixels.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine import backend as backends
+from dfs_engine import reference as oracle
 from dfs_engine.ops import _common
 from dfs_engine.partition import fork_gradient
 
@@ -32,8 +34,11 @@ def _fake(z, gamma, beta, running_mean, running_var, eps, pool, relu_first):
     shape = (num_images, channels, height // 2, width // 2) if pool else z.shape
     feature = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
     average_hat = z.new_empty((num_images, channels), dtype=torch.float32)
-    statistics = [z.new_empty(channels, dtype=torch.float32) for _ in range(3)]
-    return feature, average_hat.to(z.dtype, copy=True), average_hat, *statistics, torch.empty_like(average_hat)
+    average, passed = average_hat.to(z.dtype, copy=True), torch.empty_like(average_hat)
+    mean, inverse_std, variance = (
+        z.new_empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    return feature, average, average_hat, mean, inverse_std, variance, passed
 
 
 def _fake_backward(
@@ -84,7 +89,8 @@ class _ConvBlock(torch.autograd.Function):
         # The exit's gradient on all channels, zero where the exit trains nothing: it is small.
         grad_average = F.pad(grad_exit, (ctx.exit_start, 0))
         grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *ctx.saved_tensors, *ctx.modes)
-        return *grads, None, None, None, None, None, None, None
+        wanted = (grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None, None, None, None, None
 
 
 class _LiveMean(torch.autograd.Function):
@@ -110,8 +116,8 @@ def live_mean(live: Tensor, full: Tensor, start: int) -> tuple[Tensor, Tensor]:
 
 def conv_block(
     z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *,
@@ -131,26 +137,49 @@ def conv_block(
 
     Args:
         z: (N, C, H, W).
-        weight, bias: (C,), the normalisation's.
-        running_mean, running_var: (C,) or None; updated in place when training, used when not.
+        weight, bias: (C,) or None, the normalisation's.
+        running_mean, running_var: (C,) or, when training, None; updated in place when training, used when not.
         training, momentum, eps: as `F.batch_norm`.
         pool: whether a 2x2 max pool ends the block.
         relu_first: ReLU before the normalisation (True, VGG) or after it (ResNet, MSDNet).
         num_shared: channels [0, num_shared) carry the deeper path's gradient.
-        exit_start: the averages of channels [exit_start, C) carry the exit's gradient.
+        exit_start: the averages of channels [exit_start, C) carry the exit's gradient; at most num_shared.
         backend: "aten" or "reference" (stock PyTorch), "cpp" (fused for fp32 and bf16, with sums in
             fp32 and fp64; other dtypes run the stock operators); None picks.
 
     Raises:
+        ValueError: shapes or channel numbers that do not match, one value per channel when training, several devices.
+        TypeError: integer or complex tensors, channel numbers that are not integers.
         RuntimeError: a requested backend that is not there; differentiating the fused backward again.
     """
     z, *_ = _common.autocast(z)  # type: ignore[assignment]
-    _common.check_tensors(NAME, z=z)
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check(z, parameters, training, pool, num_shared, exit_start)
     kernels = backends.select(NAME, z.device, z.dtype, backend)
-    training = training or running_mean is None
+    if kernels == "reference":
+        return ProducedFeature(
+            *oracle.conv_block(
+                z,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                training=training,
+                momentum=momentum,
+                eps=eps,
+                pool=pool,
+                relu_first=relu_first,
+                num_shared=num_shared,
+                exit_start=exit_start,
+            )
+        )
     if kernels == "cpp" and z.dtype in (torch.float32, torch.bfloat16):
+        gamma = z.new_ones(z.size(1), dtype=torch.float32) if weight is None else weight
+        beta = z.new_zeros(z.size(1), dtype=torch.float32) if bias is None else bias
         given = (None, None) if training else (running_mean, running_var)
-        *produced, mean, variance = _ConvBlock.apply(z, weight, bias, *given, eps, pool, relu_first, num_shared, exit_start)
+        *produced, mean, variance = _ConvBlock.apply(
+            z, gamma, beta, *given, eps, pool, relu_first, num_shared, exit_start
+        )
         if training and running_mean is not None and running_var is not None and z.numel() > 0:
             count = z.numel() // z.size(1)
             # As nn.BatchNorm2d: the running variance is the unbiased one.
@@ -158,9 +187,39 @@ def conv_block(
             running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
         return ProducedFeature(*produced)
     feature = F.relu(z) if relu_first else z
-    feature = F.batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps)
+    # ATen's backward on channels_last reads a strided weight as if it were contiguous.
+    gamma = None if weight is None else weight.contiguous()
+    feature = F.batch_norm(feature, running_mean, running_var, gamma, bias, training, momentum, eps)
     feature = feature if relu_first else F.relu(feature)
     feature = F.max_pool2d(feature, 2) if pool else feature
     full, shared, live = fork_gradient(feature, num_shared, exit_start)
     exit, average = live_mean(live, full, exit_start)
     return ProducedFeature(full, shared, average, exit)
+
+
+def _check(
+    z: Tensor, parameters: dict[str, Tensor | None], training: bool, pool: bool, num_shared: int, exit_start: int
+) -> None:
+    # The statistics may be in float32 beside a feature in half precision.
+    _common.check_tensors(NAME, same_dtype=False, z=z, **parameters)
+    if z.dim() != 4:
+        raise ValueError(f"{NAME}: expected z (N, C, H, W), got {tuple(z.shape)}.")
+    num_images, channels, height, width = z.shape
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.shape != (channels,):
+            raise ValueError(f"{NAME}: expected {name} of shape ({channels},), got {tuple(parameter.shape)}.")
+    given = [parameters[name] is not None for name in ("running_mean", "running_var")]
+    if any(given) != all(given):
+        raise ValueError(f"{NAME}: expected both running_mean and running_var, or neither, got one.")
+    if not training and not all(given):
+        raise ValueError(f"{NAME}: expected running statistics in eval mode, got none. Pass them, or training=True.")
+    if training and num_images * height * width == 1:
+        raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got z {tuple(z.shape)}.")
+    if pool and min(height, width) < 2:
+        raise ValueError(f"{NAME}: expected z of height and width of at least 2 with pool, got {tuple(z.shape)}.")
+    _common.check_integers(NAME, exit_start=exit_start, num_shared=num_shared)
+    if not 0 <= exit_start <= num_shared <= channels:
+        raise ValueError(
+            f"{NAME}: expected 0 <= exit_start <= num_shared <= C={channels}, "
+            f"got exit_start={exit_start}, num_shared={num_shared}."
+        )

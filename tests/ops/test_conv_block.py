@@ -1,0 +1,447 @@
+"""conv_block against stock PyTorch in float64, over shapes, dtypes, layouts, statistics and routes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfs_engine import backend as backends
+from dfs_engine import reference
+from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
+from dfs_engine.nn import Fork
+from dfs_engine.nn.conv_block import produce_readings
+from dfs_engine.ops import ProducedFeature, conv_block
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+# (N, C, H, W): odd sizes, so that a pool leaves a row or a column over; channels beside the vector widths.
+SHAPES = [(2, 17, 5, 7), (1, 3, 4, 5), (3, 1, 9, 2), (2, 65, 6, 6), (1, 256, 3, 4), (4, 16, 2, 2)]
+LEAVES = ("z", "weight", "bias")
+OUTPUTS = ProducedFeature._fields
+POOL = pytest.mark.parametrize("pool", [False, True], ids=["flat", "pool"])
+RELU_FIRST = pytest.mark.parametrize("relu_first", [True, False], ids=["relu-first", "relu-last"])
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def routes(channels: int) -> list[tuple[int, int]]:
+    """(num_shared, exit_start) of exit_gradient="own", the last block, beta = 1, and exit_gradient="whole"."""
+    half = channels // 2
+    return [(half, half), (0, 0), (channels, channels), (half, 0)]
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Parameters and statistics stay in float32 at least, as under autocast."""
+    channels, wide = shape[1], torch.promote_types(dtype, torch.float32)
+    return {
+        "z": torch.randn(shape).to(dtype),
+        "weight": torch.randn(channels).to(wide),
+        "bias": torch.randn(channels).to(wide),
+        "running_mean": torch.randn(channels).to(wide),
+        "running_var": torch.rand(channels).to(wide) + 0.5,
+    }
+
+
+def evaluate(op, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor] | None = None, **options) -> dict:
+    """Everything that comes out of `op`: four parts, gradients, running statistics; and the `incoming` gradients."""
+    leaves = [tensors[name].detach().requires_grad_() for name in LEAVES]
+    statistics = [tensors["running_mean"].clone(), tensors["running_var"].clone()]
+    produced = ProducedFeature(*op(*leaves, *statistics, **options))
+    if grads is None:
+        grads = torch.randn_like(produced.shared), torch.randn_like(produced.exit)
+    found = torch.autograd.grad([produced.shared, produced.exit], leaves, grads, materialize_grads=True)
+    results = {name: tensor.detach() for name, tensor in produced._asdict().items()}
+    results |= {f"grad_{name}": grad for name, grad in zip(LEAVES, found, strict=True)}
+    return results | {"running_mean": statistics[0], "running_var": statistics[1], "incoming": grads}
+
+
+def check(tensors: dict[str, Tensor], *, backend: str, grads=None, tolerance: Tolerance | None = None, **options):
+    """Compares op and float64 oracle on everything; returns the op's results."""
+    actual = evaluate(conv_block, tensors, grads, backend=backend, **options)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    grads = tuple(grad.double() for grad in actual.pop("incoming"))
+    expected = evaluate(reference.conv_block, wide, grads, **options)
+    for name, value in actual.items():
+        assert value.dtype == tensors.get(name.removeprefix("grad_"), tensors["z"]).dtype, name
+        if name in ("grad_z", "grad_weight") and not (expected[name].abs() > 1e-9).any():
+            # A gradient that is the same on all pixels does not get past the statistics: only rounding is left.
+            assert not (value.abs() > 1e-5).any(), name
+            continue
+        assert_close(name, value, expected[name], tolerance)
+    return actual
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@POOL
+@RELU_FIRST
+@TRAINING
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_stock_in_float64(shape, pool, relu_first, training, dtype, backend):
+    for num_shared, exit_start in routes(shape[1]):
+        check(
+            make(shape, dtype),
+            backend=backend,
+            pool=pool,
+            relu_first=relu_first,
+            training=training,
+            num_shared=num_shared,
+            exit_start=exit_start,
+        )
+        assert backends.last_used("conv_block") == backend
+
+
+@pytest.fixture
+def cpp() -> str:
+    reason = backends.unavailable_reason("cpp")
+    if reason is not None:
+        pytest.skip(reason)
+    return "cpp"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@POOL
+@RELU_FIRST
+@TRAINING
+def test_bf16_storage_with_fp32_sums(shape, pool, relu_first, training, cpp):
+    """Each result as good as its own dtype allows: the parameters' gradients and the statistics are in float32."""
+    for num_shared, exit_start in routes(shape[1]):
+        check(
+            make(shape, torch.bfloat16),
+            backend=cpp,
+            pool=pool,
+            relu_first=relu_first,
+            training=training,
+            num_shared=num_shared,
+            exit_start=exit_start,
+        )
+
+
+@RELU_FIRST
+def test_bf16_by_stock_operators(relu_first):
+    tensors = make((2, 17, 5, 7), torch.bfloat16)
+    options = {"relu_first": relu_first, "num_shared": 8, "exit_start": 8}
+    check(tensors, backend="aten", tolerance=TOLERANCES[torch.bfloat16], **options)
+
+
+def channel_slice(tensor: Tensor) -> Tensor:
+    """The same values, as a view into a tensor of more channels, with NaN around."""
+    wide = tensor.new_full((tensor.size(0), tensor.size(1) + 5, *tensor.shape[2:]), float("nan"))
+    return wide.narrow(1, 2, tensor.size(1)).copy_(tensor)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_slice(tensor: Tensor) -> Tensor:
+    return channels_last(tensor.repeat(1, 2, 1, 1))[:, : tensor.size(1)]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """Stride 0 everywhere, as the gradient of `.sum()`."""
+    return tensor.new_tensor(0.7).expand(tensor.shape)
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize("layout", [channels_last, channel_slice, channels_last_slice, transposed])
+@POOL
+@RELU_FIRST
+def test_any_strides_of_the_input(layout, pool, relu_first, backend):
+    tensors = make((2, 17, 5, 7))
+    options = {"pool": pool, "relu_first": relu_first, "num_shared": 8, "exit_start": 8, "backend": backend}
+    check({**tensors, "z": layout(tensors["z"]), "weight": every_other(tensors["weight"])}, **options)
+
+
+@pytest.mark.parametrize("layout", [channels_last, channel_slice, transposed, expanded, every_other])
+@pytest.mark.parametrize("exit_layout", [expanded, every_other])
+@POOL
+def test_any_strides_of_the_gradients(layout, exit_layout, pool, backend):
+    tensors = make((2, 17, 5, 7))
+    options = {"pool": pool, "num_shared": 9, "exit_start": 0, "backend": backend}
+    shared, exit = evaluate(conv_block, tensors, **options)["incoming"]
+    check(tensors, grads=(layout(shared), exit_layout(exit)), **options)
+
+
+@POOL
+@RELU_FIRST
+@TRAINING
+def test_batch_of_no_images(pool, relu_first, training, backend):
+    tensors = make((0, 5, 4, 6))
+    options = {"pool": pool, "relu_first": relu_first, "training": training, "num_shared": 2, "exit_start": 2}
+    results = check(tensors, backend=backend, **options)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(results[name], tensors[name])
+    for name in ("grad_weight", "grad_bias"):
+        assert not results[name].any()
+
+
+@POOL
+@RELU_FIRST
+@TRAINING
+@pytest.mark.parametrize("mean", [1e4, -1e4, 0.0], ids=str)
+@pytest.mark.parametrize("deviation", [1.0, 1e-3], ids=str)
+def test_extreme_statistics(pool, relu_first, training, mean, deviation, cpp):
+    """float64 of the same float32 inputs: neither a large mean nor a variance of 1e-6 may cost digits.
+
+    The stock operators, which keep the mean in float32, lose up to a tenth here.
+    """
+    tensors = make((3, 17, 8, 9))
+    tensors["z"] = tensors["z"] * deviation + mean
+    tensors["running_mean"] += mean
+    options = {"pool": pool, "relu_first": relu_first, "training": training, "num_shared": 8, "exit_start": 8}
+    check(tensors, backend=cpp, **options)
+
+
+@POOL
+@TRAINING
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_what_is_asked_for_is_computed(pool, training, wanted, backend):
+    tensors = make((2, 5, 4, 5))
+    options = {"pool": pool, "training": training, "num_shared": 2, "exit_start": 2}
+    everything = evaluate(conv_block, tensors, backend=backend, **options)
+    leaves = [tensors[name].requires_grad_(is_wanted) for name, is_wanted in zip(LEAVES, wanted, strict=True)]
+    produced = conv_block(*leaves, tensors["running_mean"], tensors["running_var"], backend=backend, **options)
+    assert produced.shared.requires_grad == produced.exit.requires_grad == any(wanted)
+    assert not produced.full.requires_grad
+    assert not produced.average.requires_grad
+    if any(wanted):
+        torch.autograd.backward([produced.shared, produced.exit], everything["incoming"])
+    for name, leaf, is_wanted in zip(LEAVES, leaves, wanted, strict=True):
+        assert (leaf.grad is not None) == is_wanted
+        if is_wanted:
+            assert_close(name, leaf.grad, everything[f"grad_{name}"])
+
+
+def test_the_function_returns_none_for_what_is_not_asked_for(cpp):
+    for wanted in itertools.product([False, True], repeat=3):
+        if not any(wanted):
+            continue
+        tensors = make((2, 5, 4, 5))
+        leaves = [tensors[name].requires_grad_(flag) for name, flag in zip(LEAVES, wanted, strict=True)]
+        produced = conv_block(*leaves, None, None, num_shared=2, exit_start=2, backend=cpp)
+        with torch.no_grad():
+            received = produced.shared.grad_fn.apply(
+                None, torch.ones_like(produced.shared), None, torch.ones_like(produced.exit), None, None
+            )
+        assert [grad is not None for grad in received[:3]] == list(wanted)
+        assert all(grad is None for grad in received[3:])
+
+
+@pytest.mark.parametrize("reader", ["shared", "exit"])
+@POOL
+def test_one_reader_alone(reader, pool, backend):
+    """The other reader's gradient is zero, whether it was never used or has no channels."""
+    tensors = make((2, 6, 4, 5))
+    options = {"pool": pool, "num_shared": 3, "exit_start": 3}
+    incoming = torch.randn(2 * 3 * 4 * 5)
+
+    def grads(op, tensors, **options):
+        leaves = [tensors[name].requires_grad_() for name in LEAVES]
+        produced = ProducedFeature(*op(*leaves, None, None, **options))
+        part = getattr(produced, reader)
+        return torch.autograd.grad((part * incoming[: part.numel()].view_as(part)).sum(), leaves)
+
+    expected = grads(reference.conv_block, {name: tensor.double() for name, tensor in tensors.items()}, **options)
+    for name, grad, value in zip(LEAVES, grads(conv_block, tensors, backend=backend, **options), expected, strict=True):
+        assert_close(name, grad, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@POOL
+@RELU_FIRST
+def test_second_backward_second_run_and_two_threads_are_bitwise_the_same(dtype, pool, relu_first, cpp):
+    # Several tasks an image, several blocks of statistics.
+    tensors = make((5, 33, 40, 34), dtype)
+    options = {"pool": pool, "relu_first": relu_first, "num_shared": 16, "exit_start": 16, "backend": cpp}
+    leaves = [tensors[name].requires_grad_() for name in LEAVES]
+    incoming = evaluate(conv_block, tensors, **options)["incoming"]
+    runs = []
+    for num_threads in (1, 1, 2):
+        torch.set_num_threads(num_threads)
+        produced = conv_block(*leaves, None, None, **options)
+        heads = [produced.shared, produced.exit]
+        for _ in range(2):
+            runs.append([*produced, *torch.autograd.grad(heads, leaves, incoming, retain_graph=True)])
+    for run in runs[1:]:
+        for name, first, again in zip((*OUTPUTS, *LEAVES), runs[0], run, strict=True):
+            assert torch.equal(first, again), name
+
+
+def test_nothing_is_written_to(backend):
+    tensors = make((2, 6, 5, 4))
+    leaves = [tensors[name].requires_grad_() for name in LEAVES]
+    produced = conv_block(*leaves, None, None, pool=True, num_shared=3, exit_start=3, backend=backend)
+    watched = [*leaves, *produced, torch.randn_like(produced.shared), torch.randn_like(produced.exit)]
+    before = [(tensor._version, tensor.detach().clone()) for tensor in watched]
+    torch.autograd.grad([produced.shared, produced.exit], leaves, watched[-2:])
+    for tensor, (version, copy) in zip(watched, before, strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor, copy)
+
+
+@RELU_FIRST
+def test_double_backward_names_the_op_or_works(relu_first, backend):
+    tensors = make((2, 4, 4, 4))
+    leaves = [tensors[name].requires_grad_() for name in LEAVES]
+    options = {"relu_first": relu_first, "num_shared": 2, "exit_start": 2, "backend": backend}
+    loss = sum(part.square().sum() for part in conv_block(*leaves, None, None, **options))
+    if backend == "cpp":
+        with pytest.raises(RuntimeError, match=r"^conv_block: .*backend='aten'"):
+            torch.autograd.grad(loss, leaves, create_graph=True)
+        return
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["rising", "falling"])
+def test_the_first_of_equal_values_wins_the_pool(sign, backend):
+    """Exact ties above zero, so that the ReLU hides none: where the gradient goes tells which pixel won."""
+    tensors = make((2, 19, 6, 6))
+    tensors["z"] = torch.randint(1, 3, (2, 19, 6, 6)).float()
+    tensors["weight"] = tensors["weight"].abs() * sign
+    # In eval mode nothing else than the winner of a window receives gradient.
+    options = {"pool": True, "training": False, "num_shared": 19, "exit_start": 19}
+    results = check(tensors, backend=backend, **options)
+    assert (results["grad_z"] != 0).sum() == 2 * 19 * 9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@TRAINING
+@POOL
+@RELU_FIRST
+def test_a_bad_value_is_not_hidden(value, training, pool, relu_first, backend):
+    """A NaN loss has to stay one, so that the trainer stops."""
+    tensors = make((2, 17, 4, 4))
+    tensors["z"][1, 5, 1, 1] = value
+    tensors["weight"].abs_().add_(0.1)
+    options = {"training": training, "pool": pool, "relu_first": relu_first, "num_shared": 8, "exit_start": 0}
+    produced = conv_block(*tensors.values(), backend=backend, **options)
+    for part in (produced.full, produced.average):
+        assert not part[1, 5].isfinite().all()
+        assert part[:, :5].isfinite().all()
+
+
+class TestAsBatchNorm2d:
+    """`produce_readings` on an `nn.BatchNorm2d`, beside the module's own forward."""
+
+    @pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
+    @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+    @pytest.mark.parametrize("tracking", [True, False], ids=["tracking", "no-tracking"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_three_steps_then_eval(self, momentum, affine, tracking, dtype, backend):
+        bn = nn.BatchNorm2d(6, momentum=momentum, affine=affine, track_running_stats=tracking, dtype=dtype)
+        twin = nn.BatchNorm2d(6, momentum=momentum, affine=affine, track_running_stats=tracking, dtype=torch.float64)
+        fork = Fork(0.5, "dfs", backend=backend)
+        for step in range(4):
+            bn.train(step < 3)
+            twin.train(step < 3)
+            z = torch.randn(3, 6, 5, 4, dtype=dtype) * 2 + 1
+            deeper, exit = produce_readings(z, bn, fork, pool=False, is_last=False)
+            assert backends.last_used("conv_block") == backend
+            expected = twin(F.relu(z.double()))
+            assert_close("feature", deeper.full, expected)
+            assert_close("average", exit.full, expected.mean((2, 3)))
+        assert set(bn.state_dict()) == set(twin.state_dict())
+        for name, value in bn.state_dict().items():
+            if value.is_floating_point():
+                assert_close(name, value, twin.state_dict()[name])
+            else:
+                assert torch.equal(value, twin.state_dict()[name])
+
+    @TRAINING
+    def test_parameters_in_half_precision(self, training, backend):
+        """A model converted whole: `model.bfloat16()`."""
+        bn = nn.BatchNorm2d(6, dtype=torch.bfloat16).train(training)
+        z = torch.randn(3, 6, 5, 4).bfloat16().requires_grad_()
+        deeper, _ = produce_readings(z, bn, Fork(0.5, "dfs", backend=backend), pool=True, is_last=False)
+        deeper.live.sum().backward()
+        grads = (z.grad, bn.weight.grad, bn.bias.grad)
+        assert {tensor.dtype for tensor in (deeper.full, bn.running_mean, *grads)} == {torch.bfloat16}
+
+    def test_one_value_per_channel_is_refused_as_stock_does(self, backend):
+        options = {"num_shared": 2, "exit_start": 2, "backend": backend}
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+            conv_block(*make((1, 4, 1, 1)).values(), **options)
+        conv_block(*make((1, 4, 1, 1)).values(), training=False, **options)
+
+
+OPS = torch.ops.dfs_engine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 5, 4), (0, 5, 4, 4)], ids=str)
+@TRAINING
+@POOL
+@RELU_FIRST
+def test_opcheck(dtype, shape, training, pool, relu_first, cpp):
+    z, weight, bias, *statistics = make(shape, dtype).values()
+    given = (None, None) if training else statistics
+    arguments = (z, weight, bias, *given, 1e-5, pool, relu_first)
+    torch.library.opcheck(OPS.conv_block, arguments)
+    feature, average, average_hat, mean, inverse_std, _, passed = OPS.conv_block(*arguments)
+    saved = (z, weight, bias, average_hat, mean, inverse_std, passed)
+    for num_shared in (0, 2, 5):
+        grads = torch.randn_like(feature[:, :num_shared]), torch.randn_like(average)
+        torch.library.opcheck(OPS.conv_block_backward, (*grads, *saved, training, pool, relu_first))
+
+
+@POOL
+@RELU_FIRST
+def test_compiles_whole(pool, relu_first, backend):
+    options = {"pool": pool, "relu_first": relu_first, "num_shared": 2, "exit_start": 2, "backend": backend}
+
+    def op(*tensors, **options):
+        return conv_block(*tensors, **options)
+
+    tensors = make((2, 5, 4, 5))
+    eager = evaluate(op, tensors, **options)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    traced = evaluate(compiled, tensors, eager.pop("incoming"), **options)
+    for name, value in eager.items():
+        assert_close(name, traced[name], value)
+
+
+def test_runs_under_autocast(backend):
+    tensors = make((2, 6, 5, 4))
+    leaves = [tensors[name].requires_grad_() for name in LEAVES]
+    with torch.autocast("cpu", torch.bfloat16):
+        produced = conv_block(*leaves, None, None, num_shared=3, exit_start=3, backend=backend)
+        assert {part.dtype for part in produced} == {torch.bfloat16}
+    (produced.shared.sum() + produced.exit.sum()).backward()
+    assert {leaf.grad.dtype for leaf in leaves} == {torch.float32}
+
+
+GOOD = {"num_shared": 2, "exit_start": 2}
+BAD = {
+    "exit-after-shared": (
+        {"num_shared": 1}, ValueError, "0 <= exit_start <= num_shared <= C=4, got exit_start=2, num_shared=1"
+    ),
+    "shared-too-many": ({"num_shared": 5}, ValueError, "got exit_start=2, num_shared=5"),
+    "exit-negative": ({"exit_start": -1}, ValueError, "got exit_start=-1, num_shared=2"),
+    "exit-float": ({"exit_start": 2.0}, TypeError, "expected an integer, got exit_start=2.0"),
+    "z-3-D": ({"z": torch.randn(4, 3, 3)}, ValueError, r"expected z \(N, C, H, W\), got \(4, 3, 3\)"),
+    "z-integer": ({"z": torch.ones(2, 4, 3, 3).int()}, TypeError, "floating-point tensor, got z"),
+    "weight": ({"weight": torch.ones(3)}, ValueError, r"expected weight of shape \(4,\), got \(3,\)"),
+    "bias": ({"bias": torch.ones(4, 1)}, ValueError, r"expected bias of shape \(4,\), got \(4, 1\)"),
+    "running-mean": ({"running_mean": torch.ones(5)}, ValueError, r"running_mean of shape \(4,\), got \(5,\)"),
+    "half-statistics": ({"running_var": None}, ValueError, "running_mean and running_var, or neither"),
+    "no-statistics": (
+        {"running_mean": None, "running_var": None, "training": False}, ValueError, "running statistics in eval mode"
+    ),
+    "pool-too-small": ({"z": torch.randn(2, 4, 1, 3), "pool": True}, ValueError, "at least 2 with pool, got"),
+    "device": ({"weight": torch.ones(4, device="meta")}, ValueError, "one device, got z on cpu and weight on meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments(arguments, error, message, backend):
+    with pytest.raises(error, match=f"^conv_block: .*{message}"):
+        conv_block(**{**make((2, 4, 3, 3)), **GOOD, **arguments}, backend=backend)

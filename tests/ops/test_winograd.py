@@ -1,0 +1,256 @@
+"""3x3 convolutions through Winograd against float64, over every size of tile and channel panel; and its switches."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfs_engine import backend as backends
+from dfs_engine.compare import assert_close
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+OPS = torch.ops.dfs_engine
+CHANNELS = (16, 17, 24, 33, 65)
+
+
+@pytest.fixture(autouse=True)
+def _extension():
+    reason = backends.unavailable_reason("cpp")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, padding, grad_output: Tensor, start: int, stop: int):
+    """Output, the slice's grad_input, grad_weight and grad_bias, by the cpp kernels."""
+    geometry = ((1, 1), padding, (1, 1), 1)
+    channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return {
+        "output": OPS.conv2d(input, weight, bias, *geometry),
+        "grad_input": OPS.conv2d_grad_input(grad_output, weight, input.shape, *geometry, start, stop, channels_last),
+        **dict(
+            zip(
+                ("grad_weight", "grad_bias"),
+                OPS.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, True),
+                strict=True,
+            )
+        ),
+    }
+
+
+def expect(input: Tensor, weight: Tensor, bias: Tensor | None, padding, grad_output: Tensor, start: int, stop: int):
+    """The same by stock PyTorch in float64."""
+    leaves = [input.double().requires_grad_(), weight.double().requires_grad_()]
+    output = F.conv2d(*leaves, None if bias is None else bias.double(), padding=padding)
+    grads = torch.autograd.grad(output, leaves, grad_output.double(), materialize_grads=True)
+    return {
+        "output": output.detach(),
+        "grad_input": grads[0][:, start:stop],
+        "grad_weight": grads[1],
+        "grad_bias": grad_output.double().sum((0, 2, 3)),
+    }
+
+
+def check(input: Tensor, weight: Tensor, bias: Tensor | None, padding=(1, 1), grad_layout=None, part=None) -> dict:
+    height, width = (size + 2 * pad - 2 for size, pad in zip(input.shape[2:], padding, strict=True))
+    grad_output = torch.randn(input.size(0), weight.size(0), height, width)
+    grad_output = grad_output if grad_layout is None else grad_layout(grad_output)
+    arguments = (input, weight, bias, padding, grad_output, *(part or (0, input.size(1))))
+    actual, expected = convolve(*arguments), expect(*arguments)
+    for name, value in actual.items():
+        assert value.dtype == torch.float32
+        assert_close(name, value, expected[name])
+    return actual
+
+
+def make(images=2, in_channels=17, out_channels=24, height=7, width=9) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(images, in_channels, height, width),
+        torch.randn(out_channels, in_channels, 3, 3),
+        torch.randn(out_channels),
+    )
+
+
+@pytest.mark.parametrize("size", range(1, 14))
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 2), (0, 2), (2, 1)], ids=str)
+def test_every_size(size, padding):
+    height, width = size, (size * 5) % 13 + 1
+    if min(height + 2 * padding[0], width + 2 * padding[1]) < 3:
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+            OPS.conv2d(*make(height=height, width=width), (1, 1), padding, (1, 1), 1)
+        return
+    check(*make(height=height, width=width), padding=padding)
+
+
+@pytest.mark.parametrize("in_channels", CHANNELS)
+@pytest.mark.parametrize("out_channels", CHANNELS)
+def test_channels_beside_the_vector_width(in_channels, out_channels):
+    check(*make(1, in_channels, out_channels, 6, 5))
+
+
+@pytest.mark.parametrize("images", [0, 1, 5])
+def test_batch_sizes(images):
+    results = check(*make(images))
+    assert results["grad_weight"].any() == (images > 0)
+
+
+@pytest.mark.parametrize("part", [(0, 16), (16, 33), (3, 33), (17, 33), (0, 5), (9, 9)], ids=str)
+def test_grad_input_of_a_slice(part):
+    """The last two have too few channels for Winograd."""
+    check(*make(in_channels=33), part=part)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def channel_slice(tensor: Tensor) -> Tensor:
+    return channels_last(tensor.repeat(1, 2, 1, 1))[:, 1 : tensor.size(1) + 1].copy_(tensor)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    return tensor[:, :, :1, :1].expand(tensor.shape)
+
+
+@pytest.mark.parametrize("layout", [channels_last, channel_slice, transposed, expanded])
+@pytest.mark.parametrize("weight_layout", [channels_last, channel_slice, transposed])
+@pytest.mark.parametrize("grad_layout", [channels_last, channel_slice, expanded])
+def test_any_strides(layout, weight_layout, grad_layout):
+    input, weight, bias = make()
+    input, weight, bias = layout(input), weight_layout(weight), bias.repeat_interleave(2)[::2]
+    results = check(input, weight, bias, grad_layout=grad_layout)
+    format = torch.channels_last if layout is channels_last else torch.contiguous_format
+    assert results["grad_input"].is_contiguous(memory_format=format)
+    assert results["grad_weight"].is_contiguous()
+
+
+def test_without_a_bias_and_with_several_chunks_of_tiles():
+    input, weight, _ = make(5, 65, 65, 33, 30)
+    check(input, weight, None)
+
+
+def test_two_threads_two_runs_and_one_thread_are_bitwise_the_same():
+    input, weight, bias = make(5, 65, 33, 31, 30)
+    grad_output = torch.randn(5, 33, 31, 30)
+    runs = []
+    for num_threads in (1, 2, 2):
+        torch.set_num_threads(num_threads)
+        runs.append(convolve(input, weight, bias, (1, 1), grad_output, 0, 32))
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+        assert torch.equal(value, runs[2][name]), name
+
+
+def test_it_is_used_and_can_be_switched_off():
+    input, weight, bias = make(2, 32, 32, 12, 12)
+    arguments = (input, weight, bias, (1, 1), torch.randn(2, 32, 12, 12), 0, 16)
+    fast = convolve(*arguments)
+    with backends.use_winograd(False):
+        direct = convolve(*arguments)
+        with backends.use_winograd(True):
+            again = convolve(*arguments)
+    back = convolve(*arguments)
+    expected = expect(*arguments)
+    for name, value in fast.items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value, back[name])
+        assert_close(name, direct[name], expected[name])
+        assert_close(name, value, direct[name])
+        # Bitwise equality would mean that the same kernel ran twice.
+        assert name == "grad_bias" or not torch.equal(value, direct[name]), name
+
+
+def test_the_switch_is_undone_after_an_error():
+    from dfs_engine import _C
+
+    before = _C.set_winograd(True)
+    with pytest.raises(KeyError), backends.use_winograd(False):
+        raise KeyError
+    assert _C.set_winograd(before)
+
+
+def test_the_switch_does_nothing_without_the_extension(monkeypatch):
+    monkeypatch.setattr(backends, "_extension_missing", "no compiler")
+    monkeypatch.setitem(sys.modules, "dfs_engine._C", None)
+    with backends.use_winograd(False):
+        pass
+
+
+def test_float64_never_uses_it():
+    input, weight, bias = (tensor.double() for tensor in make())
+    output = OPS.conv2d(input, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    assert_close("output", output, F.conv2d(input, weight, bias, padding=1))
+    with backends.use_winograd(False):
+        assert torch.equal(output, OPS.conv2d(input, weight, bias, (1, 1), (1, 1), (1, 1), 1))
+
+
+CODE = """
+import sys, torch
+from dfs_engine import _C, backend
+torch.set_num_threads(1)
+tensors = torch.load(sys.argv[1])
+geometry = ((1, 1), (1, 1), (1, 1), 1)
+ops = torch.ops.dfs_engine
+results = {"output": ops.conv2d(tensors["input"], tensors["weight"], tensors["bias"], *geometry)}
+grad_output, input, weight = tensors["grad_output"], tensors["input"], tensors["weight"]
+results["grad_input"] = ops.conv2d_grad_input(grad_output, weight, input.shape, *geometry, 1, 30, False)
+results["grad_weight"] = ops.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, False)[0]
+produced = ops.conv_block(input, tensors["gamma"], tensors["beta"], None, None, 1e-5, True, True)
+results |= {f"conv_block {index}": value for index, value in enumerate(produced)}
+_, _, average_hat, mean, inverse_std, _, passed = produced
+grads = (produced[0][:, :16], produced[1])
+saved = (input, tensors["gamma"], tensors["beta"], average_hat, mean, inverse_std, passed)
+found = ops.conv_block_backward(*grads, *saved, True, True, True)
+results |= {f"conv_block_backward {index}": value for index, value in enumerate(found)}
+torch.save((_C.instruction_set(), results), sys.argv[2])
+"""
+
+
+@pytest.fixture
+def in_process(tmp_path):
+    """Runs the kernels on the same tensors in another process, under environment variables."""
+    tensors = {
+        "input": torch.randn(2, 33, 9, 10),
+        "weight": torch.randn(17, 33, 3, 3),
+        "bias": torch.randn(17),
+        "grad_output": torch.randn(2, 17, 9, 10),
+        "gamma": torch.randn(33),
+        "beta": torch.randn(33),
+    }
+    torch.save(tensors, tmp_path / "tensors.pt")
+
+    def run(**environment: str) -> tuple[str, dict[str, Tensor]]:
+        paths = [str(tmp_path / "tensors.pt"), str(tmp_path / "results.pt")]
+        subprocess.run([sys.executable, "-c", CODE, *paths], check=True, env=os.environ | environment)
+        return torch.load(paths[1])
+
+    return run
+
+
+def test_every_instruction_set_gives_the_same(in_process):
+    from dfs_engine import _C
+
+    best = _C.instruction_set()
+    levels = ["baseline", "avx2", "avx512"]
+    used, expected = in_process(DFS_CPU="")
+    assert used == best
+    for level in levels[: levels.index(best) + 1]:
+        used, results = in_process(DFS_CPU=level)
+        assert used == level
+        for name, value in results.items():
+            assert_close(f"{level} {name}", value, expected[name])
+
+
+def test_the_environment_switches_it_off(in_process):
+    fast, direct = in_process(DFS_WINOGRAD="1")[1], in_process(DFS_WINOGRAD="0")[1]
+    for name, value in fast.items():
+        assert_close(name, direct[name], value)
+        assert torch.equal(direct[name], value) == name.startswith("conv_block"), name
