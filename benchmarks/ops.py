@@ -85,7 +85,8 @@ class BenchOpsConfig:
             for shape in SHAPES
             if shape.op in ops and any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns)
         ]
-        return list({(shape.family, shape.op): shape for shape in reversed(shapes)}.values()) if self.quick else shapes
+        firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
+        return [shape for shape in shapes if shape in firsts.values()] if self.quick else shapes
 
     @property
     def chosen_dtypes(self) -> list[str]:

@@ -160,3 +160,22 @@ def test_bad_options(option, value, message):
 def test_compiled_cases_are_compared_and_timed(tiny):
     report = tiny(compile="on", layouts="nchw", variants="detach,dfs")
     assert [row.case.mode for row in report.rows] == ["compile", "compile"]
+
+
+@pytest.mark.parametrize("is_kink", [True, False])
+def test_a_kink_on_some_images_is_no_defect_and_one_on_all_is(monkeypatch, tiny, is_kink):
+    seen = []
+
+    def breaches(builder, dtype, truth, steps):
+        seen.append(builder.images)
+        assert all(torch.equal(step.images.float(), builder.images) for step in steps.values())
+        return {case: "too far" for case in steps} if len(seen) == 1 or not is_kink else {}
+
+    monkeypatch.setattr(train_step.StepBuilder, "_breaches", breaches)
+    if is_kink:
+        tiny(variants="dfs")
+    else:
+        with pytest.raises(RuntimeError, match="too far"):
+            tiny(variants="dfs")
+    assert len(seen) == (2 if is_kink else 3)
+    assert not torch.equal(seen[0], seen[1])
