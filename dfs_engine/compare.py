@@ -82,15 +82,15 @@ def compare(name: str, actual: Tensor | None, expected: Tensor, tolerance: Toler
         tolerance: default: the entry of `TOLERANCES` for the dtype of `actual`.
     """
     if actual is None:
-        return _broken(name, tolerance or EXACT, "missing")
+        return failure(name, "missing", tolerance or EXACT)
     tolerance = tolerance or TOLERANCES[actual.dtype]
     if actual.shape != expected.shape:
-        return _broken(name, tolerance, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+        return failure(name, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}", tolerance)
     if expected.numel() == 0:
         return Comparison(name, 0.0, 0.0, 0.0, tolerance)
     actual, expected = actual.detach().double(), expected.detach().double().to(actual.device)
     if not actual.isfinite().all():
-        return _broken(name, tolerance, "NaN or infinity in the result")
+        return failure(name, "NaN or infinity in the result", tolerance)
     error = actual - expected
     max_abs = error.abs().max().item()
     return Comparison(
@@ -109,7 +109,8 @@ def assert_close(name: str, actual: Tensor | None, expected: Tensor, tolerance: 
         raise AssertionError(str(comparison))
 
 
-def _broken(name: str, tolerance: Tolerance, note: str) -> Comparison:
+def failure(name: str, note: str, tolerance: Tolerance = EXACT) -> Comparison:
+    """A breach that no number tells."""
     infinity = float("inf")
     return Comparison(name, infinity, infinity, infinity, tolerance, note)
 

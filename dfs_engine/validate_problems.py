@@ -4,28 +4,10 @@ A later op joins by one function here.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Problem(NamedTuple):
-    """One shape to try an op on.
-
-    Attributes:
-        label: short name for messages.
-        tensors: shapes of the op's differentiable arguments in order, by name; `input` comes first. None: not given.
-        options: the op's other arguments.
-        channel_axis: where `input` is sliced.
-        num_channels: its size there.
-        layouts: names for `_lay_out`.
-    """
-
-    label: str
-    tensors: dict[str, tuple[int, ...] | None]
-    options: dict[str, Any]
-    channel_axis: int
-    num_channels: int
-    layouts: tuple[str, ...]
-
+from dfs_engine.partition import ChannelSlice
+from dfs_engine.validate_cases import Case, Problem, SlicedCase, produced_cases, sliced_cases
 
 PROBLEMS: dict[str, Callable[[], list[Problem]]] = {}
 
@@ -47,7 +29,9 @@ def _conv2d_problems() -> list[Problem]:
     ) -> Problem:
         weight = (out_channels, input[1] // options.get("groups", 1), *kernel)
         tensors = {"input": input, "weight": weight, "bias": (out_channels,) if bias else None}
-        return Problem(label, tensors, options, 1, input[1], ("nchw", "channels_last", "strided", "expanded"))
+        return Problem(
+            label, tensors, options, 1, input[1], ("nchw", "channels_last", "strided", "expanded"), sliced_cases
+        )
 
     return [
         problem("round", (4, 16, 8, 8), 32, (3, 3), padding=1),
@@ -71,7 +55,9 @@ def _conv2d_problems() -> list[Problem]:
 def _linear_problems() -> list[Problem]:
     def problem(label: str, input: tuple, out_features: int, bias: bool = True) -> Problem:
         tensors = {"input": input, "weight": (out_features, input[-1]), "bias": (out_features,) if bias else None}
-        return Problem(label, tensors, {}, -1, input[-1], ("contiguous", "transposed", "strided", "expanded"))
+        return Problem(
+            label, tensors, {}, -1, input[-1], ("contiguous", "transposed", "strided", "expanded"), sliced_cases
+        )
 
     return [
         problem("round", (8, 32), 16),
@@ -83,3 +69,37 @@ def _linear_problems() -> list[Problem]:
         problem("one vector", (17,), 9),
         problem("batch 0", (0, 8), 4),
     ]
+
+
+@problems("conv_block")
+def _conv_block_problems() -> list[Problem]:
+    def problem(label: str, input: tuple, affine: bool = True, **options: Any) -> Problem:
+        parameters = (input[1],) if affine else None
+        tensors = {"input": input, "weight": parameters, "bias": parameters}
+        layouts = ("nchw", "channels_last", "strided", "expanded")
+        return Problem(label, tensors, {"pool": False} | options, 1, input[1], layouts, produced_cases, signed=True)
+
+    return [
+        problem("round", (4, 16, 8, 8)),
+        problem("3 channels, odd size, pool", (3, 3, 9, 7), pool=True),
+        problem("17 channels, pool", (2, 17, 6, 5), pool=True),
+        problem("65 channels, ReLU last", (2, 65, 5, 6), relu_first=False),
+        problem("17 channels, ReLU last, pool", (3, 17, 7, 6), relu_first=False, pool=True),
+        problem("not affine", (3, 8, 5, 4), affine=False),
+        problem("batch 0", (0, 8, 4, 4), pool=True),
+    ]
+
+
+def winograd_problem() -> Problem:
+    """A convolution on which Winograd's error is told beside the direct one's."""
+    tensors: dict[str, tuple[int, ...] | None] = {
+        "input": (2, 64, 16, 16),
+        "weight": (64, 64, 3, 3),
+        "bias": None,
+    }
+    # Both signs, as features have: with one sign the error looks smaller than it is.
+    return Problem("winograd", tensors, {"padding": 1}, 1, 64, ("channels_last",), _whole, signed=True)
+
+
+def _whole(problem: Problem) -> list[Case]:
+    return [SlicedCase("whole", ChannelSlice(0, problem.num_channels), True, "plain", "channels_last")]

@@ -1,5 +1,6 @@
 """`dfs validate` passes on the kernels that are right, and fails, by name, on ones that are broken on purpose."""
 
+import importlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from dfs_engine import backend as backends
 from dfs_engine import validate
 from dfs_engine.ops import conv2d, linear
+from dfs_engine.partition import fork_gradient
 from dfs_engine.validate import ValidateConfig
 from dfs_engine.validate_problems import PROBLEMS
 
@@ -29,16 +31,12 @@ def test_every_usable_backend_passes(dtype):
     assert report.ok, report.table()
     usable = {name for name in backends.BACKENDS if backends.unavailable_reason(name) is None}
     assert {(row.op, row.backend) for row in report.rows} == {(op, name) for op in PROBLEMS for name in usable}
-    tensors = {
-        "output",
-        "grad_input",
-        "grad_weight",
-        "grad_bias",
-        "grad_input outside",
-        "grad_weight outside",
-        "backend",
-    }
-    assert {row.tensor for row in report.rows} == tensors
+    sliced = {"output", "grad_input outside", "grad_weight outside"}
+    produced = {"full", "shared", "average", "exit", "running_mean", "running_var"}
+    everywhere = {"grad_input", "grad_weight", "grad_bias", "backend"}
+    for op in PROBLEMS:
+        expected = everywhere | (produced if op == "conv_block" else sliced)
+        assert {row.tensor for row in report.rows if row.op == op} == expected
 
 
 def test_all_combinations_are_there_without_quick(monkeypatch):
@@ -111,6 +109,65 @@ def test_a_missing_column_of_the_weight_gradient_is_found(monkeypatch, op, lefto
     assert not report.ok
     assert breached(report) - {"grad_weight outside"} == {"grad_weight"}
     assert f"BREACH: {op} aten bf16 grad_weight:" in report.table()
+
+
+CONV_BLOCK = importlib.import_module("dfs_engine.ops.conv_block")  # the package has a function of that name
+
+
+def wrong_channels(feature, num_shared, exit_start, dim=1):
+    """The exit's gradient reaches the channels one before its own."""
+    full, shared, _ = fork_gradient(feature, num_shared, exit_start, dim)
+    return full, shared, feature.narrow(dim, max(exit_start - 1, 0), feature.size(dim) - exit_start)
+
+
+def whole_gradient(feature, num_shared, exit_start, dim=1):
+    """As stock autograd routes: the deeper path trains everything."""
+    full, _, live = fork_gradient(feature, num_shared, exit_start, dim)
+    return full, feature.narrow(dim, 0, num_shared) + (feature.sum() - feature.sum().detach()), live
+
+
+class BiasedVariance:
+    """Running statistics with the wrong variance, everything else right."""
+
+    def __getattr__(self, name):
+        return getattr(F, name)
+
+    def batch_norm(self, input, mean, variance, *parameters):
+        output = F.batch_norm(input, mean, variance, *parameters)
+        if parameters[2]:
+            variance.data.mul_(0.99)  # behind autograd, which keeps it for the backward
+        return output
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "tensors"),
+    [
+        ("fork_gradient", wrong_channels, {"grad_input", "grad_weight", "grad_bias"}),
+        ("fork_gradient", whole_gradient, {"grad_input", "grad_weight", "grad_bias"}),
+        ("F", BiasedVariance(), {"running_var"}),
+    ],
+    ids=["wrong-channels", "whole-gradient", "biased-variance"],
+)
+def test_a_broken_producer_is_found(monkeypatch, name, broken, tensors):
+    monkeypatch.setattr(CONV_BLOCK, name, broken)
+    report = quick(ops="conv_block", backends="aten", dtypes="fp64")
+    assert breached(report) == tensors
+    assert f"BREACH: conv_block aten fp64 {min(tensors)}:" in report.table()
+
+
+def test_the_error_of_winograd_is_told_beside_the_direct_one(monkeypatch):
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    problems = PROBLEMS["partitioned_conv2d"]()
+    monkeypatch.setitem(PROBLEMS, "partitioned_conv2d", lambda: problems[:1])
+    report = quick(ops="partitioned_conv2d", dtypes="fp32")
+    rows = report.to_json()["winograd"]
+    assert [row["tensor"] for row in rows] == ["output", "grad_input", "grad_weight"]
+    for row in rows:
+        assert f"winograd {row['tensor']}: rms ratio {row['winograd_rms_ratio']:.1e} (direct" in report.table()
+        # Fewer digits than the direct one, and far inside the tolerance.
+        assert row["direct_rms_ratio"] < row["winograd_rms_ratio"] < 1e-5
+    assert quick(ops="partitioned_conv2d", dtypes="fp64").winograd == []
 
 
 def test_a_crash_is_a_breach_that_names_its_message(monkeypatch):

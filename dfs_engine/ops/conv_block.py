@@ -188,8 +188,8 @@ def conv_block(
         return ProducedFeature(*produced)
     feature = F.relu(z) if relu_first else z
     # ATen's backward on channels_last reads a strided weight as if it were contiguous.
-    gamma = None if weight is None else weight.contiguous()
-    feature = F.batch_norm(feature, running_mean, running_var, gamma, bias, training, momentum, eps)
+    dense_weight = None if weight is None else weight.contiguous()
+    feature = F.batch_norm(feature, running_mean, running_var, dense_weight, bias, training, momentum, eps)
     feature = feature if relu_first else F.relu(feature)
     feature = F.max_pool2d(feature, 2) if pool else feature
     full, shared, live = fork_gradient(feature, num_shared, exit_start)
