@@ -116,9 +116,9 @@ def test_dfs_in_channels_last(name, layout, backend):
 
 
 # In fp32 a whole model meets kinks: where an activation lies within rounding of ReLU's zero, or two pixels within
-# rounding of each other in a max pool, the gradient jumps, in stock PyTorch just as here. A batch of 16 keeps batch norms
-# over one pixel well-conditioned. Roundings add up over the depth, and stock batch norm in channels_last begins with 1e-6
-# (in NCHW 4e-8).
+# rounding of each other in a max pool, the gradient jumps, in stock PyTorch just as here. A batch of 16 keeps batch
+# norms over one pixel well-conditioned. Roundings add up over the depth, and stock batch norm in channels_last begins
+# with 1e-6 (in NCHW 4e-8).
 FP32_SEED, FP32_BATCH = 0, 16
 # Over the 13 layers of vgg16_64 the kinks alone reach 1e-2 on most seeds, for stock `detach` as well.
 DEEP_FP32 = {"vgg7_64": Tolerance(1e-4, 1e-4), "vgg16_64": Tolerance(1e-2, 1e-2)}
