@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from the files in benchmarks/results/: `python -m dfs_engine.benchmarks.readme`.
+"""Writes the measured tables of README.md from benchmarks/results/: `python -m dfs_engine.benchmarks.readme`.
 
 Each table stands between two markers, `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing else is touched.
 """
@@ -27,8 +27,9 @@ def latest(path: Path) -> list[Row]:
 def conditions(row: Row, path: Path) -> str:
     """Machine, versions, threads, n, data and file of a table, in one sentence."""
     return (
-        f"{row['device_name']}, {row['num_threads']} threads, torch {row['torch']}, load average {row['loadavg']} at the start, "
-        f"revision {row['git_sha'][:9]}{' with changes' if row['dirty'] == 'True' else ''}; synthetic images; [{path.name}]({path})."
+        f"{row['device_name']}, {row['num_threads']} threads, torch {row['torch']}, load average {row['loadavg']} "
+        f"at the start, revision {row['git_sha'][:9]}{' with changes' if row['dirty'] == 'True' else ''}; "
+        f"synthetic images; [{path.name}]({path})."
     )
 
 
@@ -63,20 +64,26 @@ def cases(rows: list[Row], dtype: str) -> list[Case]:
 
 
 def train_table(found: list[Case]) -> Iterator[str]:
-    """Every case, with its ratio to the best `dense` one and to the best stock one, and the ceiling that FLOPs allow."""
+    """Every case, its ratios to the best `dense` and the best stock one, and the ceiling that FLOPs allow."""
     stock = [case for case in found if case.variant not in ("dfs", "byot")]
     dense = min((case for case in stock if case.variant == "dense"), key=lambda case: case.value("step"))
     best = min(stock, key=lambda case: case.value("step"))
-    yield "| variant | layout | mode | forward ms | backward ms | step ms, median (min) | vs best `dense` (FLOP ceiling) | vs best stock | peak MB | n |"
+    yield (
+        "| variant | layout | mode | forward ms | backward ms | step ms, median (min) "
+        "| vs best `dense` (FLOP ceiling) | vs best stock | peak MB | n |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for case in found:
         name = f"**dfs** ({case.backend})" if case.variant == "dfs" else case.variant
-        yield (
-            f"| {name} | {case.layout} | {case.mode} | {case.value('forward') * 1e3:.0f} | {case.value('backward') * 1e3:.0f} "
-            f"| {case.value('step') * 1e3:.0f} ({case.value('step', 'min') * 1e3:.0f}) "
-            f"| {dense.value('step') / case.value('step'):.2f} ({dense.flops / case.flops:.2f}) "
-            f"| {best.value('step') / case.value('step'):.2f} | {case.value('peak_memory') / 1e6:.0f} | {case.metrics['step']['n']} |"
-        )
+        milliseconds = [f"{case.value(phase) * 1e3:.0f}" for phase in ("forward", "backward", "step")]
+        cells = [
+            *(name, case.layout, case.mode, *milliseconds[:2]),
+            f"{milliseconds[2]} ({case.value('step', 'min') * 1e3:.0f})",
+            f"{dense.value('step') / case.value('step'):.2f} ({dense.flops / case.flops:.2f})",
+            f"{best.value('step') / case.value('step'):.2f}",
+            *(f"{case.value('peak_memory') / 1e6:.0f}", case.metrics["step"]["n"]),
+        ]
+        yield f"| {' | '.join(cells)} |"
 
 
 def train_section(path: Path) -> Iterator[str]:
@@ -108,7 +115,8 @@ def accuracy_section() -> Iterator[str]:
         if not header:
             header = [f"exit {name.removeprefix('test_top1_exit')}" for name in exits] + ["ensemble"]
             yield (
-                f"VGG7-64 on CIFAR-10 (real, 50,000 training and 10,000 test images), {last['epoch']} epochs, seed 0, one run each, "
+                "VGG7-64 on CIFAR-10 (real, 50,000 training and 10,000 test images), "
+                f"{last['epoch']} epochs, seed 0, one run each, "
                 "test top-1 in per cent after the last epoch. Three epochs show that it learns, not what it reaches. "
                 "`dfs train --config configs/cifar10_vgg7_short.yaml --model.variant VARIANT --data.root DIR`"
             )
@@ -142,14 +150,15 @@ def headline_section(path: Path) -> Iterator[str]:
             yield f"| {name} | {best.layout}, {best.mode} | {best.value('step') * 1e3:.0f} | {ratio:.2f} x |"
     first = next(row for row in rows if row["dtype"] == "fp32")
     yield ""
-    yield f"VGG7-64, 6 exits, 32 px, batch 100, fp32, beta 0.5, n = {ours.metrics['step']['n']}. {conditions(first, path)}"
+    rounds = ours.metrics["step"]["n"]
+    yield f"VGG7-64, 6 exits, 32 px, batch 100, fp32, beta 0.5, n = {rounds}. {conditions(first, path)}"
 
 
 def fill(text: str, name: str, lines: Iterator[str]) -> str:
     """`text` with the block `name` replaced."""
     start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     before, found, rest = text.partition(start)
-    inside, closed, after = rest.partition(end)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"README: expected the markers {start} and {end}.")
     return f"{before}{start}\n{chr(10).join(lines).rstrip()}\n{end}{after}"
