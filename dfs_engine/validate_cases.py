@@ -156,8 +156,12 @@ class ProducedCase(NamedTuple):
 
     def unsupported(self, problem: Problem, backend: str, dtype: torch.dtype) -> str | None:
         fused = backend == "cpp" and dtype == torch.bfloat16
-        if problem.options["pool"] and dtype in (torch.bfloat16, torch.float16) and not fused:
+        if fused or dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if problem.options["pool"]:
             return "with a pool: the stock one compares rounded values, so that other pixels win than in float64"
+        if self.exit_start < self.num_shared:
+            return "with exit_gradient='whole': stock autograd rounds the sum of the two gradients, pixel by pixel"
         return None
 
     def run(
