@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-all lint format clean
+.PHONY: train test test-all sanitize lint format clean
 
 train: $(VENV)/.built
 	$(BIN)/dfs train --config configs/digits_vgg7_dfs.yaml --run_dir $(RUN_DIR)
@@ -16,6 +16,10 @@ test: $(VENV)/.built
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest
+
+# The C++ kernels under the address and undefined-behaviour sanitizers, in a copy of the tree.
+sanitize: $(VENV)/.built
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON="$(CURDIR)/$(BIN)/python" tests/sanitize.sh
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

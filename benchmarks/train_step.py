@@ -48,9 +48,7 @@ class Step:
         self.model: Any = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
         self.autocast = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
         # The smallest learning rate that still is work: random labels must not drive the weights to infinity.
-        self.optimizer = torch.optim.SGD(
-            trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True
-        )
+        self.optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True)
         self.phases: Phases = {
             "forward": self.forward, "loss": self.compute_loss, "backward": self.backward, "update": self.update,
         }  # fmt: skip
