@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -124,7 +125,7 @@ def _run(config: BenchTrainConfig) -> TrainReport:
 
 
 def _time_cases(
-    config: BenchTrainConfig, builder: StepBuilder, dtype: str, report: TrainReport, bar: "tqdm[None]"
+    config: BenchTrainConfig, builder: StepBuilder, dtype: str, report: TrainReport, bar: "tqdm[Any]"
 ) -> None:
     """One interleaving: compares, then times, then looks at memory and kernels."""
     name = f"{dtype}, batch {builder.batch_size}"
