@@ -97,12 +97,13 @@ def train_section(path: Path) -> Iterator[str]:
         yield ""
         # A run of its own, where the long one was disturbed at its end.
         source = path.with_name(f"{path.stem}_breakdown.csv")
-        profiled = cases(latest(source) if source.exists() else rows, dtype)
+        source = source if source.exists() else path
+        profiled = cases(latest(source), dtype)
         breakdown = next((case for case in profiled if case.kernels and case.variant == "dfs"), None)
         if breakdown:
             total = sum(breakdown.kernels.values())
             parts = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in breakdown.kernels.items())
-            yield f"One `dfs` step by kernel (profiler, CPU time): {parts}."
+            yield f"One `dfs` step by kernel (profiler, CPU time): {parts}. [{source.name}]({source})."
             yield ""
 
 
