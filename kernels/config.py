@@ -1,0 +1,259 @@
+"""How kernels are launched: block sizes per op and shape, tuned tables, input precision, what fits which GPU.
+
+Importable without Triton. Nothing here reads device data or synchronises, so that launches can be captured in a CUDA
+graph, and the same shape always gets the same configuration, so that results repeat bitwise.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from dfs_engine.names import check_choice
+
+Result = TypeVar("Result")
+
+TABLES = Path(__file__).parent / "tables"
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# Triton decides when a kernel is decorated, hence at import. It runs kernels on the CPU then, slowly, one by one.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+# The H100's; stands for a GPU that is not there.
+_NOMINAL_SMS = 132
+
+
+class Config(NamedTuple):
+    """One way to launch a kernel: tile of the output, step along the reduced axis, and its number of partial sums."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split: int = 1
+
+
+class Compilation(NamedTuple):
+    """One kernel as it would be launched, for tests that compile without a GPU.
+
+    Attributes:
+        name: for messages.
+        kernel: the `@triton.jit` function.
+        signature: type of every argument by name, "constexpr" for constants.
+        constexprs: value of every constant by name.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+class Variant(NamedTuple):
+    """A configuration with a dtype ("fp32", "fp16", "bf16") and an input precision that it may be launched with."""
+
+    dtype: str
+    precision: str
+    config: Config
+
+
+class NoConfigFits(RuntimeError):  # noqa: N818 - reads as what happened
+    """Every configuration of a launch needs more shared memory or registers than the GPU has."""
+
+
+# By what multiplies: "half" on tensor cores, "tf32" on them (three times for tf32x3), "ieee" without. Largest first.
+_MATMUL: dict[str, tuple[Config, ...]] = {
+    "half": (
+        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 8, 3),
+        Config(64, 128, 64, 4, 3),
+        Config(64, 64, 64, 4, 3),
+    ),
+    "tf32": (Config(128, 128, 32, 8, 3), Config(64, 128, 32, 4, 3), Config(64, 64, 32, 4, 3)),
+    "ieee": (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3)),
+}
+_defined: dict[str, dict[str, tuple[Config, ...]]] = {}
+_forced: dict[str, tuple[Config, ...]] = {}
+_input_precision: str | None = None
+
+
+def define(op: str, **configs: tuple[Config, ...]) -> None:
+    """Gives an op configurations of its own, largest first, instead of the matrix product's.
+
+    Args:
+        op: its name.
+        configs: by what multiplies, any of `half`, `tf32`, `ieee`; the others stay the matrix product's.
+    """
+    _defined[op] = {**_MATMUL, **configs}
+
+
+def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """Configurations to try, best first: forced ones, or the tuned table's and after it the heuristic's.
+
+    Args:
+        op: a kernel's name, e.g. "linear_grad_input". Names that end in "grad_weight" may split the reduced axis.
+        m, n, k: output rows, output columns, length of the reduced axis; all at least 1.
+        dtype: of the inputs.
+    """
+    if op in _forced:
+        return _forced[op]
+    entry = _entry(op, m, n, k, dtype)
+    tuned = () if entry is None else (Config(*entry["config"]),)
+    return tuned + tuple(_heuristic(op, m, n, k, _kind(dtype, precision(op))))
+
+
+def _heuristic(op: str, m: int, n: int, k: int, kind: str) -> list[Config]:
+    """The largest tile that neither sticks out far nor leaves multiprocessors idle, then the smaller ones."""
+
+    def num_tiles(config: Config) -> int:
+        return math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
+
+    def most_splits(config: Config) -> int:
+        # Each partial sum takes at least four steps, or writing it out would cost more than it gives.
+        return max(1, k // (4 * config.block_k)) if op.endswith("grad_weight") else 1
+
+    def is_good(config: Config) -> bool:
+        fits = config.block_m < 2 * m and config.block_n < 2 * n
+        return fits and num_tiles(config) * most_splits(config) >= sms
+
+    sms = _num_sms()
+    configs = _defined.get(op, _MATMUL)[kind]
+    first = next((index for index, config in enumerate(configs) if is_good(config)), len(configs) - 1)
+    return [
+        config._replace(split=min(most_splits(config), max(1, sms // num_tiles(config)))) for config in configs[first:]
+    ]
+
+
+@contextlib.contextmanager
+def forced(op: str, *configs: Config) -> Iterator[None]:
+    """Makes `candidates` give exactly these for an op in the block, process-wide: for tuning and for tests."""
+    previous = _forced.get(op)
+    _forced[op] = configs
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _forced[op]
+        else:
+            _forced[op] = previous
+
+
+def launch(op: str, configs: Sequence[Config], run: Callable[[Config], Result]) -> Result:
+    """Calls `run` with the first configuration that fits the GPU.
+
+    Raises:
+        NoConfigFits: none does.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    said = []
+    for config in configs:
+        try:
+            return run(config)
+        except OutOfResources as error:
+            said.append(f"{tuple(config)}: {error}")
+    raise NoConfigFits(f"{op}: no configuration fits this GPU: " + "; ".join(said))
+
+
+def variants(op: str) -> Iterator[Variant]:
+    """Every configuration that `candidates` may give for an op, tables included, with every dtype and precision."""
+    for dtype, choice in itertools.product(TYPE_NAMES, PRECISIONS):
+        if dtype != torch.float32 and choice != "ieee":
+            continue  # half precision has one way to multiply
+        configs = dict.fromkeys(_defined.get(op, _MATMUL)[_kind(dtype, choice)])
+        prefix = f"{op} {_key(dtype, choice)} "
+        tuned = itertools.chain.from_iterable(table.items() for table in _tables.values())
+        configs |= {Config(*entry["config"])._replace(split=1): None for key, entry in tuned if key.startswith(prefix)}
+        for config in configs:
+            yield Variant(TYPE_NAMES[dtype], choice, config)
+
+
+def precision(op: str = "linear") -> str:
+    """`input_precision` of `tl.dot` for float32 inputs: "ieee", "tf32" or "tf32x3".
+
+    What `set_input_precision` says, else as stock PyTorch: tf32 where `torch.backends.cudnn.allow_tf32` (ops whose name
+    starts with "conv") or `torch.backends.cuda.matmul.allow_tf32` (all others) allows it.
+    """
+    if _input_precision is not None:
+        return _input_precision
+    # Not `allow_tf32`: reading that one raises where the settings were made through the newer names.
+    allowed = torch.backends.cudnn.conv if op.startswith("conv") else torch.backends.cuda.matmul
+    return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
+
+
+def set_input_precision(value: str | None) -> None:
+    """Sets `input_precision` of every kernel, process-wide; None follows torch's own settings (the default).
+
+    Raises:
+        ValueError: not one of None, "ieee", "tf32", "tf32x3".
+    """
+    global _input_precision
+    _input_precision = None if value is None else check_choice("input_precision", value, PRECISIONS)
+
+
+def _kind(dtype: torch.dtype, precision: str) -> str:
+    """The class of configurations that a dtype and a precision share."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if precision == "ieee" else "tf32"
+
+
+def _num_sms() -> int:
+    if not torch.cuda.is_available():
+        return _NOMINAL_SMS
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
+def table_path(gpu: str) -> Path:
+    """Where `dfs bench tune` writes the table of a GPU, of the name that torch gives it.
+
+    JSON: {"gpu": name, "entries": {table_key: {"config": [...], "triton_us": t, "aten_us": t}}}.
+    """
+    return TABLES / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+def read_tables() -> dict[str, dict[str, dict[str, Any]]]:
+    """The tuned tables that come with this version: entries by GPU."""
+    tables = [json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json"))]
+    return {table["gpu"]: table["entries"] for table in tables}
+
+
+# Read at import: torch.compile traces `prefers_triton`, and cannot look into files.
+_tables = read_tables()
+
+
+def table_key(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+    """The shape class of a launch: sizes to the nearest power of two, so that a batch size of 100 finds that of 128."""
+    sizes = "x".join(str(2 ** round(math.log2(size))) for size in (m, n, k))
+    return f"{op} {_key(dtype, precision(op))} {sizes}"
+
+
+def _key(dtype: torch.dtype, precision: str) -> str:
+    return f"fp32-{precision}" if dtype == torch.float32 else TYPE_NAMES[dtype]
+
+
+def prefers_triton(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether the tuned table of the current GPU says that the kernel beats `aten` in this shape class.
+
+    What `auto` asks on CUDA. False without a table, for a shape class that is not in it, and for other dtypes.
+    """
+    entry = _entry(op, m, n, k, dtype)
+    return entry is not None and entry["triton_us"] < entry["aten_us"]
+
+
+def _entry(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any] | None:
+    if not _tables or dtype not in TYPE_NAMES or min(m, n, k) < 1 or not torch.cuda.is_available():
+        return None
+    table = _tables.get(torch.cuda.get_device_properties().name, {})
+    return table.get(table_key(op, m, n, k, dtype))
