@@ -3,6 +3,7 @@
 import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,8 +19,9 @@ from .ops_report import OpRow, OpsReport
 from .options import LAYOUTS, check_least, split_betas
 from .shapes import SHAPES, LinearShape, Shape
 
-# Sums of one op may be rounded in another order than stock's: about as near to float64 as stock is.
-_NOISE_MARGIN = 4
+# Sums over all pixels are rounded in another order than stock's, whose own error varies by several times with layout
+# and formulation. A wrong slice is off by far more.
+_NOISE_MARGIN = 16
 _QUICK_ROUNDS = 5
 
 
@@ -126,16 +128,22 @@ def _run(config: BenchOpsConfig) -> OpsReport:
             report.notes.append(f"{path} was not measured: {reason}.")
     report.bandwidth = copy_bandwidth()
     report.peaks = {dtype: matmul_peak(DTYPES[dtype]) for dtype in dtypes}
+    _append(config, report, report.machine_csv_rows())
     with tqdm(total=len(shapes) * len(dtypes), unit="shape", disable=not config.progress) as bar:
         for shape in shapes:
             for dtype in dtypes:
                 bar.set_description(f"{shape.op} {shape.family} {shape} {dtype}")
-                report.rows += _time_shape(config, shape, dtype)
+                timed = _time_shape(config, shape, dtype)
+                report.rows += timed
+                _append(config, report, report.csv_rows(timed))
                 bar.update()
     report.finish()
-    if config.output:
-        append_csv(Path(config.output), report.stamp, report.csv_rows())
     return report
+
+
+def _append(config: BenchOpsConfig, report: OpsReport, rows: list[dict[str, Any]]) -> None:
+    if config.output:
+        append_csv(Path(config.output), report.stamp, rows)
 
 
 def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]:
@@ -152,8 +160,15 @@ def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]
     for one in timed:
         details = timings.get(f"{one.case} detailed", {})
         parts = {name: stats for name, stats in details.items() if name.startswith("grad")}
-        rows.append(OpRow(dtype, shape, one.case, one.num_live, timings[str(one.case)] | parts))
+        automatic = _automatic(one.case, operands)
+        rows.append(OpRow(dtype, shape, one.case, one.num_live, timings[str(one.case)] | parts, automatic))
     return rows
+
+
+def _automatic(case: OpCase, operands: Operands) -> str:
+    """The backend that `auto` takes in this layout and slice."""
+    TimedOp(case._replace(path="auto"), operands).compute()
+    return str(backends.last_used(OP_NAMES[operands.shape.op]))
 
 
 def check(timed: list[TimedOp], operands: Operands) -> None:
@@ -174,10 +189,8 @@ def check(timed: list[TimedOp], operands: Operands) -> None:
         expected = TimedOp(plain, operands.double()).results()
         layouts = dict.fromkeys(one.case.layout for one in sliced)
         stock = [TimedOp(plain._replace(layout=layout), operands).results() for layout in layouts]
-        tolerances = {
-            name: _tolerance([compare(name, one[name], reference) for one in stock])
-            for name, reference in expected.items()
-        }
+        # One bound for all results: what stock sums badly in one of them, another formulation of it does in the next.
+        tolerance = _tolerance([compare(name, one[name], expected[name]) for one in stock for name in expected])
         for one in sliced:
             if one.case.beta != beta:
                 continue
@@ -185,7 +198,7 @@ def check(timed: list[TimedOp], operands: Operands) -> None:
             for name, reference in expected.items():
                 if name == "grad_input" and not is_block:
                     reference = reference.narrow(dim, 0, one.num_live)
-                comparison = compare(name, results[name], reference, tolerances[name])
+                comparison = compare(name, results[name], reference, tolerance)
                 if not comparison.ok:
                     raise RuntimeError(
                         f"bench ops: expected {one.case} of {one.shape.op} on {one.shape} to compute what stock "

@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES
 
 from .measure import TOTAL, Environment, Stats
-from .op_cases import OP_NAMES, STOCK, OpCase
+from .op_cases import STOCK, OpCase
 from .shapes import Shape
 from .train_report import case_column
 
@@ -23,13 +20,14 @@ _PHASES = ("forward", "backward", TOTAL)
 
 @dataclass(frozen=True, slots=True)
 class OpRow:
-    """One case on one shape; `num_live` input channels have gradient."""
+    """One case on one shape; `num_live` input channels have gradient; `automatic` is the backend that `auto` takes."""
 
     dtype: str
     shape: Shape
     case: OpCase
     num_live: int
     timings: dict[str, Stats]
+    automatic: str
 
     @property
     def flops(self) -> dict[str, int]:
@@ -62,23 +60,19 @@ class OpsReport:
         """Records the load after the last measurement."""
         self.loadavg_end = round(os.getloadavg()[0], 2)
 
-    def automatic(self, row: OpRow) -> str:
-        """The backend that `auto` takes for this op and dtype."""
-        return backends.select(OP_NAMES[row.shape.op], torch.device("cpu"), DTYPES[row.dtype], "auto")
-
     def summary(self) -> Iterator[tuple[OpRow, OpRow, OpRow | None]]:
         """(fastest automatic case, fastest dense, fastest detach) of each shape, dtype and beta, in any layout."""
         for row in self._groups():
             rivals = self._rivals(row)
-            own = self._fastest(rivals, self.automatic(row))
-            dense, detach = self._fastest(rivals, "dense"), self._fastest(rivals, "detach")
+            own = self._fastest([rival for rival in rivals if rival.case.path == rival.automatic])
+            dense, detach = (self._fastest([rival for rival in rivals if rival.case.path == path]) for path in STOCK)
             if own and dense:
                 yield own, dense, detach
 
     def losses(self) -> Iterator[tuple[OpRow, OpRow, str]]:
         """(automatic case, what beat it, phase) where it loses beyond noise in a layout: p20 above p80."""
         for row in self.rows:
-            if row.case.path != self.automatic(row):
+            if row.case.path != row.automatic:
                 continue
             for rival in self._rivals(row):
                 if rival.case.layout == row.case.layout and rival.case.path != row.case.path:
@@ -100,9 +94,8 @@ class OpsReport:
         ]
 
     @staticmethod
-    def _fastest(rows: list[OpRow], path: str) -> OpRow | None:
-        of_path = [row for row in rows if row.case.path == path]
-        return min(of_path, key=lambda row: row.timings[TOTAL].median) if of_path else None
+    def _fastest(rows: list[OpRow]) -> OpRow | None:
+        return min(rows, key=lambda row: row.timings[TOTAL].median, default=None)
 
     def table(self) -> str:
         """Markdown: conditions, every case, the summary, and where the automatic choice loses."""
@@ -158,15 +151,20 @@ class OpsReport:
         ]  # fmt: skip
         return "| " + " | ".join(cells) + " |"
 
-    def csv_rows(self) -> list[dict[str, Any]]:
-        """One row per measurement, for `append_csv`; FLOPs, bytes and the machine's peaks as rows of their own."""
+    def machine_csv_rows(self) -> list[dict[str, Any]]:
+        """The machine's peaks, for `append_csv`."""
         machine = {"suite": "ops", "op": "machine", "n": 1}
         rows: list[dict[str, Any]] = [
             machine | {"dtype": dtype, "metric": "peak", "unit": "FLOP/s", "median": peak}
             for dtype, peak in self.peaks.items()
         ]
-        rows.append(machine | {"metric": "bandwidth", "unit": "B/s", "median": self.bandwidth})
-        for row in self.rows:
+        return [*rows, machine | {"metric": "bandwidth", "unit": "B/s", "median": self.bandwidth}]
+
+    @staticmethod
+    def csv_rows(timed: list[OpRow]) -> list[dict[str, Any]]:
+        """One row per measurement, for `append_csv`; FLOPs, bytes and whether `auto` takes it as rows of their own."""
+        rows: list[dict[str, Any]] = []
+        for row in timed:
             path = row.case.path
             key = {
                 "suite": "ops", "case": case_column(row.case.layout, row.case.beta), "model": row.shape.family,
@@ -178,6 +176,7 @@ class OpsReport:
             num_bytes = row.shape.elements * DTYPES[row.dtype].itemsize
             extras = {f"flops_{phase}": (row.flops[phase], "FLOP") for phase in row.timings if row.shape.flops}
             extras["bytes"] = (num_bytes, "B")
+            extras["automatic"] = (int(path == row.automatic), "bool")
             rows += [
                 key | {"metric": name, "unit": unit} | asdict(Stats.of([value]))
                 for name, (value, unit) in extras.items()

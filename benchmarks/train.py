@@ -115,18 +115,17 @@ def _run(config: BenchTrainConfig) -> TrainReport:
     turns = config.warmup + config.rounds
     with tqdm(total=len(batch_sizes) * len(dtypes) * turns, unit="round", disable=not config.progress) as bar:
         for batch_size, dtype in product(batch_sizes, dtypes):
-            _time_cases(config, StepBuilder(config, batch_size), dtype, report, bar)
+            rows = _time_cases(config, StepBuilder(config, batch_size), dtype, bar)
+            report.rows += rows
+            if config.output:
+                append_csv(Path(config.output), report.stamp, report.csv_rows(rows))
             # Compiled graphs of this interleaving are not needed again, and guards are checked one after another.
             torch.compiler.reset()
     report.finish()
-    if config.output:
-        append_csv(Path(config.output), report.stamp, report.csv_rows())
     return report
 
 
-def _time_cases(
-    config: BenchTrainConfig, builder: StepBuilder, dtype: str, report: TrainReport, bar: "tqdm[Any]"
-) -> None:
+def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar: "tqdm[Any]") -> list[TrainRow]:
     """One interleaving: compares, then times, then looks at memory and kernels."""
     name = f"{dtype}, batch {builder.batch_size}"
     bar.set_description(f"{name}: building, compiling, comparing")
@@ -142,16 +141,16 @@ def _time_cases(
         max_seconds=config.max_seconds,
         on_round=bar.update,
     )
-    for case, step in steps.items():
-        report.rows.append(
-            TrainRow(
-                dtype=dtype,
-                case=case,
-                shape=(builder.batch_size, *builder.shape),
-                backend_used=step.backend_used,
-                timings=timings[str(case)],
-                peak_bytes=peak_memory(step.run, config.device),
-                flops=builder.count_flops(case),
-                kernels=profile_step(step.phases) if config.breakdown and case.compile == "off" else {},
-            )
+    return [
+        TrainRow(
+            dtype=dtype,
+            case=case,
+            shape=(builder.batch_size, *builder.shape),
+            backend_used=step.backend_used,
+            timings=timings[str(case)],
+            peak_bytes=peak_memory(step.run, config.device),
+            flops=builder.count_flops(case),
+            kernels=profile_step(step.phases) if config.breakdown and case.compile == "off" else {},
         )
+        for case, step in steps.items()
+    ]

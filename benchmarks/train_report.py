@@ -147,10 +147,10 @@ class TrainReport:
                 lines.append(f"| {kind} | " + " | ".join(cells) + " |")
         return [*lines, "| all | " + " | ".join(f"{total * 1e3:.2f}" for total in totals) + " |"]
 
-    def csv_rows(self) -> list[dict[str, Any]]:
+    def csv_rows(self, timed: list[TrainRow]) -> list[dict[str, Any]]:
         """One row per measurement, for `append_csv`."""
         config, rows = self.config, []
-        for row in self.rows:
+        for row in timed:
             key = {
                 "suite": "train", "case": case_column(row.case.layout, row.case.beta), "model": config.model,
                 "mode": row.case.mode, "variant": row.case.variant, "backend_used": row.backend_used,

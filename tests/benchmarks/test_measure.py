@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from dfs_engine.benchmarks import measure as measuring
 from dfs_engine.benchmarks.measure import (
     CSV_COLUMNS,

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+
+from dfs_engine import backend as backends
 from dfs_engine.benchmarks import machine, ops
 from dfs_engine.benchmarks.measure import Stats
 from dfs_engine.benchmarks.op_cases import OpCase, Operands, TimedOp
 from dfs_engine.benchmarks.ops import BenchOpsConfig
 from dfs_engine.benchmarks.ops_report import OpRow, OpsReport
 from dfs_engine.benchmarks.shapes import SHAPES, BlockShape, ConvShape, LinearShape
-
-from dfs_engine import backend as backends
 from dfs_engine.ops import conv2d, linear
 
 TINY = (
@@ -48,7 +48,10 @@ def test_every_case_is_compared_timed_and_kept(tiny, tmp_path):
     assert all(f"{row.case.path} | {row.case.layout}" in table for row in report.rows)
     assert "loses to aten" in table
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["rows"]
-    assert len((tmp_path / "ops.csv").read_text().splitlines()) == 1 + len(report.csv_rows())
+    written = report.machine_csv_rows() + report.csv_rows(report.rows)
+    assert len((tmp_path / "ops.csv").read_text().splitlines()) == 1 + len(written)
+    usable = {name for name in ("aten", "cpp") if backends.unavailable_reason(name) is None}
+    assert {row.automatic for row in report.rows} <= usable
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_flops_are_those_that_the_dispatcher_counts(shape):
     for path in ("dense", "detach", "aten"):
         case = OpCase(path, "nchw" if shape.op == "conv2d" else "-", None if path == "dense" else 0.5)
         timed = TimedOp(case, operands)
-        row = OpRow("fp32", shape, case, timed.num_live, {})
+        row = OpRow("fp32", shape, case, timed.num_live, {}, "aten")
         for phase, call in timed.phases.items():
             with FlopCounterMode(display=False) as counter:
                 call()
@@ -90,11 +93,10 @@ def test_losses_are_those_beyond_noise():
         stats = Stats(median=(p20 + p80) / 2, min=p20, p20=p20, p80=p80, n=9)
         beta = None if path == "dense" else 0.5
         timings = dict.fromkeys(("forward", "backward", "step"), stats)
-        return OpRow("fp32", shape, OpCase(path, layout, beta), 3, timings)
+        return OpRow("fp32", shape, OpCase(path, layout, beta), 3, timings, "cpp")
 
     report = OpsReport(config=None, stamp=None)
-    own = backends.select("partitioned_conv2d", torch.device("cpu"), torch.float32)
-    report.rows = [row(own, "nchw", 3.0, 4.0), row("dense", "nchw", 1.0, 2.0), row("detach", "nchw", 2.0, 3.5)]
+    report.rows = [row("cpp", "nchw", 3.0, 4.0), row("dense", "nchw", 1.0, 2.0), row("detach", "nchw", 2.0, 3.5)]
     report.rows += [row("dense", "channels_last", 0.1, 0.2)]
     assert {(rival.case.path, phase) for _, rival, phase in report.losses()} == {
         ("dense", "forward"),

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+
 from dfs_engine.benchmarks.measure import CSV_COLUMNS
 from dfs_engine.benchmarks.plot import BenchPlotConfig, run
 from dfs_engine.benchmarks.plot_data import Measurements

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+
 from dfs_engine.benchmarks import train, train_step
 from dfs_engine.benchmarks.train import BenchTrainConfig
 from dfs_engine.benchmarks.train_report import Case
-
 from dfs_engine.ops import conv2d
 
 
@@ -99,7 +99,7 @@ def test_sweeps_compare_like_with_like(tiny):
     assert ratios[0].median == dense.timings["step"].median / last.timings["step"].median
     assert ratios[1] is None
     assert ratios[3].median == byot.timings["step"].median / last.timings["step"].median
-    cases = {row["case"] for row in report.csv_rows()}
+    cases = {row["case"] for row in report.csv_rows(report.rows)}
     assert cases == {"channels_last", "beta=0.3/channels_last", "beta=0.7/channels_last"}
 
 
@@ -114,7 +114,7 @@ def test_breakdown_covers_the_step_by_kind_of_kernel(tiny):
     }
     assert all(seconds > 0 for kernels in (dense, dfs) for seconds in kernels.values())
     assert "| convolution grad_weight |" in report.table()
-    assert {row["op"] for row in report.csv_rows() if row["metric"] == "breakdown"} == set(dense) | set(dfs)
+    assert {row["op"] for row in report.csv_rows(report.rows) if row["metric"] == "breakdown"} == set(dense) | set(dfs)
 
 
 def test_the_number_of_threads_is_restored(tiny):
