@@ -1,0 +1,358 @@
+"""Gradients of a 2-D convolution as implicit matrix products: nothing is unfolded, tiles are gathered in place.
+
+Any strides; fast where channels are adjacent (channels_last). float32, float16 and bfloat16, accumulated in float32.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfs_engine.kernels import config
+from dfs_engine.kernels.config import Compilation, Config
+from dfs_engine.kernels.conv2d_depthwise import depthwise_compilations, depthwise_grad_input, depthwise_grad_weight
+from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, compilation, count_pixels, divide, sum_splits
+
+Pair = tuple[int, int]
+
+# Rows are pixels, mostly without end; columns are the slice's channels, often few.
+config.define(
+    "conv2d_grad_input",
+    half=(
+        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 64, 64, 4, 3),
+        Config(128, 32, 64, 4, 4),
+        Config(64, 32, 64, 4, 4),
+    ),
+    tf32=(Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)),
+)
+
+
+@triton.jit
+def _first_tap(
+    residue, padding, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr
+):
+    """The smallest tap r with residue + padding - r * DILATION divisible by STRIDE, KERNEL where there is none.
+
+    All such taps are STEP = STRIDE / gcd(STRIDE, DILATION) apart.
+    """
+    first = KERNEL
+    for back in tl.static_range(STEP):
+        tap = STEP - 1 - back
+        first = tl.where((residue + padding - tap * DILATION) % STRIDE == 0, tap, first)
+    return first
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_images", "height", "width", "out_height", "out_width", "start", "stop", "padding_h", "padding_w",
+    ]
+)  # fmt: skip
+def _grad_input_kernel(
+    grad_output, weight, grad_input,
+    num_images, height, width, out_height, out_width,
+    out_channels, channels, start, stop,  # of one group: rows and columns of weight; of all: the slice
+    padding_h, padding_w,
+    stride_gn, stride_go, stride_gh, stride_gw,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    stride_n, stride_c, stride_h, stride_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of input pixels x channels; the reduced axis runs over blocks of output channels, and taps in each.
+
+    Pixels (y, x) that are equal modulo the stride meet the same taps, and among them y = residue + STRIDE * i meets
+    output row i + base - j * shift at its j-th tap: each class is a convolution with stride 1 and its own few taps.
+    """
+    column_blocks = tl.cdiv(channels, BLOCK_N)
+    pid = tl.program_id(0)
+    # Column blocks, then classes of one place next to each other: they read the same part of grad_output.
+    column_block = pid % column_blocks
+    residue = pid // column_blocks % (STRIDE_H * STRIDE_W)
+    tile = pid // (column_blocks * STRIDE_H * STRIDE_W)
+    group = tl.program_id(1)
+    residue_h, residue_w = residue // STRIDE_W, residue % STRIDE_W
+
+    first_h = _first_tap(residue_h, padding_h, KERNEL_H, STRIDE_H, DILATION_H, STEP_H)
+    first_w = _first_tap(residue_w, padding_w, KERNEL_W, STRIDE_W, DILATION_W, STEP_W)
+    num_taps_w = tl.cdiv(tl.maximum(KERNEL_W - first_w, 0), STEP_W)
+    num_taps = tl.cdiv(tl.maximum(KERNEL_H - first_h, 0), STEP_H) * num_taps_w
+    SHIFT_H: tl.constexpr = DILATION_H * STEP_H // STRIDE_H
+    SHIFT_W: tl.constexpr = DILATION_W * STEP_W // STRIDE_W
+
+    rows, columns = tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W)
+    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i, j = pixel // columns % rows, pixel % columns
+    image = pixel // (rows * columns)
+    # The output pixel of the first tap; exact where there is one.
+    out_y = i + (residue_h + padding_h - first_h * DILATION_H) // STRIDE_H
+    out_x = j + (residue_w + padding_w - first_w * DILATION_W) // STRIDE_W
+    pixel_offset = image.to(tl.int64) * stride_gn + out_y.to(tl.int64) * stride_gh + out_x.to(tl.int64) * stride_gw
+    inner = tl.arange(0, BLOCK_K)
+    inner_offset = (group * out_channels + inner).to(tl.int64)
+    column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad_tile = grad_output + pixel_offset[:, None] + (inner_offset * stride_go)[None, :]
+    weight_tile = weight + (inner_offset * stride_wo)[:, None] + (column.to(tl.int64) * stride_wc)[None, :]
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # A class without taps makes no step, but its divisions may be computed ahead of the loop.
+    divisor, divisor_w = tl.maximum(num_taps, 1), tl.maximum(num_taps_w, 1)
+    for step in range(tl.cdiv(out_channels, BLOCK_K) * num_taps):
+        done = (step // divisor * BLOCK_K).to(tl.int64)
+        tap = step % divisor
+        tap_h, tap_w = tap // divisor_w, tap % divisor_w
+        up, left = tap_h * SHIFT_H, tap_w * SHIFT_W
+        inside_h = (out_y >= up) & (out_y - up < out_height)
+        inside_w = (out_x >= left) & (out_x - left < out_width)
+        inside = inside_h & inside_w & (image < num_images)
+        left_over = inner < out_channels - done
+        grad_shift = done * stride_go - up.to(tl.int64) * stride_gh - left.to(tl.int64) * stride_gw
+        weight_shift = (
+            done * stride_wo + (first_h + tap_h * STEP_H) * stride_wh + (first_w + tap_w * STEP_W) * stride_ww
+        )
+        a = tl.load(grad_tile + grad_shift, inside[:, None] & left_over[None, :], 0.0)
+        b = tl.load(weight_tile + weight_shift, left_over[:, None] & (column < channels)[None, :], 0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+    y, x = residue_h + STRIDE_H * i, residue_w + STRIDE_W * j
+    channel = group * channels + column
+    pixel_offset = image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    target = grad_input + pixel_offset[:, None] + ((channel - start).to(tl.int64) * stride_c)[None, :]
+    is_pixel = (image < num_images) & (y < height) & (x < width)
+    is_channel = (column < channels) & (channel >= start) & (channel < stop)
+    tl.store(target, accumulator.to(grad_input.dtype.element_ty), is_pixel[:, None] & is_channel[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_pixels", "chunk", "out_height", "out_width", "factor_h", "digits_h", "factor_w", "digits_w",
+        "height", "width", "padding_h", "padding_w", "stride_split", "stride_bias_split",
+    ]
+)  # fmt: skip
+def _grad_weight_kernel(
+    grad_output, input, grad_weight, grad_bias,
+    num_pixels, chunk, out_height, out_width, factor_h, digits_h, factor_w, digits_w, height, width,
+    out_channels, channels,  # of one group
+    padding_h, padding_w,
+    stride_gn, stride_go, stride_gh, stride_gw,
+    stride_n, stride_c, stride_h, stride_w,
+    stride_split, stride_wc, stride_tap, stride_bias_split,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of output channels x (tap, channel), summed over `chunk` output pixels: one of `num_programs(1)` parts.
+
+    Neighbouring columns are neighbouring channels of one tap, or of the next, so that few channels waste nothing.
+    """
+    num_columns = KERNEL_H * KERNEL_W * channels
+    column_blocks = tl.cdiv(num_columns, BLOCK_N)
+    pid = tl.program_id(0)
+    split, group = tl.program_id(1), tl.program_id(2)
+    column = pid % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = pid // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    tap, channel = column // channels, column % channels
+    shift_y = tap // KERNEL_W * DILATION_H - padding_h
+    shift_x = tap % KERNEL_W * DILATION_W - padding_w
+    out_channel = (group * out_channels + row).to(tl.int64)
+    column_offset = (
+        (group * channels + channel).to(tl.int64) * stride_c
+        + shift_y.to(tl.int64) * stride_h
+        + shift_x.to(tl.int64) * stride_w
+    )
+    grad_tile = grad_output + (out_channel * stride_go)[None, :]
+    input_tile = input + column_offset[None, :]
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias = tl.zeros((BLOCK_M,), tl.float32)
+    end = tl.minimum((split + 1) * chunk, num_pixels)
+    for first in range(split * chunk, end, BLOCK_K):
+        pixel = first + tl.arange(0, BLOCK_K)
+        line = divide(pixel, factor_w, digits_w)
+        image = divide(line, factor_h, digits_h)
+        out_y, out_x = line - image * out_height, pixel - line * out_width
+        grad_offset = image.to(tl.int64) * stride_gn + out_y.to(tl.int64) * stride_gh + out_x.to(tl.int64) * stride_gw
+        y, x = out_y * STRIDE_H, out_x * STRIDE_W
+        input_offset = image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+        in_y, in_x = y[:, None] + shift_y[None, :], x[:, None] + shift_x[None, :]
+        inside = (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
+        is_pixel = (pixel < end)[:, None]
+        a = tl.load(grad_tile + grad_offset[:, None], is_pixel & (row < out_channels)[None, :], 0.0)
+        b = tl.load(input_tile + input_offset[:, None], is_pixel & inside & (column < num_columns)[None, :], 0.0)
+        accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+        if BIAS:
+            bias += tl.sum(a.to(tl.float32), 0)
+
+    target = grad_weight + split.to(tl.int64) * stride_split + (out_channel * num_columns)[:, None]
+    target += (channel * stride_wc + tap * stride_tap)[None, :]
+    is_weight = (row < out_channels)[:, None] & (column < num_columns)[None, :]
+    tl.store(target, accumulator.to(grad_weight.dtype.element_ty), is_weight)
+    if BIAS:
+        target = grad_bias + split * stride_bias_split + out_channel
+        # All blocks of columns have it, the first one writes it.
+        num_written = tl.where(pid % column_blocks == 0, out_channels, 0)
+        tl.store(target, bias.to(grad_bias.dtype.element_ty), row < num_written)
+
+
+def _geometry(weight_size: Sequence[int], stride: Pair, dilation: Pair) -> dict[str, Any]:
+    """The constants of both kernels that the geometry gives."""
+    return {
+        "KERNEL_H": weight_size[2], "KERNEL_W": weight_size[3],
+        "STRIDE_H": stride[0], "STRIDE_W": stride[1], "DILATION_H": dilation[0], "DILATION_W": dilation[1],
+    }  # fmt: skip
+
+
+def _steps(stride: Pair, dilation: Pair) -> dict[str, int]:
+    steps = [along // math.gcd(along, apart) for along, apart in zip(stride, dilation, strict=True)]
+    return {"STEP_H": steps[0], "STEP_W": steps[1]}
+
+
+def _options(chosen: Config) -> dict[str, Any]:
+    return {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+
+
+def _blocks(chosen: Config) -> dict[str, int]:
+    return {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
+
+
+def conv2d_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    start: int,
+    stop: int,
+    channels_last: bool,
+) -> Tensor:
+    """The Triton kernel of `dfs_engine::conv2d_grad_input`: the input's gradient in channels [start, stop) alone.
+
+    Args:
+        grad_output: (N, out_channels, OH, OW), any strides.
+        weight: (out_channels, in_channels / groups, kH, kW), any strides; only the slice's columns are read.
+        input_size: (N, in_channels, H, W).
+        channels_last: the result's layout.
+
+    Returns:
+        (N, stop - start, H, W), dtype of grad_output; every element is written.
+
+    Raises:
+        NoConfigFits: too large for the GPU, or too many pixels.
+    """
+    op = "conv2d_grad_input"
+    num_images, in_channels, height, width = input_size
+    grad_input = torch.empty(
+        (num_images, stop - start, height, width),
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    if grad_input.numel() == 0:
+        return grad_input
+    num_pixels = num_images * height * width
+    check_pixels(op, num_pixels)
+    geometry = _geometry(weight.shape, stride, dilation)
+    if groups == in_channels > 1:
+        multiplier = weight.size(0) // in_channels
+        rows = slice(start * multiplier, stop * multiplier)
+        depthwise_grad_input(grad_output[:, rows], weight[rows], grad_input, padding, geometry)
+        return grad_input
+    if groups == 1:
+        weight, start, stop = weight[:, start:stop], 0, stop - start
+    out_channels, channels = weight.size(0) // groups, weight.size(1)
+    num_taps = weight.size(2) * weight.size(3)
+    pixels_of_class = num_images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
+
+    def run(chosen: Config) -> None:
+        tiles = triton.cdiv(pixels_of_class, chosen.block_m) * stride[0] * stride[1]
+        _grad_input_kernel[tiles * triton.cdiv(channels, chosen.block_n), groups](
+            grad_output, weight, grad_input,
+            num_images, height, width, *grad_output.shape[2:], out_channels, channels, start, stop, *padding,
+            *grad_output.stride(), *weight.stride(), *grad_input.stride(),
+            **geometry, **_steps(stride, dilation), **_blocks(chosen), PRECISION=config.precision(op),
+            **_options(chosen),
+        )  # fmt: skip
+
+    configs = config.candidates(op, num_pixels, channels, out_channels * num_taps, grad_output.dtype)
+    with torch.cuda.device_of(grad_output):
+        config.launch(op, configs, run)
+    return grad_input
+
+
+def conv2d_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    weight_size: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel of `dfs_engine::conv2d_grad_weight`: both parameters' gradients in one pass over grad_output.
+
+    Args:
+        grad_output: (N, out_channels, OH, OW), any strides.
+        input: (N, in_channels, H, W), any strides.
+        weight_size: (out_channels, in_channels / groups, kH, kW).
+
+    Returns:
+        grad_weight, contiguous, of weight_size; grad_bias (out_channels,), empty without `bias`. Dtype of grad_output.
+        Sums are taken in an order that shapes and configuration fix.
+
+    Raises:
+        NoConfigFits: too large for the GPU, or too many pixels.
+    """
+    op = "conv2d_grad_weight"
+    num_images, _, out_height, out_width = grad_output.shape
+    num_pixels = num_images * out_height * out_width
+    num_columns = weight_size[1] * weight_size[2] * weight_size[3]
+    if num_pixels == 0 or weight_size[0] * num_columns == 0:
+        return grad_output.new_zeros(weight_size), grad_output.new_zeros(weight_size[0] if bias else 0)
+    check_pixels(op, num_pixels)
+    geometry = _geometry(weight_size, stride, dilation)
+    if groups == input.size(1) > 1:
+        return depthwise_grad_weight(grad_output, input, weight_size, padding, geometry, bias)
+    out_channels = weight_size[0] // groups
+
+    def run(chosen: Config) -> tuple[Tensor, Tensor]:
+        def write(grad_weight: Tensor, grad_bias: Tensor, strides: Strides) -> None:
+            blocks = triton.cdiv(out_channels, chosen.block_m) * triton.cdiv(num_columns, chosen.block_n)
+            _grad_weight_kernel[blocks, chosen.split, groups](
+                grad_output, input, grad_weight, grad_bias,
+                *count_pixels(grad_output, chosen.split, chosen.block_k), *input.shape[2:],
+                out_channels, weight_size[1], *padding, *grad_output.stride(), *input.stride(), *strides,
+                **geometry, **_blocks(chosen), BIAS=bias, PRECISION=config.precision(op), **_options(chosen),
+            )  # fmt: skip
+
+        return sum_splits(grad_output, weight_size, bias, chosen.split, write)
+
+    configs = config.candidates(op, out_channels, num_columns, num_pixels, grad_output.dtype)
+    with torch.cuda.device_of(grad_output):
+        return config.launch(op, configs, run)
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every configuration on the commonest geometry; of each dtype and precision, one on the other geometries too."""
+    for kernel in (_grad_input_kernel, _grad_weight_kernel):
+        is_weight = kernel is _grad_weight_kernel
+        op = "conv2d_grad_weight" if is_weight else "conv2d_grad_input"
+        seen = set()
+        for dtype, precision, chosen in config.variants(op):
+            is_first = (dtype, precision) not in seen
+            seen.add((dtype, precision))
+            for size, stride in ((3, 1), (3, 2), (1, 1)) if is_first else ((3, 1),):
+                pair = (stride, stride)
+                constants = {**_geometry((0, 0, size, size), pair, (1, 1)), **_blocks(chosen), "PRECISION": precision}
+                constants |= {"BIAS": size == 1} if is_weight else _steps(pair, (1, 1))
+                name = f"{op} {dtype} {precision} {size}x{size}/{stride} {tuple(chosen)}"
+                yield compilation(name, kernel, dtype, constants, chosen.num_warps, chosen.num_stages)
+    yield from depthwise_compilations()
