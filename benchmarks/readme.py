@@ -8,59 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .readme_data import Case, cases, conditions, latest, link
+from .readme_targets import losses_section, ops_section, targets_section
+
 RESULTS = Path("benchmarks/results")
 README = Path("README.md")
-Row = dict[str, str]
-
-
-def latest(path: Path) -> list[Row]:
-    """The rows of the newest run of each dtype and shape in a file of measurements."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    newest: dict[tuple[str, str], str] = {}
-    for row in rows:
-        key = (row["dtype"], row["shape"])
-        newest[key] = max(newest.get(key, ""), row["timestamp_utc"])
-    return [row for row in rows if row["timestamp_utc"] == newest[row["dtype"], row["shape"]]]
-
-
-def conditions(row: Row, path: Path) -> str:
-    """Machine, versions, threads, n, data and file of a table, in one sentence."""
-    return (
-        f"{row['device_name']}, {row['num_threads']} threads, torch {row['torch']}, load average {row['loadavg']} "
-        f"at the start, revision {row['git_sha'][:9]}{' with changes' if row['dirty'] == 'True' else ''}; "
-        f"synthetic images; [{path.name}]({path})."
-    )
-
-
-class Case:
-    """All metrics of one way to train, from the rows that share everything else."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        first = rows[0]
-        self.variant, self.layout, self.mode = first["variant"], first["case"].split("/")[-1], first["mode"]
-        self.backend = first["backend_used"]
-        self.metrics = {row["metric"]: row for row in rows if row["metric"] != "breakdown"}
-        self.kernels = {row["op"]: float(row["median"]) for row in rows if row["metric"] == "breakdown"}
-
-    def value(self, metric: str, statistic: str = "median") -> float:
-        return float(self.metrics[metric][statistic])
-
-    @property
-    def flops(self) -> float:
-        return self.value("flops_forward") + self.value("flops_backward")
-
-
-def cases(rows: list[Row], dtype: str) -> list[Case]:
-    """The cases of one dtype, fastest step first."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if row["dtype"] == dtype:
-            groups.setdefault(tuple(row[k] for k in ("variant", "case", "mode", "backend_used", "shape")), []).append(
-                row
-            )
-    found = [Case(group) for group in groups.values()]
-    return sorted((case for case in found if "step" in case.metrics), key=lambda case: case.value("step"))
 
 
 def train_table(found: list[Case]) -> Iterator[str]:
@@ -103,7 +55,7 @@ def train_section(path: Path) -> Iterator[str]:
         if breakdown:
             total = sum(breakdown.kernels.values())
             parts = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in breakdown.kernels.items())
-            yield f"One `dfs` step by kernel (profiler, CPU time): {parts}. [{source.name}]({source})."
+            yield f"One `dfs` step by kernel (profiler, CPU time): {parts}. {link(source)}."
             yield ""
 
 
@@ -129,7 +81,7 @@ def accuracy_section() -> Iterator[str]:
             yield "|---" * (len(header) + 2) + "|"
         values = [f"{float(last[name]):.2f}" for name in [*exits, "test_top1_ensemble"]]
         variant = path.name.removeprefix("cifar10_vgg7_").removesuffix("_metrics.csv")
-        yield f"| {variant} | {' | '.join(values)} | [{path.name}]({path}) |"
+        yield f"| {variant} | {' | '.join(values)} | {link(path)} |"
 
 
 def headline_section(path: Path) -> Iterator[str]:
@@ -172,10 +124,11 @@ def main() -> None:
     train = RESULTS / "train_vgg7_64.csv"
     text = README.read_text()
     text = fill(text, "headline", headline_section(train))
-    others = [
-        path for path in sorted(RESULTS.glob("train_*.csv")) if path.name in ("train_vgg7_64.csv", "train_vgg16_64.csv")
-    ]
-    text = fill(text, "train", (line for path in others for line in train_section(path)))
+    text = fill(text, "targets", targets_section(RESULTS))
+    tables = [RESULTS / f"train_{name}.csv" for name in ("vgg7_64", "vgg7_64_bf16", "vgg16_64")]
+    text = fill(text, "train", (line for path in tables if path.exists() for line in train_section(path)))
+    text = fill(text, "ops", ops_section(RESULTS))
+    text = fill(text, "losses", losses_section(RESULTS))
     text = fill(text, "accuracy", accuracy_section())
     README.write_text(text)
 
