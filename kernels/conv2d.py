@@ -19,7 +19,8 @@ from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, compilation,
 
 Pair = tuple[int, int]
 
-# Rows are pixels, mostly without end; columns are the slice's channels, often few.
+# Rows are pixels, mostly without end; columns are the slice's channels, often few. tf32 by three products keeps so many
+# parts of the operands that a tile of 64 x 128 needs eight warps.
 config.define(
     "conv2d_grad_input",
     half=(
@@ -29,7 +30,11 @@ config.define(
         Config(128, 32, 64, 4, 4),
         Config(64, 32, 64, 4, 4),
     ),
-    tf32=(Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)),
+    tf32=(Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3)),
+)
+config.define(
+    "conv2d_grad_weight",
+    tf32=(Config(128, 128, 32, 8, 3), Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3)),
 )
 
 
