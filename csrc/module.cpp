@@ -48,6 +48,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What the extension was built with.");
   m.def("instruction_set", &dfs_engine::instruction_set, "What the kernels run on here: avx512, avx2 or baseline.");
   m.def("set_winograd", &dfs_engine::set_winograd, "Switches Winograd convolutions on or off; returns what it was.");
+  m.def(
+      "winograd_applies",
+      [](int64_t in_channels, int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+         std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+        return dfs_engine::winograd_applies(
+            at::kFloat, in_channels, out_channels, kernel_size, stride, padding, dilation, groups);
+      },
+      "Whether a float32 convolution runs by Winograd's algorithm.");
   m.def("set_own_gemm", &dfs_engine::set_own_gemm, "Switches the linear layers' own matrix product on or off; returns what it was.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
 }

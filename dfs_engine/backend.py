@@ -6,21 +6,23 @@ explicit request works or raises; the automatic choice says once why a faster ba
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from dfs_engine.kernels.config import INTERPRETED
 from dfs_engine.names import check_choice
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "aten", "cpp", "triton")
-OPS = ("partitioned_conv2d", "partitioned_linear", "conv_block")
+OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "conv_block")
 
 # backend -> the device it computes on; `reference` and `aten` compute anywhere.
-_DEVICE = {"cpp": "cpu", "triton": "cuda"}
+_DEVICE = {"cpp": "cpu", "triton": "cpu" if INTERPRETED else "cuda"}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
@@ -31,6 +33,8 @@ _said: set[str] = set()
 
 def _load_extension() -> str | None:
     """Loads csrc's kernels into the dispatcher; returns why it cannot, or None."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, with which the Triton kernels serve CPU tensors in its place"
     try:
         importlib.import_module("dfs_engine._C")
     except ImportError as error:
@@ -44,16 +48,42 @@ def _load_extension() -> str | None:
 _extension_missing = _load_extension()
 
 
+# Looked up at import, because torch.compile traces what reads it.
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
 def unavailable_reason(backend: str, device_type: str = "cpu") -> str | None:
     """Why `backend` cannot run on `device_type` here, or None if it can."""
     check_choice("backend", backend, BACKENDS)
     device = _DEVICE.get(backend, device_type)
     if device != device_type:
-        return f"the {backend} backend computes on {device} tensors, got {device_type}"
+        hint = ""
+        if backend == "triton":
+            hint = (
+                " (TRITON_INTERPRET=1 is set)"
+                if INTERPRETED
+                else " (TRITON_INTERPRET=1, set before Python starts, runs it on the CPU, slowly)"
+            )
+        return f"the {backend} backend computes on {device} tensors, got {device_type}{hint}"
     if backend == "cpp":
         return _extension_missing
     if backend == "triton":
-        return "no Triton kernels are part of this version"
+        return _triton_missing()
+    return None
+
+
+def _triton_missing() -> str | None:
+    """Why Triton cannot run on its device, or None."""
+    if not _has_triton:
+        return "Triton is not installed; run `pip install triton`"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    properties = torch.cuda.get_device_properties()
+    if properties.major < 8:
+        capability = f"{properties.major}.{properties.minor}"
+        return f"it needs compute capability 8.0, and {properties.name} has {capability}"
     return None
 
 
@@ -71,12 +101,21 @@ def requested(backend: str | None = None) -> str | None:
     return check_backend(backend) or check_backend(_request)
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def select(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    wins: Callable[[str], bool] | None = None,
+) -> str:
     """Picks the backend that serves `op`, and remembers it for `last_used`.
 
     Args:
         op: one of `OPS`.
-        backend: an explicit request (see `requested`); None or "auto" picks the fastest one that is there.
+        backend: an explicit request (see `requested`); None or "auto" picks: this project's kernels for the device
+            (`cpp` on the CPU, `triton` on CUDA) where they are there and win, else `aten`.
+        wins: whether the kernels of the backend that it is given beat `aten` on the shape at hand. None: `cpp` does,
+            `triton` does not.
 
     Raises:
         RuntimeError: the requested backend cannot run on this device.
@@ -88,17 +127,19 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
             raise RuntimeError(f"{op}: backend {explicit!r} was requested, but {reason}.")
         chosen = explicit
     else:
-        chosen = _automatic(device.type)
+        chosen = _automatic(device.type, wins or (lambda kernels: kernels == "cpp"))
     if not torch.compiler.is_compiling():
         _last_used[op] = chosen
     return chosen
 
 
-def _automatic(device_type: str) -> str:
+def _automatic(device_type: str, wins: Callable[[str], bool]) -> str:
+    if device_type == "cuda":
+        return "triton" if wins("triton") and unavailable_reason("triton", "cuda") is None else "aten"
     if device_type != "cpu":
         return "aten"
     if _extension_missing is None:
-        return "cpp"
+        return "cpp" if wins("cpp") else "aten"
     if _extension_missing not in _said and not torch.compiler.is_compiling():
         _said.add(_extension_missing)
         logger.warning("backend: using aten, because %s.", _extension_missing)

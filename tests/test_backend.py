@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dfs_engine import backend as backends
-from dfs_engine import ops
+from dfs_engine import calibration, ops
 
 CALLS = {
     "partitioned_conv2d": lambda **o: ops.partitioned_conv2d(
@@ -42,11 +42,31 @@ def test_explicit_request_is_the_one_that_runs(op, backend):
         assert backends.last_used(op) == name
 
 
-@pytest.mark.parametrize("op", CALLS)
+def convolve(channels: int, kernel: int, dtype: torch.dtype = torch.float32, **options) -> None:
+    input, weight = torch.randn(1, channels, 5, 5, dtype=dtype), torch.randn(17, channels, kernel, kernel, dtype=dtype)
+    ops.partitioned_conv2d(input, weight, start=0, stop=2, **options)
+
+
 @pytest.mark.parametrize("backend", [None, "auto"])
-def test_automatic_choice(op, backend):
-    CALLS[op](backend=backend)
-    assert backends.last_used(op) == ("cpp" if backends.unavailable_reason("cpp") is None else "aten")
+def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_their_own(backend):
+    ours = "cpp" if backends.unavailable_reason("cpp") is None else "aten"
+    for arguments, expected in (
+        ((16, 3), ours),
+        ((15, 3), "aten"),
+        ((16, 1), "aten"),
+        ((16, 3, torch.float64), "aten"),
+        ((4, 1, torch.bfloat16), ours),
+    ):
+        convolve(*arguments, backend=backend)
+        assert backends.last_used("partitioned_conv2d") == expected, arguments
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_automatic_linear_takes_what_the_calibration_found(is_faster, monkeypatch):
+    monkeypatch.setattr(calibration, "settle_linear", lambda: is_faster)
+    CALLS["partitioned_linear"]()
+    is_ours = is_faster and backends.unavailable_reason("cpp") is None
+    assert backends.last_used("partitioned_linear") == ("cpp" if is_ours else "aten")
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -10,6 +10,8 @@ from torch import Tensor
 # csrc/ adds the CPU kernels, kernels/ the CUDA ones.
 LIBRARY = torch.library.Library("dfs_engine", "DEF")
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def register_fake(name: str, fake: Any) -> None:
     """Registers the shape function of `dfs_engine::name`."""
@@ -86,16 +88,22 @@ def check_live(op: str, input: Tensor, full: Tensor, start: int, stop: int, dim:
         )
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on; it knows no meta device, where shapes are inferred."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast(*tensors: Tensor | None, wide: bool = False) -> list[Tensor | None]:
     """Casts what autocast would cast for a convolution or a linear, differentiably, to the device's dtype in force.
+
+    With `wide`: what it would cast for a normalisation, to float32.
 
     `register_autocast` knows one fixed dtype, and a Function's body would be cast or not depending on what it calls.
     """
     device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    # Autocast knows no meta device, where shapes are inferred.
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not is_autocast(device_type):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.float32 if wide else torch.get_autocast_dtype(device_type)
     # As stock autocast: float64 stays.
     return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dfs_engine import backend as backends
 from dfs_engine import reference as oracle
+from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common
 from dfs_engine.partition import dense_memory_format
 
@@ -222,6 +223,40 @@ def _grad_input(compute, ctx, grad_output: Tensor, weight: Tensor) -> Tensor:
     return F.pad(grad_input, (0, 0, 0, 0, start, in_channels - stop))
 
 
+def _triton_wins(
+    data_shape: torch.Size,
+    weight_shape: torch.Size,
+    geometry: tuple[Pair, Pair, Pair, int],
+    num_live: int,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the GPU's tuned table prefers both gradients' kernels on these sizes; it has those of one group alone."""
+    stride, padding, dilation, groups = geometry
+    num_images, _, height, width = data_shape
+    out_channels, in_channels, kernel_height, kernel_width = weight_shape
+    taps = kernel_height * kernel_width
+    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_height - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_width - 1) - 1) // stride[1] + 1
+    pixels, out_pixels = num_images * height * width, num_images * out_height * out_width
+    return (
+        groups == 1
+        and prefers_triton("conv2d_grad_input", pixels, num_live, out_channels * taps, dtype)
+        and prefers_triton("conv2d_grad_weight", out_channels, in_channels * taps, out_pixels, dtype)
+    )
+
+
+def winograd_applies(
+    weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int, dtype: torch.dtype
+) -> bool:
+    """Whether csrc/winograd.cpp takes the forward: what the cpp backend has of its own in float32.
+
+    As that file decides; known here too, because a choice that torch.compile traces cannot ask C++.
+    """
+    out_channels, in_channels, *kernel = weight_shape
+    is_plain = stride == (1, 1) and dilation == (1, 1) and groups == 1 and max(padding) <= 2
+    return dtype == torch.float32 and kernel == [3, 3] and is_plain and min(out_channels, in_channels) >= 16
+
+
 def _pair(name: str, value: int | tuple[int, int]) -> Pair:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
@@ -260,7 +295,9 @@ def partitioned_conv2d(
             they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (N, in_channels, H, W), the data of all channels; never receives gradient. Then grad_input is narrow,
             (N, stop - start, H, W), and nothing is zero-filled.
-        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
+        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: on the CPU cpp where Winograd's algorithm
+            applies (3x3, stride 1, float32), and in half precision; on CUDA triton where the tuned table of the GPU
+            says that it wins on this shape; else aten.
 
     Returns:
         (N, out_channels, H', W'), dtype of input (of autocast, where that is on).
@@ -303,7 +340,13 @@ def partitioned_conv2d(
     if full is not None:
         _common.check_live(NAME, input, full, start, stop, 1)
         full = full.detach()
-    kernels = backends.select(NAME, weight.device, weight.dtype, backend)
+
+    def wins(kernels: str) -> bool:
+        if kernels == "cpp":
+            return weight.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, weight.dtype)
+        return _triton_wins(data.shape, weight.shape, geometry, stop - start, weight.dtype)
+
+    kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
     reads_nothing = start == stop and not reference  # not worth a fast path
     if kernels == "reference" or reads_nothing:
         return oracle.partitioned_conv2d(

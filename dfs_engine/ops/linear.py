@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dfs_engine import backend as backends
 from dfs_engine import calibration
 from dfs_engine import reference as oracle
+from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common
 
 NAME = "partitioned_linear"
@@ -142,7 +143,9 @@ def partitioned_linear(
             they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (..., in_features), the data of all features; never receives gradient. Then grad_input is narrow,
             (..., stop - start), and nothing is zero-filled.
-        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
+        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: on the CPU cpp where a calibration of this
+            machine found its matrix product faster than ATen's, and in half precision; on CUDA triton where the tuned
+            table of the GPU says that it wins on this shape; else aten.
 
     Returns:
         (..., out_features), dtype of input (of autocast, where that is on).
@@ -167,7 +170,18 @@ def partitioned_linear(
     if full is not None:
         _common.check_live(NAME, input, full, start, stop, -1)
         full = full.detach()
-    kernels = backends.select(NAME, weight.device, weight.dtype, backend)
+
+    def wins(kernels: str) -> bool:
+        if kernels == "cpp":
+            # Half precision: ATen emulates it slowly where the CPU lacks it. A calibration cannot be traced.
+            return weight.dtype in _common.HALF or torch.compiler.is_compiling() or calibration.settle_linear()
+        rows, out_features, dtype = _rows(data.shape), weight.size(0), weight.dtype
+        in_features = weight.size(1) if reference else stop - start
+        return prefers_triton("linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(
+            "linear_grad_weight", out_features, in_features, rows, dtype
+        )
+
+    kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
     if kernels == "cpp" and not torch.compiler.is_compiling():
         calibration.settle_linear()
     if kernels == "reference":

@@ -1,5 +1,6 @@
 """3x3 convolutions through Winograd against float64, over every size of tile and channel panel; and its switches."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import assert_close
+from dfs_engine.ops.conv2d import winograd_applies
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -203,13 +205,14 @@ results = {"output": ops.conv2d(tensors["input"], tensors["weight"], tensors["bi
 grad_output, input, weight = tensors["grad_output"], tensors["input"], tensors["weight"]
 results["grad_input"] = ops.conv2d_grad_input(grad_output, weight, input.shape, *geometry, 1, 30, False)
 results["grad_weight"] = ops.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, False)[0]
-produced = ops.conv_block(input, tensors["gamma"], tensors["beta"], None, None, 1e-5, True, True)
-results |= {f"conv_block {index}": value for index, value in enumerate(produced)}
-_, _, average_hat, mean, inverse_std, _, passed = produced
-grads = (produced[0][:, :16], produced[1])
-saved = (input, tensors["gamma"], tensors["beta"], average_hat, mean, inverse_std, passed)
-found = ops.conv_block_backward(*grads, *saved, True, True, True)
-results |= {f"conv_block_backward {index}": value for index, value in enumerate(found)}
+for label, residual, pool, relu_first in (("pool", None, True, True), ("residual", input.flip(0), False, False)):
+    produced = ops.conv_block(input, tensors["gamma"], tensors["beta"], residual, None, None, 1e-5, pool, relu_first)
+    results |= {f"conv_block {index} {label}": value for index, value in enumerate(produced)}
+    feature, average, average_hat, mean, inverse_std, _, passed = produced
+    feature = None if residual is None else feature
+    saved = (input, tensors["gamma"], tensors["beta"], feature, average_hat, mean, inverse_std, passed)
+    found = ops.conv_block_backward(produced[0][:, :16], average, *saved, True, pool, relu_first)
+    results |= {f"conv_block_backward {index} {label}": value for index, value in enumerate(found)}
 torch.save((_C.instruction_set(), results), sys.argv[2])
 """
 
@@ -247,6 +250,22 @@ def test_every_instruction_set_gives_the_same(in_process):
         assert used == level
         for name, value in results.items():
             assert_close(f"{level} {name}", value, expected[name])
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 1), (5, 5)], ids=str)
+def test_python_knows_where_it_applies(kernel):
+    """`auto` asks a copy of csrc's condition, which torch.compile can trace."""
+    from dfs_engine import _C
+
+    pairs = [(1, 1), (1, 2), (2, 2), (3, 1), (0, 0)]
+    for channels, stride, padding, dilation, groups in itertools.product(
+        [(15, 16), (16, 15), (16, 16), (64, 17)], pairs[:3], pairs, pairs[:2], [1, 2]
+    ):
+        size = torch.Size((*channels, *kernel))
+        ours = winograd_applies(size, stride, padding, dilation, groups, torch.float32)
+        out_channels, in_channels = channels
+        assert ours == _C.winograd_applies(in_channels, out_channels, kernel, stride, padding, dilation, groups)
+        assert not winograd_applies(size, stride, padding, dilation, groups, torch.float64)
 
 
 def test_the_environment_switches_it_off(in_process):
