@@ -1,5 +1,5 @@
-// The fused producer of a feature: ReLU and batch normalisation in either order, 2x2 max pool and the exit's global average, on a convolution's
-// output. One pass for the statistics, one that writes the feature; backward: one pass of reductions over the shared channels
+// The fused producer of a feature: ReLU and batch normalisation in either order, a residual or a 2x2 max pool, and the exit's global
+// average, on a convolution's output. One pass for the statistics, one that writes the feature; backward: one pass of reductions over the shared channels
 // only (the exit's gradient is one number per image and channel, so its sums need no pixels), one that writes grad_z.
 
 #include <ATen/ATen.h>
@@ -17,6 +17,8 @@
 namespace dfs_engine {
 
 namespace {
+
+enum class End { plain, pool, residual };  // what follows the normalisation
 
 struct Shape {
   int64_t images, channels, height, width;
@@ -51,14 +53,23 @@ struct Normalisation {
   }
 };
 
+// What reaches one image in the backward.
+template <typename T>
+struct Incoming {
+  const T* shared;  // gradient of the first `shared_channels` channels, dense channels_last
+  int64_t shared_channels;
+  const float* exit;  // per channel, of each of its output pixels
+  const T* feature;   // not read without a residual
+};
+
 template <typename T>
 struct Kernels {
   void (*block_statistics)(const T*, int64_t, int64_t, double*, double*);
-  void (*normalise_rows[2])(const T*, const Shape&, const Affine&, int64_t, int64_t, T*, double*);
-  void (*reduce_rows[2])(
-      const T*, const T*, int64_t, const Shape&, const Affine&, int64_t, int64_t, double*, double*);
-  void (*gradient_rows[2])(
-      const T*, const T*, int64_t, const float*, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*);
+  void (*normalise_rows)(const T*, const T*, const Shape&, const Affine&, int64_t, int64_t, T*, double*);
+  void (*reduce_rows)(
+      const T*, const Incoming<T>&, const Shape&, const Affine&, int64_t, int64_t, double*, double*);
+  void (*gradient_rows)(
+      const T*, const Incoming<T>&, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*, T*);
   void (*gradient_pixels)(
       const T*, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*);
 };
@@ -90,15 +101,12 @@ constexpr int VL = 16;
 #endif
 
 template <typename T>
-const Kernels<T>& kernels(bool relu_first) {
-#ifdef DFS_X86
-  switch (cpu_level()) {
-    case CpuLevel::avx512: return relu_first ? avx512::KernelsOf<T, true>::value : avx512::KernelsOf<T, false>::value;
-    case CpuLevel::avx2: return relu_first ? avx2::KernelsOf<T, true>::value : avx2::KernelsOf<T, false>::value;
-    case CpuLevel::baseline: break;
-  }
-#endif
-  return relu_first ? baseline::KernelsOf<T, true>::value : baseline::KernelsOf<T, false>::value;
+Kernels<T> kernels(bool relu_first, End end) { return DFS_DISPATCH(kernels<T>(relu_first, end)); }
+
+// As the kernels can do it: a residual goes with the ReLU behind it and without a pool.
+End end_of(bool pool, bool residual, bool relu_first) {
+  TORCH_CHECK(!residual || !(pool || relu_first), "conv_block: expected residual with relu_first=False and pool=False");
+  return residual ? End::residual : pool ? End::pool : End::plain;
 }
 
 // Output rows that one task works on: enough to amortise it, few enough to spread a small batch over the threads. Depends on
@@ -112,7 +120,7 @@ Shape shape_of(const at::Tensor& z, bool pool) { return {z.size(0), z.size(1), z
 // Calls work(task, image, first row, last row) for every task, in parallel; returns nothing. Tasks of an image are consecutive.
 template <typename Work>
 void for_each_task(const Shape& s, const Work& work) {
-  const int64_t rows = rows_per_task(s), per_image = (s.out_height() + rows - 1) / rows;
+  const int64_t rows = rows_per_task(s), per_image = ceil_div(s.out_height(), rows);
   at::parallel_for(0, s.images * per_image, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % per_image * rows;
@@ -121,13 +129,13 @@ void for_each_task(const Shape& s, const Work& work) {
   });
 }
 
-int64_t num_tasks(const Shape& s) { return s.images * ((s.out_height() + rows_per_task(s) - 1) / rows_per_task(s)); }
+int64_t num_tasks(const Shape& s) { return s.images * ceil_div(s.out_height(), rows_per_task(s)); }
 
 // Mean and biased variance per channel of what is normalised, by Chan's pairwise update of block statistics in double.
 template <typename T>
 void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<double>& mean, std::vector<double>& variance) {
   const int64_t pixels = s.images * s.pixels(), channels = s.channels;
-  const int64_t per_block = std::max<int64_t>(16, 8192 / channels), blocks = (pixels + per_block - 1) / per_block;
+  const int64_t per_block = std::max<int64_t>(16, 8192 / channels), blocks = ceil_div(pixels, per_block);
   std::vector<double> means(blocks * channels), deviations(blocks * channels);
   at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -157,6 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& z_any,
     const at::Tensor& gamma,
     const at::Tensor& beta,
+    const std::optional<at::Tensor>& residual,
     const std::optional<at::Tensor>& running_mean,
     const std::optional<at::Tensor>& running_var,
     double eps,
@@ -165,12 +174,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   TORCH_CHECK(
       z_any.scalar_type() == at::kFloat || z_any.scalar_type() == at::kBFloat16,
       "conv_block: expected float32 or bfloat16, got ", z_any.scalar_type());
+  const End end = end_of(pool, residual.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
+  const auto added = residual.has_value() ? dense(*residual, z.scalar_type(), /*channels_last=*/true) : z;
+  TORCH_CHECK(added.sizes() == z.sizes(), "conv_block: expected residual of z's shape ", z.sizes(), ", got ", added.sizes());
   const Shape s = shape_of(z, pool);
   const auto options = z.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   auto feature = at::empty(
       {s.images, s.channels, s.out_height(), s.out_width()}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
   auto average_hat = at::empty({s.images, s.channels}, options), passed = at::empty({s.images, s.channels}, options);
+  auto average = at::empty({s.images, s.channels}, options);
   auto mean = at::empty({s.channels}, options.dtype(at::kDouble)), inverse_std = at::empty({s.channels}, options);
   auto variance = at::empty({s.channels}, options);
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
@@ -180,12 +193,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     variance.copy_(*running_var);
   }
   if (z.numel() == 0) {
-    const auto average = at::empty({s.images, s.channels}, z.options().memory_format(at::MemoryFormat::Contiguous));
-    return {feature, average, average_hat, mean.zero_(), inverse_std.zero_(), variance.zero_(), passed};
+    return {feature, average.to(z.scalar_type()), average_hat, mean.zero_(), inverse_std.zero_(), variance.zero_(), passed};
   }
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const auto& k = kernels<T>(relu_first);
+    const auto k = kernels<T>(relu_first, end);
     const T* from = z.const_data_ptr<T>();
     if (training) {
       std::vector<double> means, variances;
@@ -200,40 +212,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const Normalisation normalisation(mean, inverse_std, weight, shift);
     const Affine affine = normalisation.affine();
     const float* rest = normalisation.rest.const_data_ptr<float>();
-    std::vector<double> sums(num_tasks(s) * 2 * s.channels, 0);
+    constexpr int64_t kinds = 3;  // of sums; see normalise_rows
+    std::vector<double> sums(num_tasks(s) * kinds * s.channels, 0);
+    const T* beside = added.const_data_ptr<T>();
     T* to = feature.mutable_data_ptr<T>();
     for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
-      k.normalise_rows[pool](
-          from + image * s.pixels() * s.channels, s, affine, first, last, to + image * s.out_pixels() * s.channels,
-          &sums[task * 2 * s.channels]);
+      const int64_t start = image * s.pixels() * s.channels;
+      k.normalise_rows(
+          from + start, beside + start, s, affine, first, last, to + image * s.out_pixels() * s.channels,
+          &sums[task * kinds * s.channels]);
     });
-    float *averages = average_hat.mutable_data_ptr<float>(), *shares = passed.mutable_data_ptr<float>();
+    float *hats = average_hat.mutable_data_ptr<float>(), *shares = passed.mutable_data_ptr<float>();
+    float* averages = average.mutable_data_ptr<float>();
     const int64_t per_image = num_tasks(s) / s.images;
     for (int64_t n = 0; n < s.images; ++n) {
       for (int64_t c = 0; c < s.channels; ++c) {
-        double total = 0, count = 0;
+        double hat = 0, count = 0, total = 0;
         for (int64_t task = 0; task < per_image; ++task) {
-          const double* of_task = &sums[(n * per_image + task) * 2 * s.channels];
-          total += of_task[c];
+          const double* of_task = &sums[(n * per_image + task) * kinds * s.channels];
+          hat += of_task[c];
           count += of_task[s.channels + c];
+          total += of_task[2 * s.channels + c];
         }
-        averages[n * s.channels + c] = static_cast<float>((total - rest[c] * count) / s.out_pixels());
+        hats[n * s.channels + c] = static_cast<float>((hat - rest[c] * count) / s.out_pixels());
         shares[n * s.channels + c] = static_cast<float>(count / s.out_pixels());
+        averages[n * s.channels + c] = static_cast<float>(total / s.out_pixels());
       }
     }
   };
   z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
-  const auto average = (average_hat * weight + passed * shift).to(z.scalar_type());
-  return {feature, average, average_hat, mean, inverse_std, variance, passed};
+  if (end != End::residual) average = average_hat * weight + passed * shift;
+  return {feature, average.to(z.scalar_type()), average_hat, mean, inverse_std, variance, passed};
 }
 
-// (grad_z, grad_gamma, grad_beta). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit trains nothing.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
+// (grad_z, grad_gamma, grad_beta, grad_residual). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit
+// trains nothing; feature: with a residual, and only then grad_residual is not empty.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     const at::Tensor& grad_shared_any,
     const at::Tensor& grad_average_any,
     const at::Tensor& z_any,
     const at::Tensor& gamma,
     const at::Tensor& beta,
+    const std::optional<at::Tensor>& feature,
     const at::Tensor& average_hat,
     const at::Tensor& mean,
     const at::Tensor& inverse_std,
@@ -241,14 +261,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     bool training,
     bool pool,
     bool relu_first) {
+  const End end = end_of(pool, feature.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
+  const auto made = feature.has_value() ? dense(*feature, z.scalar_type(), /*channels_last=*/true) : z;
   const Shape s = shape_of(z, pool);
   auto grad_z = at::empty_like(z, z.options().memory_format(at::MemoryFormat::ChannelsLast));
+  auto grad_residual = end == End::residual ? at::empty_like(grad_z) : at::empty({0}, z.options());
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
   const auto grad_average = grad_average_any.to(at::kFloat).contiguous();
   auto grad_beta = (grad_average * passed).sum(0), grad_gamma = (grad_average * average_hat).sum(0);
   if (z.numel() == 0) {
-    return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type())};
+    return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type()), grad_residual};
   }
   const auto grad_shared = dense(grad_shared_any, z.scalar_type(), /*channels_last=*/true);
   const int64_t shared = grad_shared.size(1);
@@ -258,14 +281,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
   const auto exit = grad_average / static_cast<double>(s.out_pixels());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const auto& k = kernels<T>(relu_first);
+    const auto k = kernels<T>(relu_first, end);
     const T* from = z.const_data_ptr<T>();
     const T* gradient = grad_shared.const_data_ptr<T>();
     const int64_t image_size = s.pixels() * s.channels, gradient_size = s.out_pixels() * shared;
+    const auto incoming = [&](int64_t image) -> Incoming<T> {
+      return {gradient + image * gradient_size, shared, exit.template const_data_ptr<float>() + image * s.channels,
+              made.template const_data_ptr<T>() + image * image_size};
+    };
     std::vector<double> sums(num_tasks(s) * shared, 0), products(num_tasks(s) * shared, 0);
     for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
-      k.reduce_rows[pool](
-          from + image * image_size, gradient + image * gradient_size, shared, s, affine, first, last, sums.data() + task * shared,
+      k.reduce_rows(
+          from + image * image_size, incoming(image), s, affine, first, last, sums.data() + task * shared,
           products.data() + task * shared);
     });
     float* to_beta = grad_beta.mutable_data_ptr<float>();
@@ -285,10 +312,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     const auto offset = training ? grad_beta / count - normalisation.rest * slope : at::zeros_like(grad_beta);
     const float *constant = offset.template const_data_ptr<float>(), *factor = slope.template const_data_ptr<float>();
     T* to = grad_z.mutable_data_ptr<T>();
+    T* beside = end == End::residual ? grad_residual.mutable_data_ptr<T>() : to;  // not written to without a residual
     for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {
-      k.gradient_rows[pool](
-          from + image * image_size, gradient + image * gradient_size, shared, exit.const_data_ptr<float>() + image * s.channels,
-          s, affine, constant, factor, first, last, to + image * image_size);
+      const int64_t start = image * image_size;
+      k.gradient_rows(
+          from + start, incoming(image), s, affine, constant, factor, first, last, to + start, beside + start);
     });
     if (pool && (s.height % 2 || s.width % 2)) {
       at::parallel_for(0, s.images, 1, [&](int64_t begin, int64_t end) {
@@ -309,7 +337,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     }
   };
   z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
-  return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type())};
+  return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type()), grad_residual};
 }
 
 }  // namespace

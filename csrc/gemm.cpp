@@ -48,18 +48,7 @@ constexpr int VL = 16, NV = 2, NR = NV * VL, MR = 12;
 #pragma GCC pop_options
 #endif
 
-const Kernels& kernels() {
-#ifdef DFS_X86
-  switch (cpu_level()) {
-    case CpuLevel::avx512: return avx512::kernels;
-    case CpuLevel::avx2: return avx2::kernels;
-    case CpuLevel::baseline: break;
-  }
-#endif
-  return baseline::kernels;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
 constexpr int64_t kDepth = 320;    // a panel of B: 20 KB in L1
 constexpr int64_t kRowPanels = 16;  // a block of A: 120 KB in L2

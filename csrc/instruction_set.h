@@ -1,6 +1,7 @@
 // Run-time dispatch: one build serves every x86-64 machine, and any other through the baseline.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
@@ -30,5 +31,17 @@ inline CpuLevel cpu_level() {
   }();
   return level;
 }
+
+// `name` of the namespace baseline, avx2 or avx512 that belongs to this machine. Each file has its own three.
+#ifdef DFS_X86
+#define DFS_DISPATCH(name)                        \
+  (cpu_level() == CpuLevel::avx512 ? avx512::name \
+   : cpu_level() == CpuLevel::avx2 ? avx2::name   \
+                                   : baseline::name)
+#else
+#define DFS_DISPATCH(name) (baseline::name)
+#endif
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace dfs_engine

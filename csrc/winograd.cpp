@@ -82,23 +82,12 @@ constexpr int VL = 16, NV = 2, NR = NV * VL, MR = 12, GR = 8;
 #pragma GCC pop_options
 #endif
 
-const Kernels& kernels() {
-#ifdef DFS_X86
-  switch (cpu_level()) {
-    case CpuLevel::avx512: return avx512::kernels;
-    case CpuLevel::avx2: return avx2::kernels;
-    case CpuLevel::baseline: break;
-  }
-#endif
-  return baseline::kernels;
-}
+const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
 std::atomic<bool> enabled{[] {
   const char* value = std::getenv("DFS_WINOGRAD");
   return value == nullptr || std::strcmp(value, "0") != 0;
 }()};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tiles of a batch of images, in the order of memory.
 struct Tiling {

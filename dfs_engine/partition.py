@@ -112,13 +112,13 @@ class _Partition(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad_shared: Tensor, grad_exit: Tensor):
         dim, num_shared = ctx.dim, ctx.num_shared
-        num_own = ctx.shape[dim] - num_shared
+        num_own, num_both = ctx.shape[dim] - num_shared, num_shared - ctx.exit_start
         grad = torch.empty(ctx.shape, dtype=grad_exit.dtype, device=grad_exit.device, memory_format=ctx.memory_format)
-        if ctx.exit_start < num_shared:
-            # exit_gradient="whole": the two overlap on [0, k), and are added there only.
-            grad_shared = grad_shared + grad_exit.narrow(dim, 0, num_shared)
         grad.narrow(dim, 0, num_shared).copy_(grad_shared)
-        grad.narrow(dim, num_shared, num_own).copy_(grad_exit.narrow(dim, grad_exit.size(dim) - num_own, num_own))
+        if num_both > 0:
+            # exit_gradient="whole": the two overlap, and are added there only.
+            grad.narrow(dim, ctx.exit_start, num_both).add_(grad_exit.narrow(dim, 0, num_both))
+        grad.narrow(dim, num_shared, num_own).copy_(grad_exit.narrow(dim, num_both, num_own))
         return grad, None, None, None
 
 

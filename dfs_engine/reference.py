@@ -69,12 +69,14 @@ def conv_block(
     eps: float = 1e-5,
     pool: bool = False,
     relu_first: bool = True,
+    residual: Tensor | None = None,
     num_shared: int,
     exit_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `dfs_engine.ops.conv_block`: (full, shared, average, exit)."""
     feature = F.relu(z) if relu_first else z
     feature = F.batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps)
+    feature = feature if residual is None else feature + residual
     feature = feature if relu_first else F.relu(feature)
     feature = F.max_pool2d(feature, 2) if pool else feature
     average = feature.mean((2, 3))

@@ -155,11 +155,13 @@ class ProducedCase(NamedTuple):
         return self._replace(layout=_layout_of_values(self.layout))
 
     def unsupported(self, problem: Problem, backend: str, dtype: torch.dtype) -> str | None:
-        fused = backend == "cpp" and dtype == torch.bfloat16
+        fused = backend == "triton" or (backend == "cpp" and dtype == torch.bfloat16)
         if fused or dtype not in (torch.bfloat16, torch.float16):
             return None
         if problem.options["pool"]:
             return "with a pool: the stock one compares rounded values, so that other pixels win than in float64"
+        if "residual" in problem.tensors:
+            return "with a residual: the stock sum is one of rounded values, so that other pixels pass the ReLU"
         if self.exit_start < self.num_shared:
             return "with exit_gradient='whole': stock autograd rounds the sum of the two gradients, pixel by pixel"
         return None
@@ -178,16 +180,17 @@ class ProducedCase(NamedTuple):
             "dtype": torch.promote_types(leaves["input"].dtype, torch.float32),
             "device": leaves["input"].device,
         }
-        leaves |= {name: leaf.to(**wide) for name, leaf in leaves.items() if name != "input"}
+        leaves |= {name: leaf.to(**wide) for name, leaf in leaves.items() if name in ("weight", "bias")}
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
         statistics = {
             "running_mean": torch.linspace(-1, 1, problem.num_channels, **wide),
             "running_var": torch.linspace(0.5, 1.5, problem.num_channels, **wide),
         }
         produced = function(
-            *(leaves.get(name) for name in tensors),
+            *(leaves.get(name) for name in ("input", "weight", "bias")),
             *statistics.values(),
             **problem.options,
+            residual=leaves.get("residual"),
             training=self.training,
             num_shared=self.num_shared,
             exit_start=self.exit_start,

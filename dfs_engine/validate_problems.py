@@ -73,7 +73,7 @@ def _linear_problems() -> list[Problem]:
 
 @problems("conv_block")
 def _conv_block_problems() -> list[Problem]:
-    def problem(label: str, input: tuple, affine: bool = True, **options: Any) -> Problem:
+    def problem(label: str, input: tuple, affine: bool = True, residual: bool = False, **options: Any) -> Problem:
         parameters = (input[1],) if affine else None
         tensors = {"input": input, "weight": parameters, "bias": parameters}
         layouts = ("nchw", "channels_last", "strided", "expanded")
@@ -103,3 +103,5 @@ def winograd_problem() -> Problem:
 
 def _whole(problem: Problem) -> list[Case]:
     return [SlicedCase("whole", ChannelSlice(0, problem.num_channels), True, "plain", "channels_last")]
+        tensors |= {"residual": input} if residual else {}
+        problem("17 channels, residual", (2, 17, 7, 5), residual=True, relu_first=False),

@@ -7,7 +7,14 @@ from dfs_engine.ops import conv_block
 
 
 def produce_readings(
-    z: Tensor, bn: nn.BatchNorm2d, fork: Fork, *, pool: bool, is_last: bool
+    z: Tensor,
+    bn: nn.BatchNorm2d,
+    fork: Fork,
+    *,
+    pool: bool = False,
+    relu_first: bool = True,
+    residual: Tensor | None = None,
+    is_last: bool,
 ) -> tuple[Reading, Reading]:
     """ReLU, `bn`, optional 2x2 max pool, and the fork, in one op; updates `bn`'s statistics as its own forward would.
 
@@ -15,6 +22,8 @@ def produce_readings(
         z: convolution output (N, C, H, W).
         fork: of the `dfs` variant.
         pool: whether a 2x2 max pool ends the block.
+        relu_first: ReLU before `bn` (True, VGG) or after it (ResNet, MSDNet).
+        residual: (N, C, H, W), added between `bn` and the ReLU; with relu_first=False and pool=False.
         is_last: the last feature is not split: its exit trains all of it.
 
     Returns:
@@ -38,6 +47,8 @@ def produce_readings(
         momentum=momentum,
         eps=bn.eps,
         pool=pool,
+        relu_first=relu_first,
+        residual=residual,
         num_shared=num_shared,
         exit_start=exit_start,
         backend=fork.backend,

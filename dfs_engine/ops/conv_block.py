@@ -1,8 +1,8 @@
 """The fused producer of a partitioned feature: ReLU, batch normalisation, 2x2 max pool and the exit's global average.
 
-What follows a convolution in VGG or, with the ReLU last, in ResNet and MSDNet (DESIGN section 4). The backward takes
-the two gradients as they come: the deeper path's on its channels, and the exit's as one number per image and channel,
-which is never spread out over the pixels.
+What follows a convolution in VGG or, with the ReLU last and perhaps a residual before it, in ResNet and MSDNet (DESIGN
+section 4). The backward takes the two gradients as they come: the deeper path's on its channels, and the exit's as one
+number per image and channel, which is never spread out over the pixels, unless a residual has to receive it there.
 """
 
 from typing import NamedTuple
@@ -17,19 +17,21 @@ from dfs_engine.ops import _common
 from dfs_engine.partition import fork_gradient
 
 NAME = "conv_block"
+# backend -> the dtypes that its kernels store; the others run the stock operators.
+_FUSED = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 _common.LIBRARY.define(
-    "conv_block(Tensor z, Tensor gamma, Tensor beta, Tensor? running_mean, Tensor? running_var, float eps, bool pool,"
-    " bool relu_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "conv_block(Tensor z, Tensor gamma, Tensor beta, Tensor? residual, Tensor? running_mean, Tensor? running_var,"
+    " float eps, bool pool, bool relu_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _common.LIBRARY.define(
     "conv_block_backward(Tensor grad_shared, Tensor grad_average, Tensor z, Tensor gamma, Tensor beta,"
-    " Tensor average_hat, Tensor mean, Tensor inverse_std, Tensor passed, bool training, bool pool, bool relu_first)"
-    " -> (Tensor, Tensor, Tensor)"
+    " Tensor? feature, Tensor average_hat, Tensor mean, Tensor inverse_std, Tensor passed, bool training, bool pool,"
+    " bool relu_first) -> (Tensor grad_z, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)"
 )
 
 
-def _fake(z, gamma, beta, running_mean, running_var, eps, pool, relu_first):
+def _fake(z, gamma, beta, residual, running_mean, running_var, eps, pool, relu_first):
     num_images, channels, height, width = z.shape
     shape = (num_images, channels, height // 2, width // 2) if pool else z.shape
     feature = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
@@ -41,10 +43,10 @@ def _fake(z, gamma, beta, running_mean, running_var, eps, pool, relu_first):
     return feature, average, average_hat, mean, inverse_std, variance, passed
 
 
-def _fake_backward(
-    grad_shared, grad_average, z, gamma, beta, average_hat, mean, inverse_std, passed, training, pool, relu_first
-):
-    return torch.empty_like(z, memory_format=torch.channels_last), torch.empty_like(gamma), torch.empty_like(beta)
+def _fake_backward(grad_shared, grad_average, z, gamma, beta, feature, *saved_and_modes):
+    grad_z = torch.empty_like(z, memory_format=torch.channels_last)
+    grad_residual = z.new_empty(0) if feature is None else torch.empty_like(grad_z)
+    return grad_z, torch.empty_like(gamma), torch.empty_like(beta), grad_residual
 
 
 _common.register_fake("conv_block", _fake)
@@ -68,12 +70,17 @@ class ProducedFeature(NamedTuple):
 
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, gamma, beta, running_mean, running_var, eps, pool, relu_first, num_shared, exit_start):
+    def forward(ctx, z, gamma, beta, residual, mean, variance, eps, pool, relu_first, num_shared, exit_start):
+        training = mean is None
+        # As the kernels read it, once for both passes; the original is then of no more use.
+        z = z.contiguous(memory_format=torch.channels_last)
         feature, average, average_hat, mean, inverse_std, variance, passed = torch.ops.dfs_engine.conv_block(
-            z, gamma, beta, running_mean, running_var, eps, pool, relu_first
+            z, gamma, beta, residual, mean, variance, eps, pool, relu_first
         )
-        ctx.save_for_backward(z, gamma, beta, average_hat, mean, inverse_std, passed)
-        ctx.modes, ctx.exit_start = (running_mean is None, pool, relu_first), exit_start
+        # Which pixels the last ReLU let through follows from z alone unless something was added to it.
+        sum_passed = None if residual is None else feature
+        ctx.save_for_backward(z, gamma, beta, sum_passed, average_hat, mean, inverse_std, passed)
+        ctx.modes, ctx.exit_start = (training, pool, relu_first), exit_start
         ctx.mark_non_differentiable(feature, average, mean, variance)
         num_channels = z.size(1)
         shared = feature.narrow(1, 0, num_shared).detach()
@@ -126,6 +133,7 @@ def conv_block(
     eps: float = 1e-5,
     pool: bool = False,
     relu_first: bool = True,
+    residual: Tensor | None = None,
     num_shared: int,
     exit_start: int,
     backend: str | None = None,
@@ -133,7 +141,8 @@ def conv_block(
     """ReLU, batch normalisation, optional 2x2 max pool and global average of a convolution's output, partitioned.
 
     Equivalent to: ``f = F.batch_norm(F.relu(z), ...); f = F.max_pool2d(f, 2) if pool else f;``
-    ``ProducedFeature(f.detach(), f[:, :num_shared], f.mean((2, 3)).detach(), f.mean((2, 3))[:, exit_start:])``
+    ``ProducedFeature(f.detach(), f[:, :num_shared], f.mean((2, 3)).detach(), f.mean((2, 3))[:, exit_start:])``,
+    where with ``relu_first=False`` it is ``f = F.relu(F.batch_norm(z, ...) + residual)``.
 
     Args:
         z: (N, C, H, W).
@@ -142,19 +151,22 @@ def conv_block(
         training, momentum, eps: as `F.batch_norm`.
         pool: whether a 2x2 max pool ends the block.
         relu_first: ReLU before the normalisation (True, VGG) or after it (ResNet, MSDNet).
+        residual: (N, C, H, W) of z's dtype, added between normalisation and ReLU: with relu_first=False, pool=False.
         num_shared: channels [0, num_shared) carry the deeper path's gradient.
         exit_start: the averages of channels [exit_start, C) carry the exit's gradient; at most num_shared.
-        backend: "aten" or "reference" (stock PyTorch), "cpp" (fused for fp32 and bf16, with sums in
-            fp32 and fp64; other dtypes run the stock operators); None picks.
+        backend: "aten" or "reference" (stock PyTorch), "cpp" (fused for fp32 and bf16, with sums in fp32 and fp64) or
+            "triton" (fused for fp16 too); other dtypes run the stock operators; None picks.
 
     Raises:
-        ValueError: shapes or channel numbers that do not match, one value per channel when training, several devices.
-        TypeError: integer or complex tensors, channel numbers that are not integers.
+        ValueError: shapes or channel numbers that do not match, one value per channel when training, several devices,
+            a residual where none can be added.
+        TypeError: integer or complex tensors, a residual of another dtype, channel numbers that are not integers.
         RuntimeError: a requested backend that is not there; differentiating the fused backward again.
     """
-    z, *_ = _common.autocast(z)  # type: ignore[assignment]
+    z, residual = _common.autocast(z, residual)  # type: ignore[assignment]
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check(z, parameters, training, pool, num_shared, exit_start)
+    _check_residual(z, residual, pool, relu_first)
     kernels = backends.select(NAME, z.device, z.dtype, backend)
     if kernels == "reference":
         return ProducedFeature(
@@ -169,16 +181,17 @@ def conv_block(
                 eps=eps,
                 pool=pool,
                 relu_first=relu_first,
+                residual=residual,
                 num_shared=num_shared,
                 exit_start=exit_start,
             )
         )
-    if kernels == "cpp" and z.dtype in (torch.float32, torch.bfloat16):
+    if z.dtype in _FUSED.get(kernels, ()):
         gamma = z.new_ones(z.size(1), dtype=torch.float32) if weight is None else weight
         beta = z.new_zeros(z.size(1), dtype=torch.float32) if bias is None else bias
         given = (None, None) if training else (running_mean, running_var)
         *produced, mean, variance = _ConvBlock.apply(
-            z, gamma, beta, *given, eps, pool, relu_first, num_shared, exit_start
+            z, gamma, beta, residual, *given, eps, pool, relu_first, num_shared, exit_start
         )
         if training and running_mean is not None and running_var is not None and z.numel() > 0:
             count = z.numel() // z.size(1)
@@ -190,6 +203,7 @@ def conv_block(
     # ATen's backward on channels_last reads a strided weight as if it were contiguous.
     dense_weight = None if weight is None else weight.contiguous()
     feature = F.batch_norm(feature, running_mean, running_var, dense_weight, bias, training, momentum, eps)
+    feature = feature if residual is None else feature + residual
     feature = feature if relu_first else F.relu(feature)
     feature = F.max_pool2d(feature, 2) if pool else feature
     full, shared, live = fork_gradient(feature, num_shared, exit_start)
@@ -222,4 +236,17 @@ def _check(
         raise ValueError(
             f"{NAME}: expected 0 <= exit_start <= num_shared <= C={channels}, "
             f"got exit_start={exit_start}, num_shared={num_shared}."
+        )
+
+
+def _check_residual(z: Tensor, residual: Tensor | None, pool: bool, relu_first: bool) -> None:
+    if residual is None:
+        return
+    _common.check_tensors(NAME, z=z, residual=residual)
+    if residual.shape != z.shape:
+        raise ValueError(f"{NAME}: expected residual of z's shape {tuple(z.shape)}, got {tuple(residual.shape)}.")
+    if relu_first or pool:
+        raise ValueError(
+            f"{NAME}: expected residual with relu_first=False and pool=False, got relu_first={relu_first}, "
+            f"pool={pool}. Change them, or add the residual outside."
         )

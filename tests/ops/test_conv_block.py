@@ -1,6 +1,8 @@
 """conv_block against stock PyTorch in float64, over shapes, dtypes, layouts, statistics and routes."""
 
 import itertools
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,42 +20,106 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 # (N, C, H, W): odd sizes, so that a pool leaves a row or a column over; channels beside the vector widths.
 SHAPES = [(2, 17, 5, 7), (1, 3, 4, 5), (3, 1, 9, 2), (2, 65, 6, 6), (1, 256, 3, 4), (4, 16, 2, 2)]
-LEAVES = ("z", "weight", "bias")
+LEAVES = ("z", "weight", "bias", "residual")
+STATISTICS = ("running_mean", "running_var")
 OUTPUTS = ProducedFeature._fields
-POOL = pytest.mark.parametrize("pool", [False, True], ids=["flat", "pool"])
-RELU_FIRST = pytest.mark.parametrize("relu_first", [True, False], ids=["relu-first", "relu-last"])
+
+
+class Form(NamedTuple):
+    """What the block is made of."""
+
+    relu_first: bool = True
+    pool: bool = False
+    residual: bool = False
+
+    @property
+    def options(self) -> dict[str, bool]:
+        return {"relu_first": self.relu_first, "pool": self.pool}
+
+
+FORMS = {
+    "relu-first": Form(),
+    "relu-first-pool": Form(pool=True),
+    "relu-last": Form(relu_first=False),
+    "relu-last-pool": Form(relu_first=False, pool=True),
+    "residual": Form(relu_first=False, residual=True),
+}
+FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def routes(channels: int) -> list[tuple[int, int]]:
-    """(num_shared, exit_start) of exit_gradient="own", the last block, beta = 1, and exit_gradient="whole"."""
+    """(num_shared, exit_start) of exit_gradient="own", the last block, beta = 1, exit_gradient="whole", and between."""
     half = channels // 2
-    return [(half, half), (0, 0), (channels, channels), (half, 0)]
+    return [(half, half), (0, 0), (channels, channels), (half, 0), (half, half // 2)]
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Parameters and statistics stay in float32 at least, as under autocast."""
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, form: Form = FORMS["relu-first"], training: bool = True
+) -> dict[str, Tensor]:
+    """Parameters and statistics stay in float32 at least, as under autocast; `residual` only where `form` has one.
+
+    z is normal and its elements lie apart, no weight is near zero, and what reaches a last ReLU stays clear of zero:
+    rounding then makes no two pixels of a pool's window equal, and no pixel negative that was positive, which would
+    send the gradient elsewhere.
+    """
     channels, wide = shape[1], torch.promote_types(dtype, torch.float32)
-    return {
-        "z": torch.randn(shape).to(dtype),
-        "weight": torch.randn(channels).to(wide),
+    size = max(math.prod(shape), 1)
+    spread = torch.special.ndtri((torch.randperm(math.prod(shape), dtype=torch.float64) + torch.rand(())) / size)
+    weight = torch.randn(channels)
+    tensors = {
+        "z": spread.reshape(shape).to(dtype),
+        "weight": (weight + 0.5 * weight.sign()).to(wide),
         "bias": torch.randn(channels).to(wide),
         "running_mean": torch.randn(channels).to(wide),
         "running_var": torch.rand(channels).to(wide) + 0.5,
     }
+    if form.residual:
+        tensors["residual"] = residual_of(tensors, training)
+    elif not form.relu_first and size > channels:
+        # Zero lies in a wide gap between two values of each channel, not far from its median.
+        values = normalise(tensors | {"bias": torch.zeros(channels)}, training)
+        values = values.transpose(0, 1).flatten(1).sort(1).values
+        quarter = values.size(1) // 4
+        below = quarter + values.diff()[:, quarter : 3 * quarter + 1].argmax(1, keepdim=True)
+        tensors["bias"] = -(values.gather(1, below) + values.gather(1, below + 1)).flatten().div(2).to(wide)
+    return tensors
+
+
+def normalise(tensors: dict[str, Tensor], training: bool) -> Tensor:
+    """In float64; leaves the statistics alone."""
+    z, weight, bias, mean, var = (tensors[name].double() for name in ("z", "weight", "bias", *STATISTICS))
+    return F.batch_norm(z, mean.clone(), var.clone(), weight, bias, training)
+
+
+def residual_of(tensors: dict[str, Tensor], training: bool) -> Tensor:
+    """One that keeps the sum clear of zero."""
+    z = tensors["z"]
+    total = torch.randn(z.shape, dtype=torch.float64)
+    return (total + 0.1 * total.sign() - normalise(tensors, training)).to(z.dtype)
+
+
+def call(op, leaves: dict[str, Tensor], statistics=(None, None), **options) -> ProducedFeature:
+    """`op` on tensors by name; without running statistics unless they are given."""
+    given = (leaves[name] for name in ("z", "weight", "bias"))
+    return ProducedFeature(*op(*given, *statistics, residual=leaves.get("residual"), **options))
+
+
+def leaves_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name].detach().requires_grad_() for name in LEAVES if name in tensors}
 
 
 def evaluate(op, tensors: dict[str, Tensor], grads: tuple[Tensor, Tensor] | None = None, **options) -> dict:
     """Everything that comes out of `op`: four parts, gradients, running statistics; and the `incoming` gradients."""
-    leaves = [tensors[name].detach().requires_grad_() for name in LEAVES]
-    statistics = [tensors["running_mean"].clone(), tensors["running_var"].clone()]
-    produced = ProducedFeature(*op(*leaves, *statistics, **options))
+    leaves = leaves_of(tensors)
+    statistics = [tensors[name].clone() for name in STATISTICS]
+    produced = call(op, leaves, statistics, **options)
     if grads is None:
         grads = torch.randn_like(produced.shared), torch.randn_like(produced.exit)
-    found = torch.autograd.grad([produced.shared, produced.exit], leaves, grads, materialize_grads=True)
+    found = torch.autograd.grad([produced.shared, produced.exit], list(leaves.values()), grads, materialize_grads=True)
     results = {name: tensor.detach() for name, tensor in produced._asdict().items()}
-    results |= {f"grad_{name}": grad for name, grad in zip(LEAVES, found, strict=True)}
-    return results | {"running_mean": statistics[0], "running_var": statistics[1], "incoming": grads}
+    results |= {f"grad_{name}": grad for name, grad in zip(leaves, found, strict=True)}
+    return results | dict(zip(STATISTICS, statistics, strict=True)) | {"incoming": grads}
 
 
 def check(tensors: dict[str, Tensor], *, backend: str, grads=None, tolerance: Tolerance | None = None, **options):
@@ -64,7 +130,12 @@ def check(tensors: dict[str, Tensor], *, backend: str, grads=None, tolerance: To
     expected = evaluate(reference.conv_block, wide, grads, **options)
     for name, value in actual.items():
         assert value.dtype == tensors.get(name.removeprefix("grad_"), tensors["z"]).dtype, name
-        if name in ("grad_z", "grad_weight") and not (expected[name].abs() > 1e-9).any():
+    for results in (actual, expected):
+        # Together: the terms of one sum may cancel, and with one channel nothing else would tell the scale.
+        results["grad_parameters"] = torch.cat([results["grad_weight"], results["grad_bias"]])
+    for name in actual.keys() - {"grad_weight", "grad_bias"}:
+        value = actual[name]
+        if name == "grad_z" and not (expected[name].abs() > 1e-9).any():
             # A gradient that is the same on all pixels does not get past the statistics: only rounding is left.
             assert not (value.abs() > 1e-5).any(), name
             continue
@@ -73,17 +144,15 @@ def check(tensors: dict[str, Tensor], *, backend: str, grads=None, tolerance: To
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@POOL
-@RELU_FIRST
+@FORM
 @TRAINING
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_equals_stock_in_float64(shape, pool, relu_first, training, dtype, backend):
+def test_equals_stock_in_float64(shape, form, training, dtype, backend):
     for num_shared, exit_start in routes(shape[1]):
         check(
-            make(shape, dtype),
+            make(shape, dtype, form, training),
             backend=backend,
-            pool=pool,
-            relu_first=relu_first,
+            **form.options,
             training=training,
             num_shared=num_shared,
             exit_start=exit_start,
@@ -100,27 +169,26 @@ def cpp() -> str:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@POOL
-@RELU_FIRST
+@FORM
 @TRAINING
-def test_bf16_storage_with_fp32_sums(shape, pool, relu_first, training, cpp):
+def test_bf16_storage_with_fp32_sums(shape, form, training, cpp):
     """Each result as good as its own dtype allows: the parameters' gradients and the statistics are in float32."""
     for num_shared, exit_start in routes(shape[1]):
         check(
-            make(shape, torch.bfloat16),
+            make(shape, torch.bfloat16, form, training),
             backend=cpp,
-            pool=pool,
-            relu_first=relu_first,
+            **form.options,
             training=training,
             num_shared=num_shared,
             exit_start=exit_start,
         )
 
 
-@RELU_FIRST
-def test_bf16_by_stock_operators(relu_first):
-    tensors = make((2, 17, 5, 7), torch.bfloat16)
-    options = {"relu_first": relu_first, "num_shared": 8, "exit_start": 8}
+@pytest.mark.parametrize("name", ["relu-first", "relu-last", "residual"])
+def test_bf16_by_stock_operators(name):
+    form = FORMS[name]
+    tensors = make((2, 17, 5, 7), torch.bfloat16, form)
+    options = {**form.options, "num_shared": 8, "exit_start": 8}
     check(tensors, backend="aten", tolerance=TOLERANCES[torch.bfloat16], **options)
 
 
@@ -152,30 +220,37 @@ def every_other(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [channels_last, channel_slice, channels_last_slice, transposed])
-@POOL
-@RELU_FIRST
-def test_any_strides_of_the_input(layout, pool, relu_first, backend):
-    tensors = make((2, 17, 5, 7))
-    options = {"pool": pool, "relu_first": relu_first, "num_shared": 8, "exit_start": 8, "backend": backend}
+@FORM
+def test_any_strides_of_the_input(layout, form, backend):
+    tensors = make((2, 17, 5, 7), form=form)
+    options = {**form.options, "num_shared": 8, "exit_start": 8, "backend": backend}
     check({**tensors, "z": layout(tensors["z"]), "weight": every_other(tensors["weight"])}, **options)
+
+
+@pytest.mark.parametrize("layout", [channels_last, channel_slice, channels_last_slice, transposed, expanded])
+@pytest.mark.parametrize("z_layout", [torch.Tensor.contiguous, channels_last])
+def test_any_strides_of_the_residual(layout, z_layout, backend):
+    form = FORMS["residual"]
+    tensors = make((2, 17, 5, 7), form=form)
+    tensors |= {"z": z_layout(tensors["z"]), "residual": layout(tensors["residual"])}
+    check(tensors, **form.options, num_shared=8, exit_start=4, backend=backend)
 
 
 @pytest.mark.parametrize("layout", [channels_last, channel_slice, transposed, expanded, every_other])
 @pytest.mark.parametrize("exit_layout", [expanded, every_other])
-@POOL
-def test_any_strides_of_the_gradients(layout, exit_layout, pool, backend):
-    tensors = make((2, 17, 5, 7))
-    options = {"pool": pool, "num_shared": 9, "exit_start": 0, "backend": backend}
+@FORM
+def test_any_strides_of_the_gradients(layout, exit_layout, form, backend):
+    tensors = make((2, 17, 5, 7), form=form)
+    options = {**form.options, "num_shared": 9, "exit_start": 0, "backend": backend}
     shared, exit = evaluate(conv_block, tensors, **options)["incoming"]
     check(tensors, grads=(layout(shared), exit_layout(exit)), **options)
 
 
-@POOL
-@RELU_FIRST
+@FORM
 @TRAINING
-def test_batch_of_no_images(pool, relu_first, training, backend):
-    tensors = make((0, 5, 4, 6))
-    options = {"pool": pool, "relu_first": relu_first, "training": training, "num_shared": 2, "exit_start": 2}
+def test_batch_of_no_images(form, training, backend):
+    tensors = make((0, 5, 4, 6), form=form, training=training)
+    options = {**form.options, "training": training, "num_shared": 2, "exit_start": 2}
     results = check(tensors, backend=backend, **options)
     for name in ("running_mean", "running_var"):
         assert torch.equal(results[name], tensors[name])
@@ -183,116 +258,122 @@ def test_batch_of_no_images(pool, relu_first, training, backend):
         assert not results[name].any()
 
 
-@POOL
-@RELU_FIRST
+@FORM
 @TRAINING
 @pytest.mark.parametrize("mean", [1e4, -1e4, 0.0], ids=str)
 @pytest.mark.parametrize("deviation", [1.0, 1e-3], ids=str)
-def test_extreme_statistics(pool, relu_first, training, mean, deviation, cpp):
+def test_extreme_statistics(form, training, mean, deviation, cpp):
     """float64 of the same float32 inputs: neither a large mean nor a variance of 1e-6 may cost digits.
 
     The stock operators, which keep the mean in float32, lose up to a tenth here.
     """
     tensors = make((3, 17, 8, 9))
     tensors["z"] = tensors["z"] * deviation + mean
-    tensors["running_mean"] += mean
-    options = {"pool": pool, "relu_first": relu_first, "training": training, "num_shared": 8, "exit_start": 8}
+    tensors["running_mean"] = tensors["running_mean"] * deviation + mean
+    if form.residual:
+        tensors["residual"] = residual_of(tensors, training)
+    options = {**form.options, "training": training, "num_shared": 8, "exit_start": 8}
     check(tensors, backend=cpp, **options)
 
 
-@POOL
+@FORM
 @TRAINING
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_only_what_is_asked_for_is_computed(pool, training, wanted, backend):
-    tensors = make((2, 5, 4, 5))
-    options = {"pool": pool, "training": training, "num_shared": 2, "exit_start": 2}
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_only_what_is_asked_for_is_computed(form, training, wanted, backend):
+    tensors = make((2, 5, 4, 5), form=form, training=training)
+    options = {**form.options, "training": training, "num_shared": 2, "exit_start": 2}
     everything = evaluate(conv_block, tensors, backend=backend, **options)
-    leaves = [tensors[name].requires_grad_(is_wanted) for name, is_wanted in zip(LEAVES, wanted, strict=True)]
-    produced = conv_block(*leaves, tensors["running_mean"], tensors["running_var"], backend=backend, **options)
-    assert produced.shared.requires_grad == produced.exit.requires_grad == any(wanted)
+    leaves = leaves_of(tensors)
+    for leaf, is_wanted in zip(leaves.values(), wanted, strict=False):  # the last is for a residual
+        leaf.requires_grad_(is_wanted)
+    statistics = [tensors[name] for name in STATISTICS]
+    produced = call(conv_block, leaves, statistics, backend=backend, **options)
+    any_wanted = any(leaf.requires_grad for leaf in leaves.values())
+    assert produced.shared.requires_grad == produced.exit.requires_grad == any_wanted
     assert not produced.full.requires_grad
     assert not produced.average.requires_grad
-    if any(wanted):
+    if any_wanted:
         torch.autograd.backward([produced.shared, produced.exit], everything["incoming"])
-    for name, leaf, is_wanted in zip(LEAVES, leaves, wanted, strict=True):
-        assert (leaf.grad is not None) == is_wanted
-        if is_wanted:
+    for name, leaf in leaves.items():
+        assert (leaf.grad is not None) == leaf.requires_grad
+        if leaf.requires_grad:
             assert_close(name, leaf.grad, everything[f"grad_{name}"])
 
 
 def test_the_function_returns_none_for_what_is_not_asked_for(cpp):
-    for wanted in itertools.product([False, True], repeat=3):
+    form = FORMS["residual"]
+    for wanted in itertools.product([False, True], repeat=4):
         if not any(wanted):
             continue
-        tensors = make((2, 5, 4, 5))
-        leaves = [tensors[name].requires_grad_(flag) for name, flag in zip(LEAVES, wanted, strict=True)]
-        produced = conv_block(*leaves, None, None, num_shared=2, exit_start=2, backend=cpp)
+        leaves = leaves_of(make((2, 5, 4, 5), form=form))
+        for leaf, flag in zip(leaves.values(), wanted, strict=True):
+            leaf.requires_grad_(flag)
+        produced = call(conv_block, leaves, num_shared=2, exit_start=2, backend=cpp, **form.options)
         with torch.no_grad():
             received = produced.shared.grad_fn.apply(
                 None, torch.ones_like(produced.shared), None, torch.ones_like(produced.exit), None, None
             )
-        assert [grad is not None for grad in received[:3]] == list(wanted)
-        assert all(grad is None for grad in received[3:])
+        assert [grad is not None for grad in received[:4]] == list(wanted)
+        assert all(grad is None for grad in received[4:])
 
 
 @pytest.mark.parametrize("reader", ["shared", "exit"])
-@POOL
-def test_one_reader_alone(reader, pool, backend):
+@FORM
+def test_one_reader_alone(reader, form, backend):
     """The other reader's gradient is zero, whether it was never used or has no channels."""
-    tensors = make((2, 6, 4, 5))
-    options = {"pool": pool, "num_shared": 3, "exit_start": 3}
+    tensors = make((2, 6, 4, 5), form=form)
+    options = {**form.options, "num_shared": 3, "exit_start": 3}
     incoming = torch.randn(2 * 3 * 4 * 5)
 
     def grads(op, tensors, **options):
-        leaves = [tensors[name].requires_grad_() for name in LEAVES]
-        produced = ProducedFeature(*op(*leaves, None, None, **options))
-        part = getattr(produced, reader)
-        return torch.autograd.grad((part * incoming[: part.numel()].view_as(part)).sum(), leaves)
+        leaves = leaves_of(tensors)
+        part = getattr(call(op, leaves, **options), reader)
+        found = torch.autograd.grad((part * incoming[: part.numel()].view_as(part)).sum(), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
 
     expected = grads(reference.conv_block, {name: tensor.double() for name, tensor in tensors.items()}, **options)
-    for name, grad, value in zip(LEAVES, grads(conv_block, tensors, backend=backend, **options), expected, strict=True):
-        assert_close(name, grad, value)
+    for name, grad in grads(conv_block, tensors, backend=backend, **options).items():
+        assert_close(name, grad, expected[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@POOL
-@RELU_FIRST
-def test_second_backward_second_run_and_two_threads_are_bitwise_the_same(dtype, pool, relu_first, cpp):
+@FORM
+def test_second_backward_second_run_and_two_threads_are_bitwise_the_same(dtype, form, cpp):
     # Several tasks an image, several blocks of statistics.
-    tensors = make((5, 33, 40, 34), dtype)
-    options = {"pool": pool, "relu_first": relu_first, "num_shared": 16, "exit_start": 16, "backend": cpp}
-    leaves = [tensors[name].requires_grad_() for name in LEAVES]
+    tensors = make((5, 33, 40, 34), dtype, form)
+    options = {**form.options, "num_shared": 16, "exit_start": 16, "backend": cpp}
+    leaves = leaves_of(tensors)
     incoming = evaluate(conv_block, tensors, **options)["incoming"]
     runs = []
     for num_threads in (1, 1, 2):
         torch.set_num_threads(num_threads)
-        produced = conv_block(*leaves, None, None, **options)
+        produced = call(conv_block, leaves, **options)
         heads = [produced.shared, produced.exit]
         for _ in range(2):
-            runs.append([*produced, *torch.autograd.grad(heads, leaves, incoming, retain_graph=True)])
+            runs.append([*produced, *torch.autograd.grad(heads, list(leaves.values()), incoming, retain_graph=True)])
     for run in runs[1:]:
-        for name, first, again in zip((*OUTPUTS, *LEAVES), runs[0], run, strict=True):
+        for name, first, again in zip((*OUTPUTS, *leaves), runs[0], run, strict=True):
             assert torch.equal(first, again), name
 
 
-def test_nothing_is_written_to(backend):
-    tensors = make((2, 6, 5, 4))
-    leaves = [tensors[name].requires_grad_() for name in LEAVES]
-    produced = conv_block(*leaves, None, None, pool=True, num_shared=3, exit_start=3, backend=backend)
-    watched = [*leaves, *produced, torch.randn_like(produced.shared), torch.randn_like(produced.exit)]
+@FORM
+def test_nothing_is_written_to(form, backend):
+    leaves = leaves_of(make((2, 6, 5, 4), form=form))
+    produced = call(conv_block, leaves, num_shared=3, exit_start=3, backend=backend, **form.options)
+    watched = [*leaves.values(), *produced, torch.randn_like(produced.shared), torch.randn_like(produced.exit)]
     before = [(tensor._version, tensor.detach().clone()) for tensor in watched]
-    torch.autograd.grad([produced.shared, produced.exit], leaves, watched[-2:])
+    torch.autograd.grad([produced.shared, produced.exit], list(leaves.values()), watched[-2:])
     for tensor, (version, copy) in zip(watched, before, strict=True):
         assert tensor._version == version
         assert torch.equal(tensor, copy)
 
 
-@RELU_FIRST
-def test_double_backward_names_the_op_or_works(relu_first, backend):
-    tensors = make((2, 4, 4, 4))
-    leaves = [tensors[name].requires_grad_() for name in LEAVES]
-    options = {"relu_first": relu_first, "num_shared": 2, "exit_start": 2, "backend": backend}
-    loss = sum(part.square().sum() for part in conv_block(*leaves, None, None, **options))
+@FORM
+def test_double_backward_names_the_op_or_works(form, backend):
+    tensors = leaves_of(make((2, 4, 4, 4), form=form))
+    options = {**form.options, "num_shared": 2, "exit_start": 2, "backend": backend}
+    loss = sum(part.square().sum() for part in call(conv_block, tensors, **options))
+    leaves = list(tensors.values())
     if backend == "cpp":
         with pytest.raises(RuntimeError, match=r"^conv_block: .*backend='aten'"):
             torch.autograd.grad(loss, leaves, create_graph=True)
@@ -315,15 +396,15 @@ def test_the_first_of_equal_values_wins_the_pool(sign, backend):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @TRAINING
-@POOL
-@RELU_FIRST
-def test_a_bad_value_is_not_hidden(value, training, pool, relu_first, backend):
+@FORM
+def test_a_bad_value_is_not_hidden(value, training, form, backend):
     """A NaN loss has to stay one, so that the trainer stops."""
-    tensors = make((2, 17, 4, 4))
+    tensors = make((2, 17, 4, 4), form=form)
     tensors["z"][1, 5, 1, 1] = value
     tensors["weight"].abs_().add_(0.1)
-    options = {"training": training, "pool": pool, "relu_first": relu_first, "num_shared": 8, "exit_start": 0}
-    produced = conv_block(*tensors.values(), backend=backend, **options)
+    options = {"training": training, **form.options, "num_shared": 8, "exit_start": 0}
+    statistics = [tensors[name] for name in STATISTICS]
+    produced = call(conv_block, tensors, statistics, backend=backend, **options)
     for part in (produced.full, produced.average):
         assert not part[1, 5].isfinite().all()
         assert part[:, :5].isfinite().all()
@@ -357,6 +438,18 @@ class TestAsBatchNorm2d:
                 assert torch.equal(value, twin.state_dict()[name])
 
     @TRAINING
+    def test_before_a_residual(self, training, backend):
+        """As in ResNet: relu(bn(z) + shortcut)."""
+        bn, twin = (nn.BatchNorm2d(6, dtype=dtype).train(training) for dtype in (torch.float32, torch.float64))
+        z, shortcut = torch.randn(2, 3, 6, 5, 4)
+        fork = Fork(0.5, "dfs", backend=backend)
+        deeper, exit = produce_readings(z, bn, fork, relu_first=False, residual=shortcut, is_last=False)
+        expected = F.relu(twin(z.double()) + shortcut.double())
+        assert_close("feature", deeper.full, expected)
+        assert_close("average", exit.full, expected.mean((2, 3)))
+        assert_close("running_var", bn.running_var, twin.running_var)
+
+    @TRAINING
     def test_parameters_in_half_precision(self, training, backend):
         """A model converted whole: `model.bfloat16()`."""
         bn = nn.BatchNorm2d(6, dtype=torch.bfloat16).train(training)
@@ -379,44 +472,53 @@ OPS = torch.ops.dfs_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 5, 4), (0, 5, 4, 4)], ids=str)
 @TRAINING
-@POOL
-@RELU_FIRST
-def test_opcheck(dtype, shape, training, pool, relu_first, cpp):
-    z, weight, bias, *statistics = make(shape, dtype).values()
+@FORM
+def test_opcheck(dtype, shape, training, form, cpp):
+    tensors = make(shape, dtype, form, training)
+    z, weight, bias, *statistics = (tensors[name] for name in ("z", "weight", "bias", *STATISTICS))
     given = (None, None) if training else statistics
-    arguments = (z, weight, bias, *given, 1e-5, pool, relu_first)
+    arguments = (z, weight, bias, tensors.get("residual"), *given, 1e-5, form.pool, form.relu_first)
     torch.library.opcheck(OPS.conv_block, arguments)
     feature, average, average_hat, mean, inverse_std, _, passed = OPS.conv_block(*arguments)
-    saved = (z, weight, bias, average_hat, mean, inverse_std, passed)
+    saved = (z, weight, bias, feature if form.residual else None, average_hat, mean, inverse_std, passed)
     for num_shared in (0, 2, 5):
         grads = torch.randn_like(feature[:, :num_shared]), torch.randn_like(average)
-        torch.library.opcheck(OPS.conv_block_backward, (*grads, *saved, training, pool, relu_first))
+        torch.library.opcheck(OPS.conv_block_backward, (*grads, *saved, training, form.pool, form.relu_first))
 
 
-@POOL
-@RELU_FIRST
-def test_compiles_whole(pool, relu_first, backend):
-    options = {"pool": pool, "relu_first": relu_first, "num_shared": 2, "exit_start": 2, "backend": backend}
+@FORM
+def test_compiles_whole(form, backend):
+    options = {**form.options, "num_shared": 2, "exit_start": 2, "backend": backend}
 
     def op(*tensors, **options):
         return conv_block(*tensors, **options)
 
-    tensors = make((2, 5, 4, 5))
+    tensors = make((2, 5, 4, 5), form=form)
     eager = evaluate(op, tensors, **options)
+    torch.compiler.reset()  # every form is a compilation of the same function
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     traced = evaluate(compiled, tensors, eager.pop("incoming"), **options)
     for name, value in eager.items():
         assert_close(name, traced[name], value)
 
 
-def test_runs_under_autocast(backend):
-    tensors = make((2, 6, 5, 4))
-    leaves = [tensors[name].requires_grad_() for name in LEAVES]
+@FORM
+def test_runs_under_autocast(form, backend):
+    leaves = leaves_of(make((2, 6, 5, 4), form=form))
     with torch.autocast("cpu", torch.bfloat16):
-        produced = conv_block(*leaves, None, None, num_shared=3, exit_start=3, backend=backend)
+        produced = call(conv_block, leaves, num_shared=3, exit_start=3, backend=backend, **form.options)
         assert {part.dtype for part in produced} == {torch.bfloat16}
     (produced.shared.sum() + produced.exit.sum()).backward()
-    assert {leaf.grad.dtype for leaf in leaves} == {torch.float32}
+    assert {leaf.grad.dtype for leaf in leaves.values()} == {torch.float32}
+
+
+def test_the_kernels_keep_one_channels_last_copy_of_the_input(cpp):
+    """z is rearranged once, not in both passes."""
+    leaves = leaves_of(make((2, 6, 5, 4)))
+    produced = call(conv_block, leaves, num_shared=3, exit_start=3, backend=cpp)
+    saved = produced.shared.grad_fn.saved_tensors[0]
+    assert torch.equal(saved, leaves["z"])
+    assert saved.is_contiguous(memory_format=torch.channels_last)
 
 
 GOOD = {"num_shared": 2, "exit_start": 2}
@@ -437,6 +539,22 @@ BAD = {
         {"running_mean": None, "running_var": None, "training": False}, ValueError, "running statistics in eval mode"
     ),
     "pool-too-small": ({"z": torch.randn(2, 4, 1, 3), "pool": True}, ValueError, "at least 2 with pool, got"),
+    "residual-relu-first": (
+        {"residual": torch.ones(2, 4, 3, 3)}, ValueError,
+        "expected residual with relu_first=False and pool=False, got relu_first=True, pool=False. Change them, or add",
+    ),
+    "residual-pool": (
+        {"residual": torch.ones(2, 4, 3, 3), "relu_first": False, "pool": True}, ValueError,
+        "expected residual with .*, got relu_first=False, pool=True",
+    ),
+    "residual-shape": (
+        {"residual": torch.ones(2, 4, 1, 1), "relu_first": False}, ValueError,
+        r"expected residual of z's shape \(2, 4, 3, 3\), got \(2, 4, 1, 1\)",
+    ),
+    "residual-dtype": (
+        {"residual": torch.ones(2, 4, 3, 3).double(), "relu_first": False}, TypeError,
+        r"one dtype, got z=torch.float32 and residual=torch.float64",
+    ),
     "device": ({"weight": torch.ones(4, device="meta")}, ValueError, "one device, got z on cpu and weight on meta"),
 }  # fmt: skip
 
