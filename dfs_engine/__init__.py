@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import dfs_engine._checkout  # noqa: F401
 from dfs_engine.models import MultiExitModel, create_model, list_models
 from dfs_engine.partition import ChannelSlice, Partition, PartitionedFeature, partition
 

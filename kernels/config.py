@@ -60,6 +60,25 @@ class Compilation(NamedTuple):
     num_stages: int
 
 
+def compilation(
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], config: Config | None = None
+) -> Compilation:
+    """A kernel's compilation from the types of its pointers; every other argument is a 32-bit integer.
+
+    Args:
+        name: what to call it; the configuration is added.
+        kernel: the `@triton.jit` function.
+        pointers, constants: by argument name; names that the kernel does not have are left out.
+        config: None: four warps, no pipeline.
+    """
+    known = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
+    if config is None:
+        return Compilation(name, kernel, signature, known, num_warps=4, num_stages=1)
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}-{config.num_warps}w-{config.num_stages}s"
+    return Compilation(f"{name}-{tile}", kernel, signature, known, config.num_warps, config.num_stages)
+
+
 class Variant(NamedTuple):
     """A configuration with a dtype ("fp32", "fp16", "bf16") and an input precision that it may be launched with."""
 
@@ -72,7 +91,7 @@ class NoConfigFits(RuntimeError):  # noqa: N818 - reads as what happened
     """Every configuration of a launch needs more shared memory or registers than the GPU has."""
 
 
-# By what multiplies: "half" on tensor cores, "tf32" on them (three times for tf32x3), "ieee" without. Largest first.
+# By what multiplies: tensor cores, except for "ieee"; "tf32x3" three times, in three times the registers. Largest first.
 _MATMUL: dict[str, tuple[Config, ...]] = {
     "half": (
         Config(128, 256, 64, 8, 3),
@@ -81,6 +100,7 @@ _MATMUL: dict[str, tuple[Config, ...]] = {
         Config(64, 64, 64, 4, 3),
     ),
     "tf32": (Config(128, 128, 32, 8, 3), Config(64, 128, 32, 4, 3), Config(64, 64, 32, 4, 3)),
+    "tf32x3": (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
     "ieee": (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3)),
 }
 _defined: dict[str, dict[str, tuple[Config, ...]]] = {}
@@ -93,7 +113,7 @@ def define(op: str, **configs: tuple[Config, ...]) -> None:
 
     Args:
         op: its name.
-        configs: by what multiplies, any of `half`, `tf32`, `ieee`; the others stay the matrix product's.
+        configs: by what multiplies, any of `half`, `tf32`, `tf32x3`, `ieee`; the others stay the matrix product's.
     """
     _defined[op] = {**_MATMUL, **configs}
 
@@ -204,9 +224,7 @@ def set_input_precision(value: str | None) -> None:
 
 def _kind(dtype: torch.dtype, precision: str) -> str:
     """The class of configurations that a dtype and a precision share."""
-    if dtype != torch.float32:
-        return "half"
-    return "ieee" if precision == "ieee" else "tf32"
+    return precision if dtype == torch.float32 else "half"
 
 
 def _num_sms() -> int:

@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 @pytest.fixture
 def device() -> str:
     """Skips where there is neither a GPU nor the interpreter."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if not INTERPRETED:
+    if INTERPRETED:
+        return "cpu"
+    if not torch.cuda.is_available():
         pytest.skip("no CUDA device, and TRITON_INTERPRET=1 was not set before Python started")
-    return "cpu"
+    return "cuda"
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])

@@ -1,0 +1,65 @@
+"""The Triton kernels as the dispatcher's implementations: for CUDA tensors, or for CPU ones where Triton interprets.
+
+An op joins by one line in `_KERNELS`. Triton is imported when a kernel first runs, not before.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dfs_engine.kernels.config import INTERPRETED, NoConfigFits
+from dfs_engine.ops import _common, conv2d, linear
+
+logger = logging.getLogger(__name__)
+
+# op -> its file in kernels/, which has a function of the op's name; what serves float64 and what fits no configuration.
+_KERNELS: dict[str, tuple[str, Callable | None]] = {
+    "linear_grad_input": ("linear", linear.aten_grad_input),
+    "linear_grad_weight": ("linear", linear.aten_grad_weight),
+    "conv2d_grad_input": ("conv2d", conv2d.aten_grad_input),
+    "conv2d_grad_weight": ("conv2d", conv2d.aten_grad_weight),
+}
+# Their forwards are cuBLAS's and cuDNN's.
+_STOCK = {"linear": F.linear, "conv2d": F.conv2d}
+
+_said: set[str] = set()
+
+
+def _implementation(op: str, file: str, aten: Callable | None) -> Callable:
+    """Runs the kernel; `aten` instead in float64, or, with one warning, where no configuration fits the GPU.
+
+    Raises:
+        RuntimeError: bfloat16 in the interpreter, which would compute it wrongly.
+    """
+
+    def run(*args: Any) -> Any:
+        dtype = args[0].dtype
+        if aten is not None and dtype == torch.float64:
+            return aten(*args)
+        if INTERPRETED and dtype == torch.bfloat16:
+            raise RuntimeError(f"{op}: Triton's interpreter computes bfloat16 wrongly. Use float32, float16, or a GPU.")
+        kernel = getattr(importlib.import_module(f"dfs_engine.kernels.{file}"), op)
+        try:
+            return kernel(*args)
+        except NoConfigFits as error:
+            if aten is None:
+                raise
+            if op not in _said:
+                _said.add(op)
+                logger.warning("backend: using aten, because %s.", error)
+            return aten(*args)
+
+    return run
+
+
+def register() -> None:
+    """Makes the kernels the implementation of their ops."""
+    key = "CPU" if INTERPRETED else "CUDA"
+    for op, stock in _STOCK.items():
+        _common.LIBRARY.impl(op, stock, key)
+    for op, (file, aten) in _KERNELS.items():
+        _common.LIBRARY.impl(op, _implementation(op, file, aten), key)
