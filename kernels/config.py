@@ -91,7 +91,7 @@ class NoConfigFits(RuntimeError):  # noqa: N818 - reads as what happened
     """Every configuration of a launch needs more shared memory or registers than the GPU has."""
 
 
-# By what multiplies: tensor cores, except for "ieee"; "tf32x3" three times, in three times the registers. Largest first.
+# By what multiplies: tensor cores, except for "ieee"; "tf32x3" does it three times, in more registers. Largest first.
 _MATMUL: dict[str, tuple[Config, ...]] = {
     "half": (
         Config(128, 256, 64, 8, 3),
