@@ -3,8 +3,11 @@
 One file an op: dispatcher schema, fake, argument checks, `aten` implementation, autograd.
 """
 
+from dfs_engine.ops import _triton
 from dfs_engine.ops.conv2d import partitioned_conv2d
 from dfs_engine.ops.conv_block import ProducedFeature, conv_block, live_mean
 from dfs_engine.ops.linear import partitioned_linear
 
 __all__ = ["ProducedFeature", "conv_block", "live_mean", "partitioned_conv2d", "partitioned_linear"]
+
+_triton.register()
