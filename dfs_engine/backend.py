@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "aten", "cpp", "triton")
 OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "conv_block")
 
-# backend -> the device it computes on; `reference` and `aten` compute anywhere.
-_DEVICE = {"cpp": "cpu", "triton": "cpu" if INTERPRETED else "cuda"}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
@@ -47,7 +45,6 @@ def _load_extension() -> str | None:
 
 _extension_missing = _load_extension()
 
-
 # Looked up at import, because torch.compile traces what reads it.
 _has_triton = importlib.util.find_spec("triton") is not None
 
@@ -55,35 +52,39 @@ _has_triton = importlib.util.find_spec("triton") is not None
 def unavailable_reason(backend: str, device_type: str = "cpu") -> str | None:
     """Why `backend` cannot run on `device_type` here, or None if it can."""
     check_choice("backend", backend, BACKENDS)
-    device = _DEVICE.get(backend, device_type)
-    if device != device_type:
-        hint = ""
-        if backend == "triton":
-            hint = (
-                " (TRITON_INTERPRET=1 is set)"
-                if INTERPRETED
-                else " (TRITON_INTERPRET=1, set before Python starts, runs it on the CPU, slowly)"
-            )
-        return f"the {backend} backend computes on {device} tensors, got {device_type}{hint}"
-    if backend == "cpp":
-        return _extension_missing
     if backend == "triton":
-        return _triton_missing()
+        return _triton_unavailable(device_type)
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"the cpp backend computes on cpu tensors, got {device_type}"
+        return _extension_missing
     return None
 
 
-def _triton_missing() -> str | None:
-    """Why Triton cannot run on its device, or None."""
+def _triton_unavailable(device_type: str) -> str | None:
     if not _has_triton:
         return "Triton is not installed; run `pip install triton`"
     if INTERPRETED:
-        return None
+        if device_type == "cpu":
+            return None
+        return f"the triton backend computes on cpu tensors while TRITON_INTERPRET=1 is set, got {device_type}"
+    if device_type != "cuda":
+        return (
+            f"the triton backend computes on cuda tensors, got {device_type} "
+            "(TRITON_INTERPRET=1, set before Python starts, runs it on the CPU, slowly)"
+        )
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    properties = torch.cuda.get_device_properties()
-    if properties.major < 8:
-        capability = f"{properties.major}.{properties.minor}"
-        return f"it needs compute capability 8.0, and {properties.name} has {capability}"
+        return "the triton backend computes on cuda tensors, and torch sees no CUDA device"
+    gpu = torch.cuda.get_device_properties()
+    if gpu.major < 8:
+        return f"the triton backend needs compute capability 8.0, and {gpu.name} has {gpu.major}.{gpu.minor}"
+    return None
+
+
+def unsupported_dtype(backend: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` refuses tensors of `dtype` here, or None if it takes them."""
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
     return None
 
 

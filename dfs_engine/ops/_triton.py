@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dfs_engine import backend as backends
 from dfs_engine.kernels.config import INTERPRETED, NoConfigFits
 from dfs_engine.ops import _common, conv2d, linear
 
@@ -22,6 +23,8 @@ _KERNELS: dict[str, tuple[str, Callable | None]] = {
     "linear_grad_weight": ("linear", linear.aten_grad_weight),
     "conv2d_grad_input": ("conv2d", conv2d.aten_grad_input),
     "conv2d_grad_weight": ("conv2d", conv2d.aten_grad_weight),
+    "conv_block": ("conv_block", None),
+    "conv_block_backward": ("conv_block", None),
 }
 # Their forwards are cuBLAS's and cuDNN's.
 _STOCK = {"linear": F.linear, "conv2d": F.conv2d}
@@ -33,15 +36,16 @@ def _implementation(op: str, file: str, aten: Callable | None) -> Callable:
     """Runs the kernel; `aten` instead in float64, or, with one warning, where no configuration fits the GPU.
 
     Raises:
-        RuntimeError: bfloat16 in the interpreter, which would compute it wrongly.
+        RuntimeError: a dtype that the interpreter would compute wrongly.
     """
 
     def run(*args: Any) -> Any:
         dtype = args[0].dtype
         if aten is not None and dtype == torch.float64:
             return aten(*args)
-        if INTERPRETED and dtype == torch.bfloat16:
-            raise RuntimeError(f"{op}: Triton's interpreter computes bfloat16 wrongly. Use float32, float16, or a GPU.")
+        refused = backends.unsupported_dtype("triton", dtype)
+        if refused is not None:
+            raise RuntimeError(f"{op}: {refused}. Use float32, float16, or a GPU.")
         kernel = getattr(importlib.import_module(f"dfs_engine.kernels.{file}"), op)
         try:
             return kernel(*args)
