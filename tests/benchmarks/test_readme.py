@@ -1,0 +1,91 @@
+"""README's figures are those of the result files: ratios of the best forms, misses and losses included."""
+
+import csv
+
+import pytest
+
+from dfs_engine.benchmarks.measure import CSV_COLUMNS
+from dfs_engine.benchmarks.readme import fill
+from dfs_engine.benchmarks.readme_targets import losses_section, targets_section
+
+OPS = {"suite": "ops", "model": "vgg7", "op": "conv2d", "mode": "eager", "shape": "100x64x32x32->64,k3s1"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, rows: list[dict]) -> None:
+        common = {"timestamp_utc": "2026-01-01T00:00:00+00:00", "dtype": "fp32", "n": 20, "unit": "s"}
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS)
+            writer.writeheader()
+            writer.writerows(common | row for row in rows)
+        return tmp_path
+
+    return write
+
+
+def op(variant: str, backend: str, seconds: float, *, automatic: int = 0, beta: float | None = 0.5) -> list[dict]:
+    case = "nchw" if beta is None else f"beta={beta:g}/nchw"
+    key = OPS | {"variant": variant, "backend_used": backend, "case": case}
+    times = dict.fromkeys(("median", "min", "p20", "p80"), seconds)
+    rows = [key | times | {"metric": metric} for metric in ("forward", "backward", "step")]
+    return [*rows, key | {"metric": "automatic", "median": automatic, "unit": "bool"}]
+
+
+def step(variant: str, seconds: float, batch: int = 100) -> list[dict]:
+    key = {"suite": "train", "model": "vgg7_64", "mode": "eager", "variant": variant, "shape": f"{batch}x3x32x32"}
+    values = {"step": seconds, "flops_forward": 3.0, "flops_backward": 3.0, "peak_memory": 7.0}
+    return [
+        key | {"case": "nchw", "backend_used": "cpp", "metric": metric, "median": value, "min": value / 2}
+        for metric, value in values.items()
+    ]
+
+
+def test_ratios_are_of_the_best_forms(write):
+    results = write(
+        "train_vgg7_64.csv", [*step("dense", 6.0), *step("split", 5.0), *step("detach", 8.0), *step("dfs", 2.0)]
+    )
+    lines = list(targets_section(results))
+    assert "| best `dense` | 1.3 | 1.6 | 3.00 (3.00); FLOPs alone 1.00 | yes |" in "\n".join(lines)
+    assert "| best `split` or `detach` | 1.2 | 1.5 | 2.50 (2.50)" in "\n".join(lines)
+    assert "| peak memory of the step | `dense` eager | 0.8 | 0.6 | 1.00 | **no** |" in "\n".join(lines)
+    assert lines[-1].startswith("- `dfs bench train")
+
+
+def test_time_per_image_is_compared_over_batch_sizes(write):
+    rows = [row for batch, seconds in ((25, 1.5), (50, 2.0), (100, 4.0)) for row in step("dfs", seconds, batch)]
+    text = "\n".join(targets_section(write("train_batch.csv", rows)))
+    assert "50% at worst from the median; ms per image at batch 25: 60.00, 50: 40.00, 100: 40.00 | **no**" in text
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(0.5, "yes"), (0.9, "**no**")])
+def test_ops_are_those_that_auto_takes(write, seconds, met):
+    rows = [*op("dense", "stock", 1.0, beta=None), *op("dfs", "aten", seconds, automatic=1), *op("dfs", "cpp", 0.1)]
+    text = "\n".join(targets_section(write("ops_fp32.csv", rows)))
+    assert f"| {1 / seconds:.2f} to {1 / seconds:.2f}, median {1 / seconds:.2f};" in text
+    assert f"| {met} |" in text
+
+
+def test_latency_against_beta(write):
+    rows = [
+        row
+        for beta, seconds in ((0.1, 1.0), (0.5, 3.0), (0.9, 2.0))
+        for row in op("dfs", "cpp", seconds, automatic=1, beta=beta)
+    ]
+    text = "\n".join(targets_section(write("ops_beta.csv", rows)))
+    assert "on 0 of 1 shapes; time at 0.1 over that at 0.9: 0.50 to 0.50" in text
+
+
+def test_losses_are_listed(write):
+    rows = [*op("dense", "stock", 1.0, beta=None), *op("dfs", "aten", 0.7), *op("dfs", "cpp", 0.8, automatic=1)]
+    text = "\n".join(losses_section(write("ops_fp32.csv", rows)))
+    assert "Slower than stock" in text
+    assert ": none." in text
+    assert "- conv2d vgg7 100x64x32x32->64,k3s1 nchw (cpp): 800.00 ms against aten's 700.00" in text
+
+
+def test_only_the_marked_block_is_replaced():
+    text = "before\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nafter"
+    assert fill(text, "x", iter(["new"])) == "before\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nafter"
+    with pytest.raises(ValueError, match="README: expected the markers"):
+        fill(text, "y", iter([]))
