@@ -10,12 +10,15 @@ RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 train: $(VENV)/.built
 	$(BIN)/dfs train --config configs/digits_vgg7_dfs.yaml --run_dir $(RUN_DIR)
 
-# GPU tests skip themselves where there is no GPU; `slow` ones run with `make test-all`.
+# GPU tests skip themselves where there is no GPU; `slow` ones run with `make test-all`. Without a GPU the Triton kernels
+# run in its interpreter, which is chosen before Python starts.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, in a copy of the tree.
 sanitize: $(VENV)/.built

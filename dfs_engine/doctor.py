@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dfs_engine import backend
+from dfs_engine.kernels import config as kernels
 from dfs_engine.machine import cpu_model, num_cores
 
 PACKAGES = (
@@ -21,6 +22,7 @@ ENVIRONMENT_VARIABLES = {
     "DFS_WINOGRAD": "0: 3x3 convolutions in float32 directly, not by Winograd's algorithm",
     "DFS_CPU": "baseline, avx2 or avx512: the best instruction set that the C++ kernels may use",
     "DFS_CACHE_DIR": "where calibrations of this machine are kept; unset: dfs_engine in the user's cache folder",
+    "TRITON_INTERPRET": "1, before Python starts: the Triton kernels run on the CPU, slowly, in place of the C++ ones",
     "DFS_NO_EXT": "1 at install time: skip the C++ extension",
     "DFS_NATIVE": "1 at install time: compile for this machine's CPU only (-march=native)",
     "DEBUG": "1 at install time: compile the extension with -O0 -g",
@@ -59,6 +61,7 @@ def report() -> dict[str, Any]:
         },
         "libraries": _libraries(),
         "extension": _extension(),
+        "triton": _triton(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if "cuda" in devices else [],
         "backends": {
             device: {name: backend.unavailable_reason(name, device) for name in backend.BACKENDS} for device in devices
@@ -87,6 +90,15 @@ def _extension() -> dict[str, str]:
     from dfs_engine import _C
 
     return {"instructions": _C.instruction_set(), **_C.build_info()}
+
+
+def _triton() -> dict[str, str]:
+    """What `auto` on CUDA and a test of the Triton kernels without a GPU depend on."""
+    return {
+        "version": version_of("triton") or "not installed",
+        "interpreter": "on: kernels run on the CPU" if kernels.INTERPRETED else "off: kernels need a CUDA device",
+        "tuned for": ", ".join(kernels.read_tables()) or "no GPU; auto takes aten on CUDA",
+    }
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -122,6 +134,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"  {name:<14} {text or 'torch was built without it'}" for name, text in report["libraries"].items()]
     lines += ["C++ kernels"]
     lines += [f"  {name:<14} {text}" for name, text in report["extension"].items()] or ["  not built"]
+    lines += ["Triton kernels"]
+    lines += [f"  {name:<14} {text}" for name, text in report["triton"].items()]
     lines += ["GPU"]
     lines += [
         f"  {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"

@@ -48,6 +48,16 @@ def test_the_extension_tells_its_build_and_instruction_set(monkeypatch):
     assert "C++ kernels\n  not built" in doctor.format_report(doctor.report())
 
 
+def test_the_triton_kernels_tell_version_interpreter_and_tables(monkeypatch):
+    triton = doctor.report()["triton"]
+    assert triton["version"] == (doctor.version_of("triton") or "not installed")
+    assert triton["interpreter"].startswith("on" if doctor.kernels.INTERPRETED else "off")
+    monkeypatch.setattr(doctor.kernels, "read_tables", lambda: {"NVIDIA H100": {}, "NVIDIA A100": {}})
+    assert "  tuned for      NVIDIA H100, NVIDIA A100\n" in doctor.format_report(doctor.report())
+    monkeypatch.setattr(doctor.kernels, "read_tables", dict)
+    assert "  tuned for      no GPU; auto takes aten on CUDA\n" in doctor.format_report(doctor.report())
+
+
 def test_every_environment_variable_of_the_project_is_documented():
     sources = [
         path for folder in ("dfs_engine", "csrc") for path in (ROOT / folder).rglob("*.[chpi]*") if path.is_file()

@@ -1,0 +1,83 @@
+"""Every kernel compiles in every configuration for sm_80 and sm_90 without a GPU, within limits and without spills.
+
+Spills: a kernel without local arrays needs a stack for nothing else, and `cuobjdump -res-usage` tells its size.
+"""
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dfs_engine.kernels import config, linear
+from dfs_engine.kernels.config import Compilation
+
+pytest.importorskip("triton")
+if config.INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448}
+FILES = sorted(path.stem for path in Path(config.__file__).parent.glob("*.py"))
+OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def find_compilations() -> list[Compilation]:
+    modules = [importlib.import_module(f"dfs_engine.kernels.{name}") for name in FILES if not name.startswith("_")]
+    return [found for module in modules if hasattr(module, "compilations") for found in module.compilations()]
+
+
+COMPILATIONS = find_compilations()
+
+
+def stack_size(cubin: bytes, folder: Path) -> int:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    usage = subprocess.run([OBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+
+
+def compiled(compilation: Compilation, capability: int, aligned: bool) -> triton.compiler.CompiledKernel:
+    """With all pointers and sizes divisible by 16, as Triton specialises them, or none known to be."""
+    arguments = enumerate(compilation.signature.values())
+    divisible = {(index,): [["tt.divisibility", 16]] for index, kind in arguments if aligned and kind != "constexpr"}
+    source = ASTSource(compilation.kernel, compilation.signature, compilation.constexprs, divisible)
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def representatives() -> set[str]:
+    """One compilation of every kernel, in half precision where there is one: the largest tile."""
+    chosen: dict[object, Compilation] = {}
+    for found in COMPILATIONS:
+        if found.kernel not in chosen or ("fp16" in found.name and "fp16" not in chosen[found.kernel].name):
+            chosen[found.kernel] = found
+    return {found.name for found in chosen.values()}
+
+
+QUICK = representatives()
+
+
+@pytest.mark.parametrize("aligned", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "compilation",
+    [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in COMPILATIONS],
+)
+def test_it_compiles_within_limits(compilation, capability, aligned, tmp_path):
+    kernel = compiled(compilation, capability, aligned)
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    assert stack_size(kernel.asm["cubin"], tmp_path) == 0
+
+
+def test_the_measures_see_what_they_look_for(tmp_path):
+    """A configuration that is too large for both: accumulators of 128 x 256 on four warps, six stages of operands."""
+    large = next(c for c in linear.compilations() if c.constexprs["BLOCK_N"] == 256)
+    large = large._replace(num_warps=4, num_stages=6)
+    kernel = compiled(large, 80, aligned=True)
+    assert kernel.metadata.shared > SHARED_MEMORY[80]
+    assert stack_size(kernel.asm["cubin"], tmp_path) > 0

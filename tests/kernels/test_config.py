@@ -1,0 +1,148 @@
+"""Which configurations a launch gets, what happens when one does not fit, and the input precision."""
+
+import json
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from dfs_engine.kernels import config
+from dfs_engine.kernels.config import Config
+
+HALF = torch.bfloat16
+OPS = ("linear_grad_input", "linear_grad_weight")
+TILE = Config(16, 32, 16, 4, 2)
+
+
+def tiles(m: int, n: int, chosen: Config) -> int:
+    return -(-m // chosen.block_m) * -(-n // chosen.block_n)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", config.TYPE_NAMES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (100, 17, 33), (4096, 768, 768), (2**20, 64, 576), (768, 384, 50_000)])
+def test_candidates_are_known_configurations_best_first(op, dtype, shape):
+    known = {variant.config for variant in config.variants(op) if variant.dtype == config.TYPE_NAMES[dtype]}
+    found = config.candidates(op, *shape, dtype)
+    assert found
+    assert {candidate._replace(split=1) for candidate in found} <= known
+    sizes = [candidate.block_m * candidate.block_n for candidate in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert config.candidates(op, *shape, dtype) == found
+
+
+def test_few_large_tiles_give_way_to_more_small_ones():
+    (large, *_), (small, *_) = (config.candidates("linear_grad_input", m, 768, 768, HALF) for m in (2**16, 512))
+    assert large.block_m * large.block_n > small.block_m * small.block_n
+
+
+def test_a_tile_does_not_stick_out_far():
+    first = config.candidates("linear_grad_input", 2**18, 40, 64, HALF)[0]
+    assert first.block_n <= 64
+
+
+def test_a_long_sum_is_split_among_idle_multiprocessors(monkeypatch):
+    monkeypatch.setattr(config, "_num_sms", lambda: 132)
+    m, n, k = 256, 256, 2**17
+    for candidate in config.candidates("linear_grad_weight", m, n, k, HALF):
+        assert candidate.split == max(1, 132 // tiles(m, n, candidate))
+        assert k // candidate.split >= 4 * candidate.block_k
+    assert all(candidate.split == 1 for candidate in config.candidates("linear_grad_input", m, n, k, HALF))
+    assert all(candidate.split == 1 for candidate in config.candidates("linear_grad_weight", m, n, 64, HALF))
+
+
+def test_forced_configurations_nest_and_are_undone():
+    before = config.candidates(OPS[0], 9, 9, 9, HALF)
+    with config.forced(OPS[0], TILE):
+        with config.forced(OPS[0], TILE, TILE):
+            assert config.candidates(OPS[0], 9, 9, 9, HALF) == (TILE, TILE)
+        assert config.candidates(OPS[0], 9, 9, 9, HALF) == (TILE,)
+        assert config.candidates(OPS[1], 9, 9, 9, HALF) != (TILE,)
+    assert config.candidates(OPS[0], 9, 9, 9, HALF) == before
+
+
+def test_an_op_may_define_its_own(monkeypatch):
+    monkeypatch.setattr(config, "_defined", {})
+    config.define("own", half=(TILE,))
+    assert config.candidates("own", 9, 9, 9, HALF) == (TILE,)
+    assert config.candidates("own", 9, 9, 9, torch.float32) == config.candidates("other", 9, 9, 9, torch.float32)
+    assert {variant.config for variant in config.variants("own") if variant.dtype == "bf16"} == {TILE}
+
+
+def test_the_next_configuration_is_tried_and_the_last_failure_says_why():
+    tried = []
+
+    def run(chosen: Config) -> str:
+        tried.append(chosen)
+        if chosen.num_stages > 1:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return "done"
+
+    small = TILE._replace(num_stages=1)
+    assert config.launch("op", [TILE, small], run) == "done"
+    assert tried == [TILE, small]
+    with pytest.raises(config.NoConfigFits, match=r"op: no configuration fits this GPU: \(16, 32.*shared memory"):
+        config.launch("op", [TILE], run)
+
+
+def test_another_error_is_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        config.launch("op", [TILE, TILE], lambda _: 1 // 0)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A tuned table of a GPU that this machine pretends to have."""
+    gpu = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(config, "TABLES", tmp_path)
+    keys = {
+        wins: config.table_key(OPS[0], *shape, HALF) for wins, shape in {True: (100, 64, 64), False: (8, 8, 8)}.items()
+    }
+    entries = {
+        key: {"config": list(TILE), "triton_us": 1.0 if wins else 3.0, "aten_us": 2.0} for wins, key in keys.items()
+    }
+    config.table_path(gpu).write_text(json.dumps({"gpu": gpu, "entries": entries}))
+    assert config.table_path(gpu).name == "nvidia-h100-80gb-hbm3.json"
+    monkeypatch.setattr(config, "_tables", config.read_tables())
+    properties = type("Properties", (), {"name": gpu, "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+
+
+def test_the_tuned_table_comes_first_and_decides_for_auto(table):
+    first, *rest = config.candidates(OPS[0], 128, 60, 70, HALF)  # the shape class of 100, 64, 64
+    assert first == TILE
+    assert rest
+    assert config.prefers_triton(OPS[0], 128, 60, 70, HALF)
+    assert not config.prefers_triton(OPS[0], 8, 8, 8, HALF)  # measured, and lost
+    assert not config.prefers_triton(OPS[0], 1024, 64, 64, HALF)  # not measured
+    assert not config.prefers_triton(OPS[1], 128, 60, 70, HALF)
+    assert not config.prefers_triton(OPS[0], 128, 60, 70, torch.float64)
+    assert not config.prefers_triton(OPS[0], 0, 60, 70, HALF)
+    assert TILE in {variant.config for variant in config.variants(OPS[0]) if variant.dtype == "bf16"}
+    assert TILE not in {variant.config for variant in config.variants(OPS[0]) if variant.dtype == "fp16"}
+
+
+def test_without_a_table_nothing_is_preferred(monkeypatch):
+    monkeypatch.setattr(config, "_tables", {})
+    assert not config.prefers_triton(OPS[0], 128, 64, 64, HALF)
+
+
+def test_precision_follows_torch_until_it_is_set(monkeypatch):
+    monkeypatch.setattr(config, "_input_precision", None)
+    for owner, op in (
+        (torch.backends.cuda.matmul, "linear_grad_input"),
+        (torch.backends.cudnn.conv, "conv2d_grad_input"),
+    ):
+        previous = owner.fp32_precision
+        for value in ("tf32", "ieee"):
+            owner.fp32_precision = value
+            assert config.precision(op) == value
+        owner.fp32_precision = previous
+    for value in config.PRECISIONS:
+        config.set_input_precision(value)
+        assert {config.precision(op) for op in ("linear", "conv2d_grad_weight")} == {value}
+    with pytest.raises(ValueError, match="input_precision: expected one of ieee, tf32, tf32x3, got 'tf23'"):
+        config.set_input_precision("tf23")
+    config.set_input_precision(None)
+    assert config.precision() == "ieee"
