@@ -241,7 +241,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     }
   };
   z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
-  if (end != End::residual) average = average_hat * weight + passed * shift;
   return {feature, average.to(z.scalar_type()), average_hat, mean, inverse_std, variance, passed};
 }
 

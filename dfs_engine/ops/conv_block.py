@@ -5,6 +5,7 @@ section 4). The backward takes the two gradients as they come: the deeper path's
 number per image and channel, which is never spread out over the pixels, unless a residual has to receive it there.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -167,7 +168,8 @@ def conv_block(
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check(z, parameters, training, pool, num_shared, exit_start)
     _check_residual(z, residual, pool, relu_first)
-    kernels = backends.select(NAME, z.device, z.dtype, backend)
+    wins = functools.partial(_wins, z, residual, pool)
+    kernels = backends.select(NAME, z.device, z.dtype, backend, wins)
     if kernels == "reference":
         return ProducedFeature(
             *oracle.conv_block(
@@ -209,6 +211,14 @@ def conv_block(
     full, shared, live = fork_gradient(feature, num_shared, exit_start)
     exit, average = live_mean(live, full, exit_start)
     return ProducedFeature(full, shared, average, exit)
+
+
+def _wins(z: Tensor, residual: Tensor | None, pool: bool, kernels: str) -> bool:
+    """As measured on the CPU: rearranging a dense NCHW input pays with a pool, or in float32 without a residual."""
+    if kernels != "cpp":
+        return False
+    rearranged = z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last)
+    return not rearranged or pool or (z.dtype == torch.float32 and residual is None)
 
 
 def _check(

@@ -521,6 +521,19 @@ def test_the_kernels_keep_one_channels_last_copy_of_the_input(cpp):
     assert saved.is_contiguous(memory_format=torch.channels_last)
 
 
+@FORM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_automatic_choice_knows_what_rearranging_costs(form, dtype, cpp):
+    tensors = make((2, 6, 4, 4), dtype, form)
+    options = {**form.options, "num_shared": 3, "exit_start": 3}
+    with backends.use_backend(None):
+        call(conv_block, {**tensors, "z": channels_last(tensors["z"])}, **options)
+        assert backends.last_used("conv_block") == "cpp"
+        call(conv_block, tensors, **options)
+    pays = form.pool or (dtype == torch.float32 and not form.residual)
+    assert backends.last_used("conv_block") == ("cpp" if pays else "aten")
+
+
 GOOD = {"num_shared": 2, "exit_start": 2}
 BAD = {
     "exit-after-shared": (
