@@ -313,8 +313,11 @@ def gradient_kernel(
     mean, rest, inverse_std = _normaliser(mean_ptr, inverse_std_ptr, channels, is_channel)
     gamma = _parameter(gamma_ptr, channels, is_channel)
     beta = _parameter(beta_ptr, channels, is_channel)
+    # grad_z = scale * grad_y - drift - (r - mean) * pull
+    scale = gamma * inverse_std
     slope = _parameter(slope_ptr, channels, is_channel)
-    offset = _parameter(offset_ptr, channels, is_channel)
+    drift = scale * (_parameter(offset_ptr, channels, is_channel) - rest * slope)
+    pull = scale * inverse_std * slope
     averages = image * average_stride_n + channels.to(tl.int64) * average_stride_c
     exit = tl.load(grad_average_ptr + averages, is_channel, 0.0).to(tl.float32) / (out_height * out_width)
     z_ptr += image * height * width * num_channels
@@ -347,7 +350,7 @@ def gradient_kernel(
             inside = is_inside[:, None] & is_channel[None, :]
             r = _load(z_ptr + here, inside, FIRST)
             own = tl.where(mask & (position == index), grad, 0.0)
-            result = gamma * inverse_std * (own - offset - ((r - mean) * inverse_std - rest) * slope)
+            result = scale * own - drift - (r - mean) * pull
             if FIRST:
                 result = tl.where(r <= 0, 0.0, result)
             tl.store(grad_z_ptr + here, result, inside)

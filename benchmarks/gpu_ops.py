@@ -1,0 +1,184 @@
+"""Single ops on the GPU: each gradient by itself on the models' shapes, the fused producer forward and backward.
+
+Device time alone: the host launches while the GPU is still busy with something else.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dfs_engine.benchmarks.gpu_problems import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, problems
+from dfs_engine.benchmarks.measure import Stats
+from dfs_engine.benchmarks.shapes import SHAPES, Shape
+from dfs_engine.benchmarks.train_report import case_column
+
+_ROUNDS, _QUICK_ROUNDS, _WARMUP = 20, 10, 2
+# Images of a GPU's batch; the largest tensors are some times its L2 cache.
+_BATCHES = {"vgg7": 512, "vgg16": 16, "resnet18": 256, "msdnet": 256, "vit_tiny": 64, "bert": 64}
+# name -> (torch's dtype, whether tf32 is on)
+PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+# Cycles that the GPU idles before a call is timed, so that the host is ahead of it: about half a millisecond.
+_HEAD_START = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRow:
+    """One metric of one op on one shape, all ways in one interleaving. `num_bytes`: what it must move, or 0."""
+
+    metric: str
+    shape: Shape
+    precision: str
+    num_live: int
+    timings: dict[Way, Stats]
+    num_bytes: int = 0
+    flops: dict[Way, int] = field(default_factory=dict)
+
+    def ratio(self, rival: Way) -> float | None:
+        """How much faster triton is than `rival`, by medians."""
+        if rival not in self.timings or TRITON not in self.timings:
+            return None
+        return self.timings[rival].median / self.timings[TRITON].median
+
+    def csv_rows(self) -> list[dict[str, Any]]:
+        """For `append_csv`."""
+        rows = []
+        for way, stats in self.timings.items():
+            key = {
+                "suite": "gpu_ops", "case": case_column("channels_last", None if way.variant == "dense" else BETA),
+                "model": self.shape.family, "op": self.shape.op, **way._asdict(), "dtype": self.precision,
+                "shape": str(self.shape), "start": 0, "stop": self.num_live,
+            }  # fmt: skip
+            rows.append(key | {"metric": self.metric, "unit": "s"} | asdict(stats))
+            extras = {"flops": (self.flops.get(way, 0), "FLOP"), "bytes": (self.num_bytes, "B")}
+            rows += [
+                key | {"metric": f"{name}_{self.metric}", "unit": unit} | asdict(Stats.of([value]))
+                for name, (value, unit) in extras.items()
+                if value
+            ]
+        return rows
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[torch.dtype]:
+    """Sets tf32 for a block; gives the storage dtype."""
+    dtype, allowed = PRECISIONS[name]
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield dtype
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def measure_device(calls: Calls, rounds: int, left: Callable[[], float]) -> dict[Way, Stats]:
+    """Seconds of device time of each call, taking turns, the L2 cache flushed before each.
+
+    Args:
+        left: seconds that are left; no further round starts when it is none, but every call has the same n.
+    """
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    for call in calls.values():
+        for _ in range(_WARMUP):
+            call()
+    ways = list(calls)
+    times: dict[Way, list[float]] = {way: [] for way in ways}
+    for turn in range(rounds):
+        pairs = []
+        for offset in range(len(ways)):
+            way = ways[(turn + offset) % len(ways)]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(_HEAD_START)
+            begin.record()
+            calls[way]()
+            end.record()
+            pairs.append((way, begin, end))
+        torch.cuda.synchronize()
+        for way, begin, end in pairs:
+            times[way].append(begin.elapsed_time(end) / 1000)
+        if left() <= 0:
+            break
+    return {way: Stats.of(values) for way, values in times.items()}
+
+
+def machine_rates() -> dict[str, str]:
+    """What stock calls reach: copy bandwidth and square matrix products."""
+    num_bytes = 4 * 2**30
+    rates = {"copy": f"{num_bytes / copy_seconds(num_bytes) / 1e9:.0f} GB/s"}
+    for name in PRECISIONS:
+        with precision(name) as dtype:
+            left, right = (torch.randn(4096, 4096, device="cuda").to(dtype) for _ in range(2))
+            seconds = measure_device({DENSE: functools.partial(torch.mm, left, right)}, 10, lambda: 1.0)[DENSE].median
+            rates[name] = f"{2 * 4096**3 / seconds / 1e12:.0f} TFLOP/s"
+    return rates
+
+
+def copy_seconds(num_bytes: int) -> float:
+    """Device time of a copy that reads and writes `num_bytes` together."""
+    source = torch.zeros(max(num_bytes // 2, 1), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return measure_device({DENSE: lambda: target.copy_(source)}, 10, lambda: 1.0)[DENSE].median
+
+
+def run(quick: bool, left: Callable[[], float], say: Callable[[str], None]) -> Iterator[GpuRow]:
+    """Compares with float64, then times, one shape after another, until no time is left.
+
+    Raises:
+        RuntimeError: a result is wrong.
+    """
+    shapes = list(SHAPES)
+    if quick:
+        firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
+        shapes = [shape for shape in shapes if shape in firsts.values()]
+    for name in ["bf16"] if quick else PRECISIONS:
+        for index, shape in enumerate(shapes):
+            if left() < 5:
+                say(f"time is over: {len(shapes) - index} of {len(shapes)} shapes were not measured in {name}")
+                return
+            shape = dataclasses.replace(shape, batch=_BATCHES[shape.family])
+            with precision(name) as dtype:
+                rounds = _QUICK_ROUNDS if quick else _ROUNDS
+                for problem in problems(shape, dtype):
+                    problem.check()
+                    timings = measure_device(problem.calls, rounds, left)
+                    yield GpuRow(
+                        problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops
+                    )
+    torch.compiler.reset()
+
+
+def table(rows: list[GpuRow]) -> str:
+    """Markdown: times in us and triton's ratios; of the fused producer the share of a copy's bandwidth."""
+    ways = (DENSE, COMPILED, ATEN, TRITON)
+    lines = [
+        "Device time in us, medians; ratios: that time over triton's; copy: share of the bandwidth of a copy as large.",
+        "",
+        "| op | metric | shape | dtype | dense | compiled | aten | triton | dense / | compiled / | aten / | TFLOP/s "
+        "| copy |",
+        "|---" * 13 + "|",
+    ]
+    for row in rows:
+        times = [f"{row.timings[way].median * 1e6:.1f}" if way in row.timings else "-" for way in ways]
+        ratios = [row.ratio(way) for way in ways[:3]]
+        flops = row.flops.get(TRITON, 0)
+        rate = f"{flops / row.timings[TRITON].median / 1e12:.0f}" if flops else "-"
+        share = copy_seconds(row.num_bytes) / row.timings[TRITON].median if row.num_bytes else None
+        cells = [row.shape.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times]
+        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        cells += [rate, "-" if share is None else f"{share:.0%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    for metric, rival in (("grad_input", ATEN), ("grad_weight", ATEN), ("step", DENSE), ("step", COMPILED)):
+        found = sorted(ratio for row in rows if row.metric == metric if (ratio := row.ratio(rival)) is not None)
+        if found:
+            wins = sum(ratio > 1 for ratio in found)
+            name = "conv_block forward + backward" if metric == "step" else metric
+            lines.append(
+                f"- {name} against {' '.join(rival)}: at least {found[0]:.2f}, median {found[len(found) // 2]:.2f}, "
+                f"faster on {wins} of {len(found)}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""What gpu_ops.py measures: every op's calls on one shape, and what they must give."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfs_engine import reference
+from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape, Shape
+from dfs_engine.compare import TOLERANCES, Tolerance, compare
+from dfs_engine.ops import conv_block
+from dfs_engine.ops.conv2d import aten_grad_input as conv_grad_input
+from dfs_engine.ops.conv2d import aten_grad_weight as conv_grad_weight
+from dfs_engine.ops.linear import aten_grad_input as linear_grad_input
+from dfs_engine.ops.linear import aten_grad_weight as linear_grad_weight
+from dfs_engine.partition import Partition
+
+BETA = 0.5
+DEVICE = "cuda"
+_OPS = torch.ops.dfs_engine
+_NOISE_MARGIN = 4
+# A rounding may make two pixels of a pool's window equal, in stock kernels as here, and send a gradient elsewhere.
+_FLIPS = 1e-3
+
+
+class Way(NamedTuple):
+    """How an op is computed; as the CSV's columns."""
+
+    variant: str
+    backend_used: str
+    mode: str = "eager"
+
+
+DENSE, COMPILED = Way("dense", "stock"), Way("dense", "stock", "compile")
+ATEN, TRITON = Way("dfs", "aten"), Way("dfs", "triton")
+Calls = dict[Way, Callable[[], Any]]
+
+
+@dataclass(slots=True)
+class Problem:
+    """One metric's calls, and what their results must be: `results` of a call, beside those of `exact`."""
+
+    metric: str
+    num_live: int
+    calls: Calls
+    exact: Callable[[], list[Tensor]]
+    results: Callable[[Any], list[Tensor]]
+    least: float = 0.0  # bound of the RMS ratio
+    num_bytes: int = 0
+    flops: dict[Way, int] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Every way is about as near to float64 as the stock kernels are."""
+        expected = self.exact()
+        found = {way: self.results(call()) for way, call in self.calls.items()}
+        stock = found[ATEN if ATEN in found else DENSE]
+        for way, values in found.items():
+            for index, (value, truth) in enumerate(zip(values, expected, strict=True)):
+                noise = compare("stock", stock[index], truth).rms_ratio
+                bound = max(TOLERANCES[value.dtype].rms_ratio, _NOISE_MARGIN * noise, self.least)
+                comparison = compare(f"{self.metric} {index}", value, truth, Tolerance(float("inf"), bound))
+                if not comparison.ok:
+                    raise RuntimeError(f"{way}: {comparison}. It was not timed; run `dfs validate` to find the op.")
+
+
+def problems(shape: Shape, dtype: torch.dtype) -> Iterator[Problem]:
+    """Everything that is measured on one shape, on operands of its own."""
+    if isinstance(shape, ConvShape):
+        yield from _conv_problems(shape, dtype)
+    elif isinstance(shape, LinearShape):
+        yield from _linear_problems(shape, dtype)
+    else:
+        yield from _block_problems(shape, dtype)
+
+
+def _random(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    tensor = (torch.randn(size, device=DEVICE) * scale).to(dtype)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _conv_problems(shape: ConvShape, dtype: torch.dtype) -> Iterator[Problem]:
+    fan_in, live = shape.channels // shape.groups, Partition(shape.channels, BETA).num_shared
+    input = _random(shape.batch, shape.channels, shape.size, shape.size, dtype=dtype)
+    grad = _random(shape.batch, shape.out_channels, shape.out_size, shape.out_size, dtype=dtype)
+    weight = _random(shape.out_channels, fan_in, shape.kernel, shape.kernel, dtype=dtype, scale=0.1)
+    padding = shape.kernel // 2
+    geometry: tuple[Any, ...] = ([shape.stride] * 2, [padding] * 2, [1, 1], shape.groups)
+
+    def grad_input(compute: Any, stop: int, wide: bool = False) -> Tensor:
+        given = (grad.double(), weight.double()) if wide else (grad, weight)
+        return compute(*given, list(input.shape), *geometry, 0, stop, True)
+
+    def grad_weight(compute: Any, wide: bool = False) -> Tensor:
+        given = (grad.double(), input.double()) if wide else (grad, input)
+        return compute(*given, list(weight.shape), *geometry, False)[0]
+
+    yield Problem(
+        "grad_input",
+        live,
+        {
+            DENSE: lambda: grad_input(conv_grad_input, shape.channels),
+            ATEN: lambda: grad_input(conv_grad_input, live),
+            TRITON: lambda: grad_input(_OPS.conv2d_grad_input, live),
+        },
+        lambda: [grad_input(conv_grad_input, live, wide=True)],
+        lambda result: [result[:, :live]],
+        flops=_flops(shape, live),
+    )
+    yield Problem(
+        "grad_weight",
+        shape.channels,
+        {
+            ATEN: lambda: grad_weight(conv_grad_weight),
+            TRITON: lambda: grad_weight(_OPS.conv2d_grad_weight),
+        },
+        lambda: [grad_weight(conv_grad_weight, wide=True)],
+        lambda result: [result],
+        flops=_flops(shape, shape.channels),
+    )
+
+
+def _flops(shape: ConvShape | LinearShape, live: int) -> dict[Way, int]:
+    return {
+        DENSE: shape.flops,
+        ATEN: shape.flops * live // shape.channels,
+        TRITON: shape.flops * live // shape.channels,
+    }
+
+
+def _linear_problems(shape: LinearShape, dtype: torch.dtype) -> Iterator[Problem]:
+    live = Partition(shape.channels, BETA).num_shared
+    input = _random(shape.batch, shape.tokens, shape.channels, dtype=dtype)
+    grad = _random(shape.batch, shape.tokens, shape.out_channels, dtype=dtype)
+    weight = _random(shape.out_channels, shape.channels, dtype=dtype, scale=0.1)
+    yield Problem(
+        "grad_input",
+        live,
+        {
+            DENSE: lambda: linear_grad_input(grad, weight, 0, shape.channels),
+            ATEN: lambda: linear_grad_input(grad, weight, 0, live),
+            TRITON: lambda: _OPS.linear_grad_input(grad, weight, 0, live),
+        },
+        lambda: [linear_grad_input(grad.double(), weight.double(), 0, live)],
+        lambda result: [result[..., :live]],
+        flops=_flops(shape, live),
+    )
+    yield Problem(
+        "grad_weight",
+        shape.channels,
+        {
+            ATEN: lambda: linear_grad_weight(grad, input, True),
+            TRITON: lambda: _OPS.linear_grad_weight(grad, input, True),
+        },
+        lambda: list(linear_grad_weight(grad.double(), input.double(), True)),
+        list,
+        flops=_flops(shape, shape.channels),
+    )
+
+
+def _dense_block(z: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> list[Tensor]:
+    feature = F.batch_norm(F.relu(z), None, None, weight, bias, training=True)
+    feature = F.max_pool2d(feature, 2) if pool else feature
+    return [feature, feature.mean((2, 3))]
+
+
+def _block_problems(shape: BlockShape, dtype: torch.dtype) -> Iterator[Problem]:
+    channels, size = shape.channels, shape.size // 2 if shape.pool else shape.size
+    live = Partition(channels, BETA).num_shared
+    z = _random(shape.batch, channels, shape.size, shape.size, dtype=dtype).requires_grad_()
+    weight, bias = (_random(channels, dtype=torch.float32).requires_grad_() for _ in range(2))
+    leaves = [z, weight, bias]
+    options: dict[str, Any] = {"pool": shape.pool, "num_shared": live, "exit_start": live}
+    # The average's gradient is as large as that of all its pixels together.
+    whole = [
+        _random(shape.batch, channels, size, size, dtype=dtype),
+        _random(shape.batch, channels, dtype=dtype) * size,
+    ]
+    shared = whole[0][:, :live].contiguous(memory_format=torch.channels_last)
+    narrow = [shared, whole[1][:, live:].contiguous()]
+
+    def of_dense(compute: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(compute(*leaves, shape.pool), leaves, whole)
+
+    def of_dfs(backend: str) -> tuple[Tensor, ...]:
+        made = conv_block(z, weight, bias, None, None, **options, backend=backend)
+        return torch.autograd.grad([made.shared, made.exit], leaves, narrow)
+
+    def exact() -> list[Tensor]:
+        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        _, first, _, second = reference.conv_block(wide[0], wide[1], wide[2], None, None, **options)
+        return list(torch.autograd.grad([first, second], wide, [grad.double() for grad in narrow]))
+
+    problem = Problem(
+        "step", live, {ATEN: lambda: of_dfs("aten"), TRITON: lambda: of_dfs("triton")}, exact, list, least=_FLIPS
+    )  # fmt: skip
+    problem.check()
+    # `dense` computes other gradients on purpose, so that only its time can be compared.
+    compiled = torch.compile(_dense_block, dynamic=False)
+    problem.calls |= {DENSE: lambda: of_dense(_dense_block), COMPILED: lambda: of_dense(compiled)}
+    problem.exact, problem.results = list, lambda result: []
+    yield problem
+    plain = [leaf.detach() for leaf in leaves]
+    modes = (shape.pool, True)
+
+    def forward() -> list[Tensor]:
+        return _OPS.conv_block(*plain, None, None, None, 1e-5, *modes)
+
+    _, _, average_hat, mean, inverse_std, _, passed = forward()
+    saved = (*plain, None, average_hat, mean, inverse_std, passed)
+    grad_average = F.pad(narrow[1], (live, 0))
+    calls = {
+        "forward": forward,
+        "backward": lambda: _OPS.conv_block_backward(shared, grad_average, *saved, True, *modes),
+    }
+    # Numbers read and written: z twice in each pass, in the first of the backward's only as far as it is shared.
+    outputs = z.numel() // 4 if shape.pool else z.numel()
+    moved = {
+        "forward": 2 * z.numel() + outputs,
+        "backward": 2 * z.numel() + (z.numel() + 2 * outputs) * live // channels,
+    }
+    for metric, call in calls.items():
+        num_bytes = moved[metric] * z.element_size()
+        yield Problem(metric, live, {TRITON: call}, list, lambda result: [], num_bytes=num_bytes)
+
+
+def one_pass() -> int:
+    """Launches every kernel once on small odd shapes, without stock kernels; returns how many results it looked at."""
+    results: list[Tensor] = []
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def random(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            tensor = torch.randn(size).to(dtype)
+            last = tensor.dim() == 4
+            return (tensor.contiguous(memory_format=torch.channels_last) if last else tensor).to(DEVICE)
+
+        grad, input, weight = random(5, 7, 33), random(5, 7, 65), random(33, 65)
+        results += [_OPS.linear_grad_input(grad, weight, 17, 50), *_OPS.linear_grad_weight(grad, input, True)]
+        for stride, kernel, groups in ((1, 3, 1), (2, 3, 1), (1, 1, 1), (2, 1, 1), (1, 3, 3), (2, 3, 33)):
+            geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], groups)
+            out = (9 + 2 * (kernel // 2) - kernel) // stride + 1
+            input, grad = random(2, 33, 9, 9), random(2, 33, out, out)
+            weight = random(33, 33 // groups, kernel, kernel)
+            results.append(_OPS.conv2d_grad_input(grad, weight, list(input.shape), *geometry, 0, 17, True))
+            results += _OPS.conv2d_grad_weight(grad, input, list(weight.shape), *geometry, True)
+        z, gamma, beta = random(3, 65, 9, 7), *(random(65, dtype=torch.float32) for _ in range(2))
+        for first, pool, has_residual in ((True, True, False), (True, False, False), (False, False, True)):
+            residual = z if has_residual else None
+            made = _OPS.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, first)
+            feature, average, average_hat, mean, inverse_std, _, passed = made
+            saved = (feature if has_residual else None, average_hat, mean, inverse_std, passed)
+            modes = (True, pool, first)
+            grads = _OPS.conv_block_backward(feature[:, :33], average, z, gamma, beta, *saved, *modes)
+            results += [*made, *grads]
+    if not all(result.cpu().isfinite().all() for result in results):
+        raise RuntimeError("gpu_check --one-pass: expected finite results, got NaN or infinity.")
+    return len(results)

@@ -1,0 +1,131 @@
+"""What of the GPU script can be tested without a GPU: arguments, time, files, and that its calls compute one thing."""
+
+import csv
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfs_engine.benchmarks import gpu_check, gpu_ops, gpu_problems, gpu_steps
+from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
+from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
+from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+SHAPES = [ConvShape("a", 2, 6, 5, 7, 3, 2), ConvShape("a", 2, 6, 6, 5, 3, 1, 6), LinearShape("b", 2, 3, 7, 5)]
+
+
+def test_without_a_gpu_it_says_so_at_once(tmp_path):
+    """As a script in a checkout, from another folder."""
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    variables.pop("PYTHONPATH", None)
+    command = [sys.executable, str(SCRIPT), "--quick", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_stages_are_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--stages", "ops,dance"])
+    assert "dance" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_or_takes_too_long_does_not_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_LEAST", 0.0)
+    run = gpu_check.Run(tmp_path, False, 2.0)
+
+    def fail(_):
+        raise RuntimeError("wrong result")
+
+    run.stage("tests", fail)
+    assert run.failed
+    run.stage("ops", lambda _: time.sleep(60))
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "wrong result" in summary
+    assert "stopped" in summary
+    time.sleep(max(run.budget._end - time.monotonic(), 0))
+    run.stage("train", lambda _: pytest.fail("it must not start"))
+    assert "skipped" in (tmp_path / "summary.txt").read_text()
+
+
+def test_commands_leave_a_log_and_are_stopped(tmp_path):
+    run = gpu_check.Run(tmp_path, False, 40.0)
+    print_one = [sys.executable, "-c", "import os; print(os.environ['ONE'])"]
+    assert run.command("a.log", print_one, 60, ONE="1") == (0, "1\n")
+    assert (tmp_path / "a.log").read_text() == "1\n"
+    status, _ = run.command("b.log", [sys.executable, "-c", "import time; time.sleep(60)"], 0.1)
+    assert status is None
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_way_computes_the_same(shape, monkeypatch):
+    """The dispatcher's CPU kernels stand in for Triton's."""
+    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    problems = list(gpu_problems.problems(shape, torch.float32))
+    assert [problem.metric for problem in problems] == ["grad_input", "grad_weight"]
+    for problem in problems:
+        problem.check()
+        assert problem.flops[TRITON] <= shape.flops
+
+
+def test_a_wrong_result_is_refused(monkeypatch):
+    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    problem = next(gpu_problems.problems(SHAPES[0], torch.float32))
+    correct = problem.calls[TRITON]
+    problem.calls[TRITON] = lambda: correct() * 1.01
+    with pytest.raises(RuntimeError, match="triton"):
+        problem.check()
+
+
+def rows() -> list[gpu_ops.GpuRow]:
+    timings = {way: Stats.of([seconds]) for way, seconds in ((DENSE, 4e-3), (ATEN, 2e-3), (TRITON, 1e-3))}
+    conv = gpu_ops.GpuRow("grad_input", SHAPES[0], "bf16", 3, timings, flops=dict.fromkeys(timings, 10**9))
+    block = BlockShape("vgg7", 2, 8, 4, True)
+    step = gpu_ops.GpuRow("step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
+    return [conv, step, gpu_ops.GpuRow("forward", block, "bf16", 4, {TRITON: Stats.of([1e-3])}, num_bytes=1000)]
+
+
+def test_rows_go_into_the_results_format(tmp_path):
+    for row in rows():
+        append_csv(tmp_path / "ops.csv", environment(), row.csv_rows())
+    with (tmp_path / "ops.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert tuple(written[0]) == CSV_COLUMNS
+    found = {(row["op"], row["metric"], row["variant"], row["backend_used"], row["mode"]): row for row in written}
+    assert float(found["conv2d", "grad_input", "dfs", "triton", "eager"]["median"]) == 1e-3
+    assert float(found["conv_block", "step", "dense", "stock", "compile"]["median"]) == 3e-3
+    assert float(found["conv_block", "bytes_forward", "dfs", "triton", "eager"]["median"]) == 1000
+    assert found["conv2d", "grad_input", "dense", "stock", "eager"]["case"] == "channels_last"
+
+
+def test_table_tells_ratios_and_bandwidth(monkeypatch):
+    monkeypatch.setattr(gpu_ops, "copy_seconds", lambda num_bytes: 0.5e-3)
+    table = gpu_ops.table(rows())
+    assert "| 4.00 | - | 2.00 |" in table
+    assert "50%" in table
+    assert "conv_block forward + backward against dense stock compile: at least 3.00" in table
+
+
+def test_precision_is_put_back():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for name, (dtype, allowed) in gpu_ops.PRECISIONS.items():
+        with gpu_ops.precision(name) as given:
+            assert given == dtype
+            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_cases_are_distinct_and_the_quick_ones_some_of_them():
+    every, quick = gpu_steps.cases(False), gpu_steps.cases(True)
+    assert len(set(every)) == len(every)
+    assert set(quick) < set(every)
+    wanted = itertools.product(("dense", "detach", "split"), ("nchw", "channels_last"))
+    assert {(case.variant, case.layout) for case, _ in every if case.variant != "dfs"} == set(wanted)
+    assert {backend for case, backend in every if case.variant == "dfs"} == {"aten", "triton"}
