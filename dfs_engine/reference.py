@@ -81,3 +81,21 @@ def conv_block(
     feature = F.max_pool2d(feature, 2) if pool else feature
     average = feature.mean((2, 3))
     return feature.detach(), feature[:, :num_shared], average.detach(), average[:, exit_start:]
+
+
+def partitioned_norm_linear(
+    input: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    start: int,
+    stop: int,
+    reference: bool = True,
+    full: Tensor | None = None,
+) -> Tensor:
+    """See `dfs_engine.ops.partitioned_norm_linear`."""
+    seen = live_slice(input, start, stop, reference, -1, full)
+    return F.linear(F.layer_norm(seen, seen.shape[-1:], norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)

@@ -71,11 +71,42 @@ def _linear_problems() -> list[Problem]:
     ]
 
 
+@problems("partitioned_norm_linear")
+def _norm_linear_problems() -> list[Problem]:
+    def problem(label: str, input: tuple, out_features: int, affine: bool = True, bias: bool = True) -> Problem:
+        channels = input[-1]
+        norm = (channels,) if affine else None
+        weight = (out_features, channels)
+        tensors = {
+            "input": input,
+            "norm_weight": norm,
+            "norm_bias": norm,
+            "weight": weight,
+            "bias": (out_features,) if bias else None,
+        }
+        return Problem(
+            label, tensors, {}, -1, channels, ("contiguous", "transposed", "strided"), sliced_cases, signed=True
+        )
+
+    # One channel normalises to a constant, and of a few beside zeros only a rounding error is left of the gradient: so
+    # every beta has to leave several. For the same reason rows do not share one number here (layout "expanded").
+    return [
+        problem("round", (8, 64), 32),
+        problem("wide", (64, 128), 64),
+        problem("tokens, 65 channels", (2, 3, 5, 65), 17),
+        problem("tokens, 97 channels, no bias", (2, 7, 97), 33, bias=False),
+        problem("not affine", (9, 72), 7, affine=False),
+        problem("one vector", (129,), 9),
+        problem("batch 0", (0, 8), 4),
+    ]
+
+
 @problems("conv_block")
 def _conv_block_problems() -> list[Problem]:
     def problem(label: str, input: tuple, affine: bool = True, residual: bool = False, **options: Any) -> Problem:
         parameters = (input[1],) if affine else None
         tensors = {"input": input, "weight": parameters, "bias": parameters}
+        tensors |= {"residual": input} if residual else {}
         layouts = ("nchw", "channels_last", "strided", "expanded")
         return Problem(label, tensors, {"pool": False} | options, 1, input[1], layouts, produced_cases, signed=True)
 
@@ -85,6 +116,7 @@ def _conv_block_problems() -> list[Problem]:
         problem("17 channels, pool", (2, 17, 6, 5), pool=True),
         problem("65 channels, ReLU last", (2, 65, 5, 6), relu_first=False),
         problem("17 channels, ReLU last, pool", (3, 17, 7, 6), relu_first=False, pool=True),
+        problem("17 channels, residual", (2, 17, 7, 5), residual=True, relu_first=False),
         problem("not affine", (3, 8, 5, 4), affine=False),
         problem("batch 0", (0, 8, 4, 4), pool=True),
     ]
@@ -103,5 +135,3 @@ def winograd_problem() -> Problem:
 
 def _whole(problem: Problem) -> list[Case]:
     return [SlicedCase("whole", ChannelSlice(0, problem.num_channels), True, "plain", "channels_last")]
-        tensors |= {"residual": input} if residual else {}
-        problem("17 channels, residual", (2, 17, 7, 5), residual=True, relu_first=False),

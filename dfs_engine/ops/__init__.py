@@ -7,7 +7,15 @@ from dfs_engine.ops import _triton
 from dfs_engine.ops.conv2d import partitioned_conv2d
 from dfs_engine.ops.conv_block import ProducedFeature, conv_block, live_mean
 from dfs_engine.ops.linear import partitioned_linear
+from dfs_engine.ops.norm_linear import partitioned_norm_linear
 
-__all__ = ["ProducedFeature", "conv_block", "live_mean", "partitioned_conv2d", "partitioned_linear"]
+__all__ = [
+    "ProducedFeature",
+    "conv_block",
+    "live_mean",
+    "partitioned_conv2d",
+    "partitioned_linear",
+    "partitioned_norm_linear",
+]
 
 _triton.register()
