@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dfs_engine.kernels import config
-from dfs_engine.kernels.config import Compilation, Config
+from dfs_engine.kernels.config import Compilation, Config, NoConfigFits
 from dfs_engine.kernels.conv2d_depthwise import depthwise_compilations, depthwise_grad_input, depthwise_grad_weight
 from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, compilation, count_pixels, divide, sum_splits
 
 Pair = tuple[int, int]
+
+_MAX_TAPS = 31  # one bit of an integer each, rows and columns apart
 
 # Rows are pixels, mostly without end; columns are the slice's channels, often few. tf32 by three products keeps so many
 # parts of the operands that a tile of 64 x 128 needs eight warps.
@@ -36,6 +38,11 @@ config.define(
     "conv2d_grad_weight",
     tf32=(Config(128, 128, 32, 8, 3), Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3)),
 )
+
+
+@triton.jit
+def _wide(value):
+    return value.to(tl.int64)
 
 
 @triton.jit
@@ -68,6 +75,7 @@ def _grad_input_kernel(
     stride_n, stride_c, stride_h, stride_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    EVEN: tl.constexpr,  # whether BLOCK_K divides out_channels
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of input pixels x channels; the reduced axis runs over blocks of output channels, and taps in each.
@@ -98,37 +106,43 @@ def _grad_input_kernel(
     # The output pixel of the first tap; exact where there is one.
     out_y = i + (residue_h + padding_h - first_h * DILATION_H) // STRIDE_H
     out_x = j + (residue_w + padding_w - first_w * DILATION_W) // STRIDE_W
-    pixel_offset = image.to(tl.int64) * stride_gn + out_y.to(tl.int64) * stride_gh + out_x.to(tl.int64) * stride_gw
+    pixel_offset = _wide(image) * stride_gn + _wide(out_y) * stride_gh + _wide(out_x) * stride_gw
+    # Which rows and columns of taps meet the image, one bit each: found once, as the inner loop has no time to compare.
+    rows_met, columns_met = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_M,), tl.int32)
+    for bit in tl.static_range(KERNEL_H):
+        rows_met |= ((out_y >= bit * SHIFT_H) & (out_y < out_height + bit * SHIFT_H)).to(tl.int32) << bit
+    for bit in tl.static_range(KERNEL_W):
+        columns_met |= ((out_x >= bit * SHIFT_W) & (out_x < out_width + bit * SHIFT_W)).to(tl.int32) << bit
+    rows_met = tl.where(image < num_images, rows_met, 0)
     inner = tl.arange(0, BLOCK_K)
-    inner_offset = (group * out_channels + inner).to(tl.int64)
+    inner_offset = _wide(group * out_channels + inner)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     grad_tile = grad_output + pixel_offset[:, None] + (inner_offset * stride_go)[None, :]
-    weight_tile = weight + (inner_offset * stride_wo)[:, None] + (column.to(tl.int64) * stride_wc)[None, :]
+    weight_tile = weight + (inner_offset * stride_wo)[:, None] + (_wide(column) * stride_wc)[None, :]
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # A class without taps makes no step, but its divisions may be computed ahead of the loop.
     divisor, divisor_w = tl.maximum(num_taps, 1), tl.maximum(num_taps_w, 1)
     for step in range(tl.cdiv(out_channels, BLOCK_K) * num_taps):
-        done = (step // divisor * BLOCK_K).to(tl.int64)
-        tap = step % divisor
+        done, tap = step // divisor * BLOCK_K, step % divisor
         tap_h, tap_w = tap // divisor_w, tap % divisor_w
+        grad_mask = ((rows_met >> tap_h) & (columns_met >> tap_w) & 1 != 0)[:, None]
+        weight_mask = (column < channels)[None, :]
+        if not EVEN:
+            grad_mask &= (inner < out_channels - done)[None, :]
+            weight_mask &= (inner < out_channels - done)[:, None]
         up, left = tap_h * SHIFT_H, tap_w * SHIFT_W
-        inside_h = (out_y >= up) & (out_y - up < out_height)
-        inside_w = (out_x >= left) & (out_x - left < out_width)
-        inside = inside_h & inside_w & (image < num_images)
-        left_over = inner < out_channels - done
-        grad_shift = done * stride_go - up.to(tl.int64) * stride_gh - left.to(tl.int64) * stride_gw
-        weight_shift = (
-            done * stride_wo + (first_h + tap_h * STEP_H) * stride_wh + (first_w + tap_w * STEP_W) * stride_ww
-        )
-        a = tl.load(grad_tile + grad_shift, inside[:, None] & left_over[None, :], 0.0)
-        b = tl.load(weight_tile + weight_shift, left_over[:, None] & (column < channels)[None, :], 0.0)
+        down, right = first_h + tap_h * STEP_H, first_w + tap_w * STEP_W
+        grad_shift = _wide(done) * stride_go - _wide(up) * stride_gh - _wide(left) * stride_gw
+        weight_shift = _wide(done) * stride_wo + _wide(down) * stride_wh + _wide(right) * stride_ww
+        a = tl.load(grad_tile + grad_shift, grad_mask, 0.0)
+        b = tl.load(weight_tile + weight_shift, weight_mask, 0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
     y, x = residue_h + STRIDE_H * i, residue_w + STRIDE_W * j
     channel = group * channels + column
-    pixel_offset = image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    target = grad_input + pixel_offset[:, None] + ((channel - start).to(tl.int64) * stride_c)[None, :]
+    pixel_offset = _wide(image) * stride_n + _wide(y) * stride_h + _wide(x) * stride_w
+    target = grad_input + pixel_offset[:, None] + (_wide(channel - start) * stride_c)[None, :]
     is_pixel = (image < num_images) & (y < height) & (x < width)
     is_channel = (column < channels) & (channel >= start) & (channel < stop)
     tl.store(target, accumulator.to(grad_input.dtype.element_ty), is_pixel[:, None] & is_channel[None, :])
@@ -150,6 +164,7 @@ def _grad_weight_kernel(
     stride_split, stride_wc, stride_tap, stride_bias_split,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, BIAS: tl.constexpr,
+    WIDE: tl.constexpr,  # whether an offset may need 64 bits
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of output channels x (tap, channel), summed over `chunk` output pixels: one of `num_programs(1)` parts.
@@ -165,12 +180,8 @@ def _grad_weight_kernel(
     tap, channel = column // channels, column % channels
     shift_y = tap // KERNEL_W * DILATION_H - padding_h
     shift_x = tap % KERNEL_W * DILATION_W - padding_w
-    out_channel = (group * out_channels + row).to(tl.int64)
-    column_offset = (
-        (group * channels + channel).to(tl.int64) * stride_c
-        + shift_y.to(tl.int64) * stride_h
-        + shift_x.to(tl.int64) * stride_w
-    )
+    out_channel = _wide(group * out_channels + row)
+    column_offset = _wide(group * channels + channel) * stride_c + _wide(shift_y) * stride_h + _wide(shift_x) * stride_w
     grad_tile = grad_output + (out_channel * stride_go)[None, :]
     input_tile = input + column_offset[None, :]
 
@@ -182,19 +193,23 @@ def _grad_weight_kernel(
         line = divide(pixel, factor_w, digits_w)
         image = divide(line, factor_h, digits_h)
         out_y, out_x = line - image * out_height, pixel - line * out_width
-        grad_offset = image.to(tl.int64) * stride_gn + out_y.to(tl.int64) * stride_gh + out_x.to(tl.int64) * stride_gw
         y, x = out_y * STRIDE_H, out_x * STRIDE_W
-        input_offset = image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-        in_y, in_x = y[:, None] + shift_y[None, :], x[:, None] + shift_x[None, :]
-        inside = (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
+        # Seen as unsigned, what lies before the image lies far behind it.
+        inside_h = (y[:, None] + shift_y[None, :]).to(tl.uint32) < height.to(tl.uint32)
+        inside_w = (x[:, None] + shift_x[None, :]).to(tl.uint32) < width.to(tl.uint32)
+        if WIDE:
+            image, out_y, out_x, y, x = _wide(image), _wide(out_y), _wide(out_x), _wide(y), _wide(x)
+        grad_offset = image * stride_gn + out_y * stride_gh + out_x * stride_gw
+        input_offset = image * stride_n + y * stride_h + x * stride_w
         is_pixel = (pixel < end)[:, None]
         a = tl.load(grad_tile + grad_offset[:, None], is_pixel & (row < out_channels)[None, :], 0.0)
-        b = tl.load(input_tile + input_offset[:, None], is_pixel & inside & (column < num_columns)[None, :], 0.0)
+        input_mask = is_pixel & inside_h & inside_w & (column < num_columns)[None, :]
+        b = tl.load(input_tile + input_offset[:, None], input_mask, 0.0)
         accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
         if BIAS:
             bias += tl.sum(a.to(tl.float32), 0)
 
-    target = grad_weight + split.to(tl.int64) * stride_split + (out_channel * num_columns)[:, None]
+    target = grad_weight + _wide(split) * stride_split + (out_channel * num_columns)[:, None]
     target += (channel * stride_wc + tap * stride_tap)[None, :]
     is_weight = (row < out_channels)[:, None] & (column < num_columns)[None, :]
     tl.store(target, accumulator.to(grad_weight.dtype.element_ty), is_weight)
@@ -216,6 +231,10 @@ def _geometry(weight_size: Sequence[int], stride: Pair, dilation: Pair) -> dict[
 def _steps(stride: Pair, dilation: Pair) -> dict[str, int]:
     steps = [along // math.gcd(along, apart) for along, apart in zip(stride, dilation, strict=True)]
     return {"STEP_H": steps[0], "STEP_W": steps[1]}
+
+
+def _last_offset(tensor: Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _options(chosen: Config) -> dict[str, Any]:
@@ -250,7 +269,7 @@ def conv2d_grad_input(
         (N, stop - start, H, W), dtype of grad_output; every element is written.
 
     Raises:
-        NoConfigFits: too large for the GPU, or too many pixels.
+        NoConfigFits: too large for the GPU, too many pixels, or a kernel of more than 31 rows or columns.
     """
     op = "conv2d_grad_input"
     num_images, in_channels, height, width = input_size
@@ -273,6 +292,8 @@ def conv2d_grad_input(
     if groups == 1:
         weight, start, stop = weight[:, start:stop], 0, stop - start
     out_channels, channels = weight.size(0) // groups, weight.size(1)
+    if max(weight.shape[2:]) > _MAX_TAPS:
+        raise NoConfigFits(f"{op}: a kernel of {tuple(weight.shape[2:])} has more rows or columns than {_MAX_TAPS}.")
     num_taps = weight.size(2) * weight.size(3)
     pixels_of_class = num_images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
 
@@ -282,8 +303,8 @@ def conv2d_grad_input(
             grad_output, weight, grad_input,
             num_images, height, width, *grad_output.shape[2:], out_channels, channels, start, stop, *padding,
             *grad_output.stride(), *weight.stride(), *grad_input.stride(),
-            **geometry, **_steps(stride, dilation), **_blocks(chosen), PRECISION=config.precision(op),
-            **_options(chosen),
+            **geometry, **_steps(stride, dilation), **_blocks(chosen), EVEN=out_channels % chosen.block_k == 0,
+            PRECISION=config.precision(op), **_options(chosen),
         )  # fmt: skip
 
     configs = config.candidates(op, num_pixels, channels, out_channels * num_taps, grad_output.dtype)
@@ -327,6 +348,7 @@ def conv2d_grad_weight(
     if groups == input.size(1) > 1:
         return depthwise_grad_weight(grad_output, input, weight_size, padding, geometry, bias)
     out_channels = weight_size[0] // groups
+    wide = max(_last_offset(grad_output), _last_offset(input)) >= 2**31
 
     def run(chosen: Config) -> tuple[Tensor, Tensor]:
         def write(grad_weight: Tensor, grad_bias: Tensor, strides: Strides) -> None:
@@ -335,7 +357,7 @@ def conv2d_grad_weight(
                 grad_output, input, grad_weight, grad_bias,
                 *count_pixels(grad_output, chosen.split, chosen.block_k), *input.shape[2:],
                 out_channels, weight_size[1], *padding, *grad_output.stride(), *input.stride(), *strides,
-                **geometry, **_blocks(chosen), BIAS=bias, PRECISION=config.precision(op), **_options(chosen),
+                **geometry, **_blocks(chosen), BIAS=bias, WIDE=wide, PRECISION=config.precision(op), **_options(chosen),
             )  # fmt: skip
 
         return sum_splits(grad_output, weight_size, bias, chosen.split, write)
@@ -357,7 +379,9 @@ def compilations() -> Iterator[Compilation]:
             for size, stride in ((3, 1), (3, 2), (1, 1)) if is_first else ((3, 1),):
                 pair = (stride, stride)
                 constants = {**_geometry((0, 0, size, size), pair, (1, 1)), **_blocks(chosen), "PRECISION": precision}
-                constants |= {"BIAS": size == 1} if is_weight else _steps(pair, (1, 1))
+                # 1x1 stands for all that is rare.
+                rare = size == 1
+                constants |= {"BIAS": rare, "WIDE": rare} if is_weight else {**_steps(pair, (1, 1)), "EVEN": not rare}
                 name = f"{op} {dtype} {precision} {size}x{size}/{stride} {tuple(chosen)}"
                 yield compilation(name, kernel, dtype, constants, chosen.num_warps, chosen.num_stages)
     yield from depthwise_compilations()

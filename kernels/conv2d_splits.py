@@ -39,15 +39,19 @@ def count_pixels(grad_output: Tensor, split: int, block: int) -> tuple[int, ...]
 
 
 def _reciprocal(divisor: int) -> tuple[int, int]:
-    """(factor, digits) with n // divisor == n * factor >> digits for 0 <= n < 2**31 (Granlund and Montgomery, 1994)."""
-    digits = 31 + (divisor - 1).bit_length()
-    return -(-(1 << digits) // divisor), digits
+    """(factor, digits) with n // divisor == 2 * n * factor >> 32 + digits for 0 <= n < 2**31; factor < 2**32.
+
+    Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+    """
+    digits = (divisor - 1).bit_length()
+    return -(-(1 << 31 + digits) // divisor), digits
 
 
 @triton.jit
 def divide(dividend, factor, digits):
     """Division by what `_reciprocal` knows: GPUs have no instruction for it, and an inner loop no time for the many."""
-    return (dividend.to(tl.int64) * factor >> digits).to(tl.int32)
+    high = tl.umulhi(dividend.to(tl.uint32) * 2, factor.to(tl.uint32))
+    return (high >> digits.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit

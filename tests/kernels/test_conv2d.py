@@ -280,11 +280,18 @@ def test_offsets_beyond_32_bits(case, device):
 def test_division_by_multiplication():
     for divisor in [1, 2, 3, 7, 224, 2**16, 2**31 - 1, *(random.randrange(1, 2**31) for _ in range(50))]:
         factor, digits = conv2d_splits._reciprocal(divisor)
-        assert digits < 63
-        assert factor < 2**32  # so that no product needs more than 63 bits
+        assert factor < 2**32
+        assert digits < 32
         last = (2**31 - 1) // divisor * divisor
         for dividend in [0, 1, divisor - 1, divisor, last - 1, last, 2**31 - 1, random.randrange(2**31)]:
-            assert dividend * factor >> digits == dividend // divisor
+            assert 2 * dividend * factor >> 32 + digits == dividend // divisor
+
+
+def test_kernel_too_large_for_a_bit_per_row(device):
+    case = Case("33x1", 2, 3, (33, 2), (33, 1), padding=(1, 0))
+    grad_output, _, weight = (tensor.to(device) for tensor in case.tensors(torch.float32))
+    with pytest.raises(config.NoConfigFits, match=r"\(33, 1\)"):
+        op.conv2d_grad_input(grad_output, weight, (2, 2, 33, 2), *case.geometry, 0, 1, True)
 
 
 def test_too_many_pixels_to_count():
