@@ -43,8 +43,8 @@ _NO_GPU = (
 )
 
 
-class OutOfTimeError(Exception):
-    """The stage's or the whole run's time is used up."""
+class OutOfTimeError(BaseException):
+    """The stage's time is used up. No `Exception`, so that nothing that goes on after errors goes on after it."""
 
 
 class Budget:
@@ -115,6 +115,7 @@ class Run:
             (self.output / f"{name}_error.log").write_text(traceback.format_exc())
             self.fail(f"{type(error).__name__}: {str(error)[:2000]}")
         self.say(f"-- {name}: {time.monotonic() - begin:.0f} s")
+        torch.cuda.empty_cache()
 
     def command(self, log: str, command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
         """(exit status, or None when it ran too long; output), which also goes to a file."""
@@ -149,6 +150,7 @@ def report_environment(run: Run) -> None:
     (run.output / "environment.json").write_text(json.dumps(found, indent=1, default=str))
     run.say(f"GPU: {found['gpus']}\nBackends: {found['backends']}")
     run.say("; ".join(f"{name} {rate}" for name, rate in gpu_ops.machine_rates().items()))
+    torch.cuda.empty_cache()  # the tests run in processes of their own
 
 
 def build(run: Run) -> None:
@@ -157,7 +159,7 @@ def build(run: Run) -> None:
         run.say("not built: setuptools is missing; the CPU's cpp backend is not part of this run")
         return
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status, output = run.command("build.log", command, run.budget.left(), MAX_JOBS=str(os.cpu_count()))
+    status, output = run.command("build.log", command, run.budget.left() - 5, MAX_JOBS=str(os.cpu_count()))
     loads = subprocess.run([sys.executable, "-c", "import dfs_engine._C"], cwd=ROOT, capture_output=True, text=True)
     if loads.returncode == 0:
         run.say("built, and it loads")
@@ -171,7 +173,8 @@ def tests(run: Run) -> None:
     if importlib.util.find_spec("pytest") is None:
         run.say("skipped: pytest is missing; the benchmarks' own comparison with float64 is all that is checked")
         return
-    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") is not None else []
+    # Compiling kernels takes most of the time; tests that need most of the memory are one group.
+    parallel = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") is not None else []
     # Not the whole of tests/, which needs more packages than this.
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     suites = [("tests_gpu.log", ["-m", "gpu", *marked])]
@@ -228,7 +231,7 @@ def train(run: Run) -> None:
     assert run.stamp is not None
     path = run.output / "train.csv"
     for report in gpu_steps.run(run.stamp, run.quick, run.budget.left, run.say):
-        append_csv(path, run.stamp, report.csv_rows())
+        append_csv(path, run.stamp, report.csv_rows(report.rows))
         run.say(report.table())
         run.say(gpu_steps.targets(report))
 

@@ -24,6 +24,7 @@ _BATCHES = {"vgg7": 512, "vgg16": 16, "resnet18": 256, "msdnet": 256, "vit_tiny"
 PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 # Cycles that the GPU idles before a call is timed, so that the host is ahead of it: about half a millisecond.
 _HEAD_START = 1_000_000
+_SHAPE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,27 +130,35 @@ def run(quick: bool, left: Callable[[], float], say: Callable[[str], None]) -> I
     """Compares with float64, then times, one shape after another, until no time is left.
 
     Raises:
-        RuntimeError: a result is wrong.
+        RuntimeError: at the end, if some results were wrong or some calls failed; those were not timed.
     """
     shapes = list(SHAPES)
     if quick:
         firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
         shapes = [shape for shape in shapes if shape in firsts.values()]
+    failed = 0
     for name in ["bf16"] if quick else PRECISIONS:
         for index, shape in enumerate(shapes):
-            if left() < 5:
+            if left() < _SHAPE_SECONDS:
                 say(f"time is over: {len(shapes) - index} of {len(shapes)} shapes were not measured in {name}")
-                return
+                break
             shape = dataclasses.replace(shape, batch=_BATCHES[shape.family])
-            with precision(name) as dtype:
-                rounds = _QUICK_ROUNDS if quick else _ROUNDS
-                for problem in problems(shape, dtype):
-                    problem.check()
-                    timings = measure_device(problem.calls, rounds, left)
-                    yield GpuRow(
-                        problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops
-                    )
+            try:
+                yield from _measure(shape, name, _QUICK_ROUNDS if quick else _ROUNDS, left)
+            except Exception as error:
+                failed += 1
+                say(f"FAILED: {shape.op} {shape.family} {shape} {name}: {type(error).__name__}: {str(error)[:500]}")
     torch.compiler.reset()
+    if failed:
+        raise RuntimeError(f"{failed} shapes failed, see above")
+
+
+def _measure(shape: Shape, name: str, rounds: int, left: Callable[[], float]) -> Iterator[GpuRow]:
+    with precision(name) as dtype:
+        for problem in problems(shape, dtype):
+            problem.check()
+            timings = measure_device(problem.calls, rounds, left)
+            yield GpuRow(problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops)
 
 
 def table(rows: list[GpuRow]) -> str:

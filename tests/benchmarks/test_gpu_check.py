@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfs_engine import backend as backends
 from dfs_engine.benchmarks import gpu_check, gpu_ops, gpu_problems, gpu_steps
 from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
@@ -120,6 +121,23 @@ def test_precision_is_put_back():
             assert given == dtype
             assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_steps_of_a_model(monkeypatch, tmp_path):
+    """On the CPU, whose kernels stand in for Triton's; there is no time to compile."""
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    for name, value in {"FUSED": "cpp", "_RUNS": [("vgg7_64", 2, "fp32")], "_GATE_BATCH": 2, "_ROUNDS": 1}.items():
+        monkeypatch.setattr(gpu_steps, name, value)
+    said = []
+    (report,) = gpu_steps.run(environment(), False, lambda: 40.0, said.append)
+    assert len(said) == sum(case.compile == "on" for case, _ in gpu_steps.cases(False))
+    append_csv(tmp_path / "train.csv", report.stamp, report.csv_rows(report.rows))
+    with (tmp_path / "train.csv").open() as file:
+        found = {(row["variant"], row["backend_used"], row["case"]) for row in csv.DictReader(file)}
+    assert {("dfs", "cpp", "beta=0.5/channels_last"), ("dense", "stock", "nchw")} <= found
+    assert "x as fast as the best dense" in gpu_steps.targets(report)
 
 
 def test_cases_are_distinct_and_the_quick_ones_some_of_them():
