@@ -3,12 +3,18 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "common.h"
+#include "gemm.h"
 #include "winograd.h"
 
 namespace dfs_engine {
 
 namespace {
+
+// Whether weight gradients run by this project's product, rather than oneDNN's.
+std::atomic<bool> own_grad_weight{false};  // until dfs_engine.calibration finds it the faster one here
 
 at::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
@@ -107,11 +113,14 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
   const auto dtype = compute_dtype(grad_output.scalar_type());
   const bool winograd =
       winograd_applies(dtype, input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups);
-  const bool channels_last = winograd || is_channels_last(input) || is_channels_last(grad_output);
+  // With few channels the panels would be mostly empty, and one tap reads too little to pay for packing.
+  const bool own = !winograd && own_grad_weight && dtype == at::kFloat && groups == 1 && weight_size[0] >= 16 &&
+      weight_size[1] >= 16 && weight_size[2] * weight_size[3] > 1;
+  const bool channels_last = winograd || own || is_channels_last(input) || is_channels_last(grad_output);
   const auto output_gradient = dense(grad_output, dtype, channels_last);
   const auto dense_input = dense(input, dtype, channels_last);
-  const auto gradient = winograd
-      ? winograd_grad_weight(output_gradient, dense_input, padding)
+  const auto gradient = winograd ? winograd_grad_weight(output_gradient, dense_input, padding)
+      : own ? gemm_grad_weight(output_gradient, dense_input, weight_size, stride, padding, dilation)
       : std::get<1>(at::convolution_backward(
             output_gradient,
             dense_input,
@@ -135,6 +144,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
 }
 
 }  // namespace
+
+bool set_own_grad_weight(bool enabled) { return own_grad_weight.exchange(enabled); }
 
 TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) {
   m.impl("conv2d", conv2d_cpu);

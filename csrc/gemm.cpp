@@ -1,4 +1,4 @@
-// Blocked matrix product: B packed once into panels that fit in L1, A packed block by block into L2, MR x NR sums in registers.
+// Blocked matrix product: B packed into panels that fit in L1, A packed block by block into L2, MR x NR sums in registers.
 
 #include "gemm.h"
 
@@ -18,6 +18,7 @@ struct Kernels {
   int64_t rows, columns;  // MR, NR
   void (*pack_rows)(const float*, int64_t, int64_t, int64_t, int64_t, float*);
   void (*pack_columns)(const float*, int64_t, int64_t, int64_t, int64_t, float*);
+  void (*copy_columns)(const float*, int64_t, float*);
   void (*multiply_tile)(
       const float*, const float*, int64_t, float*, int64_t, int64_t, int64_t, bool, const float*);
 };
@@ -52,6 +53,68 @@ const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
 constexpr int64_t kDepth = 320;    // a panel of B: 20 KB in L1
 constexpr int64_t kRowPanels = 16;  // a block of A: 120 KB in L2
+constexpr int64_t kPacked = 1 << 20;  // floats of B that are packed at a time
+
+struct Columns {
+  int64_t first, count;
+};
+
+// out (rows, width) = [bias +] A B, B given by panels: `columns_of(panel)` are those of the result, at most NR, and
+// `pack(panel, first, depth, to)` writes rows [first, first + depth) of the panel as [depth][NR], zero where it has no column.
+template <typename ColumnsOf, typename Pack>
+void multiply(
+    const float* left, int64_t row_stride, int64_t depth_stride, int64_t rows, int64_t depth, int64_t panels,
+    const ColumnsOf& columns_of, const Pack& pack, const float* bias, float* out, int64_t width) {
+  const Kernels& k = kernels();
+  const int64_t chunks = ceil_div(depth, kDepth), threads = at::get_num_threads();
+  const int64_t at_once = std::clamp<int64_t>(kPacked / (panels * k.columns * kDepth), 1, chunks);
+  auto packed = at::empty({panels * k.columns * std::min(depth, at_once * kDepth)}, at::kFloat);
+  float* packed_columns = packed.mutable_data_ptr<float>();
+
+  // Blocks of equal size, as many for each thread; of few, each is cut into strips of columns.
+  const int64_t wanted_blocks = ceil_div(ceil_div(rows, kRowPanels * k.rows), threads) * threads;
+  const int64_t block = ceil_div(ceil_div(rows, wanted_blocks), k.rows) * k.rows, blocks = ceil_div(rows, block);
+  const int64_t strips_wanted = std::min(panels, std::max<int64_t>(1, 4 * threads / blocks));
+  const int64_t per_task = ceil_div(panels, strips_wanted), strips = ceil_div(panels, per_task);
+
+  for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += at_once) {
+    const int64_t begin_depth = first_chunk * kDepth, end_depth = std::min(depth, begin_depth + at_once * kDepth);
+    const int64_t count = ceil_div(end_depth - begin_depth, kDepth);
+    // Chunk-major: [chunk][panel][depth of the chunk][NR].
+    const auto place = [&](int64_t first, int64_t panel, int64_t size) {
+      return packed_columns + ((first - begin_depth) * panels + panel * size) * k.columns;
+    };
+    at::parallel_for(0, count * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = begin_depth + item / panels * kDepth, panel = item % panels;
+        const int64_t size = std::min(kDepth, depth - first);
+        pack(panel, first, size, place(first, panel, size));
+      }
+    });
+    at::parallel_for(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
+      auto packed_block = at::empty({block * std::min(kDepth, depth)}, at::kFloat);
+      float* packed_rows = packed_block.mutable_data_ptr<float>();
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first_row = task / strips * block, num_rows = std::min(block, rows - first_row);
+        const int64_t first_panel = task % strips * per_task, last_panel = std::min(panels, first_panel + per_task);
+        for (int64_t first = begin_depth; first < end_depth; first += kDepth) {
+          const int64_t size = std::min(kDepth, depth - first);
+          k.pack_rows(
+              left + first_row * row_stride + first * depth_stride, row_stride, depth_stride, num_rows, size, packed_rows);
+          for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            const auto columns = columns_of(panel);
+            const float* factors = place(first, panel, size);
+            for (int64_t row = 0; row < num_rows; row += k.rows) {
+              k.multiply_tile(
+                  packed_rows + row * size, factors, size, out + (first_row + row) * width + columns.first, width,
+                  std::min(k.rows, num_rows - row), columns.count, first == 0, bias == nullptr ? nullptr : bias + columns.first);
+            }
+          }
+        }
+      }
+    });
+  }
+}
 
 }  // namespace
 
@@ -60,51 +123,55 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
   auto result = at::empty({rows, columns}, a.options().memory_format(at::MemoryFormat::Contiguous));
   const auto shift = bias.has_value() ? bias->contiguous() : at::Tensor();
-  const float* offsets = bias.has_value() ? shift.const_data_ptr<float>() : nullptr;
-  const float* left = a.const_data_ptr<float>();
   const float* right = b.const_data_ptr<float>();
-  float* out = result.mutable_data_ptr<float>();
+  const auto columns_of = [&](int64_t panel) {
+    return Columns{panel * k.columns, std::min(k.columns, columns - panel * k.columns)};
+  };
+  const auto pack = [&](int64_t panel, int64_t first, int64_t size, float* to) {
+    const auto [column, count] = columns_of(panel);
+    k.pack_columns(right + first * b.stride(0) + column * b.stride(1), b.stride(0), b.stride(1), size, count, to);
+  };
+  multiply(
+      a.const_data_ptr<float>(), a.stride(0), a.stride(1), rows, depth, ceil_div(columns, k.columns), columns_of, pack,
+      bias.has_value() ? shift.const_data_ptr<float>() : nullptr, result.mutable_data_ptr<float>(), columns);
+  return result;
+}
 
-  const int64_t panels = ceil_div(columns, k.columns), chunks = ceil_div(depth, kDepth);
-  auto packed = at::empty({panels * k.columns * depth}, result.options());
-  float* packed_columns = packed.mutable_data_ptr<float>();
-  // Chunk-major: [chunk][panel][depth of the chunk][NR].
-  at::parallel_for(0, chunks * panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / panels * kDepth, panel = item % panels, size = std::min(kDepth, depth - first);
-      k.pack_columns(
-          right + first * b.stride(0) + panel * k.columns * b.stride(1), b.stride(0), b.stride(1), size,
-          columns - panel * k.columns, packed_columns + first * panels * k.columns + panel * k.columns * size);
-    }
-  });
-
-  // Enough tasks to share out evenly, each with as much of B as possible.
-  const int64_t block = kRowPanels * k.rows, blocks = ceil_div(rows, block);
-  const int64_t wanted = std::max<int64_t>(1, 4 * at::get_num_threads() / std::max<int64_t>(1, blocks));
-  const int64_t per_task = ceil_div(panels, std::min(wanted, panels)), strips = ceil_div(panels, per_task);
-  at::parallel_for(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
-    auto packed_block = at::empty({block * std::min(kDepth, depth)}, result.options());
-    float* packed_rows = packed_block.mutable_data_ptr<float>();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_row = task / strips * block, num_rows = std::min(block, rows - first_row);
-      const int64_t first_panel = task % strips * per_task, last_panel = std::min(panels, first_panel + per_task);
-      for (int64_t first = 0; first < depth; first += kDepth) {
-        const int64_t size = std::min(kDepth, depth - first);
-        k.pack_rows(left + first_row * a.stride(0) + first * a.stride(1), a.stride(0), a.stride(1), num_rows, size, packed_rows);
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          const int64_t column = panel * k.columns;
-          const float* factors = packed_columns + first * panels * k.columns + column * size;
-          for (int64_t row = 0; row < num_rows; row += k.rows) {
-            k.multiply_tile(
-                packed_rows + row * size, factors, size, out + (first_row + row) * columns + column, columns,
-                std::min(k.rows, num_rows - row), std::min(k.columns, columns - column), first == 0,
-                offsets == nullptr ? nullptr : offsets + column);
-          }
-        }
+at::Tensor gemm_grad_weight(
+    const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const Kernels& k = kernels();
+  const int64_t out_channels = weight_size[0], channels = weight_size[1], taps = weight_size[2] * weight_size[3];
+  const int64_t height = input.size(2), width = input.size(3), out_height = grad_output.size(2), out_width = grad_output.size(3);
+  const int64_t pixels = grad_output.size(0) * out_height * out_width;
+  auto result = at::empty({out_channels, weight_size[2], weight_size[3], channels}, input.options().memory_format(at::MemoryFormat::Contiguous));
+  const float* image = input.const_data_ptr<float>();
+  // Panels of channels, tap by tap: a row is what one output pixel reads there.
+  const int64_t per_tap = ceil_div(channels, k.columns);
+  const auto columns_of = [&](int64_t panel) {
+    const int64_t channel = panel % per_tap * k.columns;
+    return Columns{panel / per_tap * channels + channel, std::min(k.columns, channels - channel)};
+  };
+  const auto pack = [&](int64_t panel, int64_t first, int64_t size, float* to) {
+    const int64_t tap = panel / per_tap, channel = panel % per_tap * k.columns;
+    const int64_t count = std::min(k.columns, channels - channel);
+    const int64_t down = tap / weight_size[3] * dilation[0] - padding[0], right = tap % weight_size[3] * dilation[1] - padding[1];
+    int64_t column = first % out_width, row = first / out_width % out_height, number = first / out_width / out_height;
+    for (int64_t pixel = 0; pixel < size; ++pixel, to += k.columns) {
+      const int64_t y = row * stride[0] + down, x = column * stride[1] + right;
+      const bool is_inside = 0 <= y && y < height && 0 <= x && x < width;
+      const float* from = image + ((number * height + y) * width + x) * channels + channel;
+      k.copy_columns(is_inside ? from : nullptr, count, to);
+      if (++column == out_width) {
+        column = 0;
+        if (++row == out_height) row = 0, ++number;
       }
     }
-  });
-  return result;
+  };
+  multiply(
+      grad_output.const_data_ptr<float>(), 1, out_channels, out_channels, pixels, taps * per_tap, columns_of, pack, nullptr,
+      result.mutable_data_ptr<float>(), taps * channels);
+  return result.permute({0, 3, 1, 2});
 }
 
 }  // namespace dfs_engine

@@ -1,4 +1,4 @@
-// Single-precision matrix product for the linear layers.
+// Single-precision matrix product, for linear layers and for the weight gradient of convolutions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,7 +10,20 @@ namespace dfs_engine {
 // depend on the number of threads.
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias = std::nullopt);
 
+// Weight gradient (out, in, kH, kW) of a convolution of one group, its product with the image's pixels as they lie, from dense
+// channels_last tensors.
+at::Tensor gemm_grad_weight(
+    const at::Tensor& grad_output,
+    const at::Tensor& input,
+    at::IntArrayRef weight_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation);
+
 // Switches this product on or off for the linear layers of the process; returns what it was.
 bool set_own_gemm(bool enabled);
+
+// The same for the weight gradient of convolutions.
+bool set_own_grad_weight(bool enabled);
 
 }  // namespace dfs_engine

@@ -57,5 +57,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "Whether a float32 convolution runs by Winograd's algorithm.");
   m.def("set_own_gemm", &dfs_engine::set_own_gemm, "Switches the linear layers' own matrix product on or off; returns what it was.");
+  m.def(
+      "set_own_grad_weight", &dfs_engine::set_own_grad_weight,
+      "Switches the convolutions' own weight gradient on or off; returns what it was.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
 }

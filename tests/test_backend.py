@@ -43,17 +43,23 @@ def test_explicit_request_is_the_one_that_runs(op, backend):
 
 
 def convolve(channels: int, kernel: int, dtype: torch.dtype = torch.float32, **options) -> None:
-    input, weight = torch.randn(1, channels, 5, 5, dtype=dtype), torch.randn(17, channels, kernel, kernel, dtype=dtype)
+    input, weight = torch.randn(2, channels, 6, 5, dtype=dtype), torch.randn(17, channels, kernel, kernel, dtype=dtype)
+    input = input.contiguous(memory_format=torch.channels_last)
     ops.partitioned_conv2d(input, weight, start=0, stop=2, **options)
 
 
 @pytest.mark.parametrize("backend", [None, "auto"])
-def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_their_own(backend):
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_their_own(
+    backend, is_faster, monkeypatch
+):
+    monkeypatch.setattr(calibration, "settle", lambda: calibration.Wins(False, is_faster))
     ours = "cpp" if backends.unavailable_reason("cpp") is None else "aten"
     for arguments, expected in (
         ((16, 3), ours),
         ((15, 3), "aten"),
         ((16, 1), "aten"),
+        ((16, 5), ours if is_faster else "aten"),
         ((16, 3, torch.float64), "aten"),
         ((4, 1, torch.bfloat16), ours),
     ):
@@ -63,7 +69,7 @@ def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_th
 
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_automatic_linear_takes_what_the_calibration_found(is_faster, monkeypatch):
-    monkeypatch.setattr(calibration, "settle_linear", lambda: is_faster)
+    monkeypatch.setattr(calibration, "settle", lambda: calibration.Wins(is_faster, not is_faster))
     CALLS["partitioned_linear"]()
     is_ours = is_faster and backends.unavailable_reason("cpp") is None
     assert backends.last_used("partitioned_linear") == ("cpp" if is_ours else "aten")

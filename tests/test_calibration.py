@@ -6,6 +6,7 @@ import pytest
 
 from dfs_engine import calibration
 from dfs_engine.backend import unavailable_reason
+from dfs_engine.calibration import Speedups, Wins
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 
@@ -15,28 +16,28 @@ def measured(tmp_path, monkeypatch):
     """A fresh cache folder; gives the list of measurements made."""
     calls = []
     monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration, "measure", lambda: calls.append(1) or 2.5)
-    calibration.settle_linear.cache_clear()
+    monkeypatch.setattr(calibration, "measure", lambda: calls.append(1) or Speedups(2.5, 1.5))
+    calibration._settle.cache_clear()
     yield calls
-    calibration.settle_linear.cache_clear()
+    calibration._settle.cache_clear()
 
 
-def settle_again() -> bool:
-    calibration.settle_linear.cache_clear()
-    return calibration.settle_linear()
+def settle_again() -> Wins:
+    calibration._settle.cache_clear()
+    return calibration.settle()
 
 
 def test_measured_once_and_kept(measured, tmp_path):
-    assert calibration.settle_linear()
-    assert settle_again()
+    assert calibration.settle() == (True, True)
+    assert settle_again() == (True, True)
     assert len(measured) == 1
     (file,) = (tmp_path / "cache").iterdir()
-    assert json.loads(file.read_text())["speed_over_aten"] == 2.5
+    assert json.loads(file.read_text())["speed_over_aten"] == {"linear": 2.5, "conv_grad_weight": 1.5}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "speed_over_aten": 9.0}', '{"speed_over_aten": "x"}'])
 def test_a_broken_or_foreign_file_is_measured_again(measured, tmp_path, content):
-    calibration.settle_linear()
+    calibration.settle()
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(content)
     settle_again()
@@ -46,17 +47,19 @@ def test_a_broken_or_foreign_file_is_measured_again(measured, tmp_path, content)
 def test_an_unwritable_folder_is_no_error(measured, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "file"))
-    assert calibration.settle_linear()
+    assert calibration.settle()
 
 
 def test_atens_product_stays_within_noise(measured, monkeypatch):
-    monkeypatch.setattr(calibration, "measure", lambda: 1.04)
-    assert not calibration.settle_linear()
+    monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.04, 1.06))
+    assert calibration.settle() == (False, True)
 
 
 def test_the_measurement_gives_a_ratio_and_restores_the_switch():
     from dfs_engine import _C
 
     before = _C.set_own_gemm(False)
-    assert calibration.measure() > 0
+    before_conv = _C.set_own_grad_weight(False)
+    assert min(calibration.measure()) > 0
     assert _C.set_own_gemm(before) is False
+    assert _C.set_own_grad_weight(before_conv) is False

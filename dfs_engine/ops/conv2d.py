@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dfs_engine import backend as backends
+from dfs_engine import calibration
 from dfs_engine import reference as oracle
 from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common
@@ -245,6 +246,18 @@ def _triton_wins(
     )
 
 
+def _own_grad_weight_wins(data: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether csrc/gemm.cpp takes the weight gradient, and a calibration of this machine found it the faster one.
+
+    In channels_last alone: rearranging the image first costs what it gains.
+    """
+    out_channels, in_channels, *kernel = weight.shape
+    applies = (
+        weight.dtype == torch.float32 and groups == 1 and min(out_channels, in_channels) >= 16 and kernel != [1, 1]
+    )
+    return applies and dense_memory_format(data) is torch.channels_last and calibration.settle().conv_grad_weight
+
+
 def winograd_applies(
     weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int, dtype: torch.dtype
 ) -> bool:
@@ -296,8 +309,9 @@ def partitioned_conv2d(
         full: (N, in_channels, H, W), the data of all channels; never receives gradient. Then grad_input is narrow,
             (N, stop - start, H, W), and nothing is zero-filled.
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: on the CPU cpp where Winograd's algorithm
-            applies (3x3, stride 1, float32), and in half precision; on CUDA triton where the tuned table of the GPU
-            says that it wins on this shape; else aten.
+            applies (3x3, stride 1, float32), where a calibration of this machine found its weight gradient faster than
+            ATen's, and in half precision; on CUDA triton where the tuned table of the GPU says that it wins on this
+            shape; else aten.
 
     Returns:
         (N, out_channels, H', W'), dtype of input (of autocast, where that is on).
@@ -343,10 +357,14 @@ def partitioned_conv2d(
 
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
-            return weight.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, weight.dtype)
+            # Half precision: ATen emulates it slowly where the CPU lacks it.
+            own = weight.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, weight.dtype)
+            return own or _own_grad_weight_wins(data, weight, groups)
         return _triton_wins(data.shape, weight.shape, geometry, stop - start, weight.dtype)
 
     kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
+    if kernels == "cpp":
+        calibration.settle()
     reads_nothing = start == stop and not reference  # not worth a fast path
     if kernels == "reference" or reads_nothing:
         return oracle.partitioned_conv2d(

@@ -173,8 +173,8 @@ def partitioned_linear(
 
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
-            # Half precision: ATen emulates it slowly where the CPU lacks it. A calibration cannot be traced.
-            return weight.dtype in _common.HALF or torch.compiler.is_compiling() or calibration.settle_linear()
+            # Half precision: ATen emulates it slowly where the CPU lacks it.
+            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().linear)
         rows, out_features, dtype = _rows(data.shape), weight.size(0), weight.dtype
         in_features = weight.size(1) if reference else stop - start
         return prefers_triton("linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(
@@ -182,8 +182,8 @@ def partitioned_linear(
         )
 
     kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
-    if kernels == "cpp" and not torch.compiler.is_compiling():
-        calibration.settle_linear()
+    if kernels == "cpp":
+        calibration.settle()
     if kernels == "reference":
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
     if not reference:

@@ -268,16 +268,16 @@ def partitioned_norm_linear(
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
             # As for the linear, whose products these are.
-            return weight.dtype in _common.HALF or torch.compiler.is_compiling() or calibration.settle_linear()
+            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().linear)
         rows, dtype = linear._rows(input.shape), weight.dtype
         out_features, num_channels = weight.shape
         return prefers_triton("norm_linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(
-            "norm_linear_grad_weight", out_features, num_channels, rows, dtype
+            "linear_grad_weight", out_features, num_channels, rows, dtype
         )
 
     kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
-    if kernels == "cpp" and not torch.compiler.is_compiling():
-        calibration.settle_linear()
+    if kernels == "cpp":
+        calibration.settle()
     if kernels == "reference":
         affine = (norm_weight, norm_bias, weight, bias)
         with _common.no_autocast(weight.device.type):

@@ -16,9 +16,10 @@ SHAPES = [(32, 64, 512), (97, 321, 65), (1577, 192, 577), (333, 1537, 77), (217,
 def own_gemm():
     from dfs_engine import _C
 
-    before = _C.set_own_gemm(True)
+    before = _C.set_own_gemm(True), _C.set_own_grad_weight(True)
     yield
-    _C.set_own_gemm(before)
+    _C.set_own_gemm(before[0])
+    _C.set_own_grad_weight(before[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
@@ -51,3 +52,38 @@ def test_the_result_does_not_depend_on_the_threads(own_gemm):
         results.append(torch.ops.dfs_engine.linear(x, weight, None))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+# images, in, out, (height, width), kernel, stride, padding, dilation; (60, 33) and 5x5 pass the size packed at a time
+CONVOLUTIONS = [
+    (3, 17, 65, (7, 5), (1, 2), (1, 1), (0, 0), (1, 1)),
+    (2, 33, 16, (9, 8), (3, 3), (2, 2), (1, 1), (1, 1)),
+    (5, 16, 100, (8, 9), (5, 3), (2, 1), (2, 0), (1, 2)),
+    (1, 65, 17, (6, 6), (2, 1), (2, 2), (0, 0), (1, 1)),
+    (9, 120, 19, (60, 33), (5, 5), (3, 3), (2, 2), (1, 1)),
+    (2, 16, 16, (3, 3), (7, 7), (1, 1), (3, 3), (1, 1)),
+]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_weight_gradient_of_a_convolution(own_gemm, convolution, channels_last):
+    images, inputs, outputs, size, kernel, *geometry = convolution
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(images, inputs + 1, *size).contiguous(memory_format=layout)[:, 1:]
+    weight = torch.zeros(outputs, inputs, *kernel, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.conv2d(x.double(), weight, None, *geometry)
+    grad = torch.randn(expected.shape)
+    (reference,) = torch.autograd.grad(expected, weight, grad.double())
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        arguments = (grad.contiguous(memory_format=layout), x, weight.shape, *geometry, 1, True)
+        results.append(torch.ops.dfs_engine.conv2d_grad_weight(*arguments))
+    assert_close("grad_weight", results[0][0], reference)
+    assert_close("grad_bias", results[0][1], grad.double().sum((0, 2, 3)))
+    assert results[0][0].is_contiguous()
+    for grad_weight, grad_bias in results[1:]:
+        assert torch.equal(grad_weight, results[0][0])
+        assert torch.equal(grad_bias, results[0][1])
