@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dfs_engine import backend as backends
 from dfs_engine.kernels.config import INTERPRETED, NoConfigFits
-from dfs_engine.ops import _common, conv2d, linear
+from dfs_engine.ops import _common, conv2d, linear, norm_linear
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ _KERNELS: dict[str, tuple[str, Callable | None]] = {
     "linear_grad_weight": ("linear", linear.aten_grad_weight),
     "conv2d_grad_input": ("conv2d", conv2d.aten_grad_input),
     "conv2d_grad_weight": ("conv2d", conv2d.aten_grad_weight),
+    "norm_linear_grad_input": ("norm_linear", norm_linear.aten_grad_input),
+    "norm_linear_grad_weight": ("norm_linear", norm_linear.aten_grad_weight),
     "conv_block": ("conv_block", None),
     "conv_block_backward": ("conv_block", None),
 }
