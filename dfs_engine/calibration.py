@@ -143,8 +143,9 @@ def _remembered() -> Speedups | None:
     if not isinstance(saved, dict) or saved.get("key") != _key():
         return None
     ratios = saved.get("speed_over_aten")
-    fits = isinstance(ratios, dict) and ratios.keys() == set(Speedups._fields)
-    return Speedups(**ratios) if fits and all(isinstance(ratio, float) for ratio in ratios.values()) else None
+    if not isinstance(ratios, dict) or ratios.keys() != set(Speedups._fields):
+        return None
+    return Speedups(**ratios) if all(isinstance(ratio, float) for ratio in ratios.values()) else None
 
 
 def _remember(ratios: Speedups) -> None:

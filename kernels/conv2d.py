@@ -14,15 +14,17 @@ from torch import Tensor
 
 from dfs_engine.kernels import config
 from dfs_engine.kernels.config import Compilation, Config, NoConfigFits
-from dfs_engine.kernels.conv2d_depthwise import depthwise_compilations, depthwise_grad_input, depthwise_grad_weight
+from dfs_engine.kernels.conv2d_depthwise import depthwise_grad_input, depthwise_grad_weight
 from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, compilation, count_pixels, divide, sum_splits
 
 Pair = tuple[int, int]
 
 _MAX_TAPS = 31  # one bit of an integer each, rows and columns apart
+_ALIGNMENT = 16  # what Triton looks for in pointers (bytes) and strides (elements) before it loads several at once
 
 # Rows are pixels, mostly without end; columns are the slice's channels, often few. tf32 by three products keeps so many
-# parts of the operands that a tile of 64 x 128 needs eight warps.
+# parts of the operands that a tile of 64 x 128 needs eight warps; so does one of 64 x 64 without tensor cores.
+_IEEE = (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3))
 config.define(
     "conv2d_grad_input",
     half=(
@@ -33,10 +35,12 @@ config.define(
         Config(64, 32, 64, 4, 4),
     ),
     tf32=(Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(64, 32, 32, 4, 3)),
+    ieee=_IEEE,
 )
 config.define(
     "conv2d_grad_weight",
     tf32=(Config(128, 128, 32, 8, 3), Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3)),
+    ieee=_IEEE,
 )
 
 
@@ -60,16 +64,11 @@ def _first_tap(
     return first
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_images", "height", "width", "out_height", "out_width", "start", "stop", "padding_h", "padding_w",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["num_images", "height", "width", "out_height", "out_width", "padding_h", "padding_w"])
 def _grad_input_kernel(
     grad_output, weight, grad_input,
     num_images, height, width, out_height, out_width,
-    out_channels, channels, start, stop,  # of one group: rows and columns of weight; of all: the slice
-    padding_h, padding_w,
+    out_channels, channels, start, stop, padding_h, padding_w,  # channels of one group, slice of all
     stride_gn, stride_go, stride_gh, stride_gw,
     stride_wo, stride_wc, stride_wh, stride_ww,
     stride_n, stride_c, stride_h, stride_w,
@@ -151,14 +150,13 @@ def _grad_input_kernel(
 @triton.jit(
     do_not_specialize=[
         "num_pixels", "chunk", "out_height", "out_width", "factor_h", "digits_h", "factor_w", "digits_w",
-        "height", "width", "padding_h", "padding_w", "stride_split", "stride_bias_split",
+        "height", "width", "padding_h", "padding_w", "stride_bias_split",
     ]
 )  # fmt: skip
 def _grad_weight_kernel(
     grad_output, input, grad_weight, grad_bias,
     num_pixels, chunk, out_height, out_width, factor_h, digits_h, factor_w, digits_w, height, width,
-    out_channels, channels,  # of one group
-    padding_h, padding_w,
+    out_channels, channels, padding_h, padding_w,  # channels of one group
     stride_gn, stride_go, stride_gh, stride_gw,
     stride_n, stride_c, stride_h, stride_w,
     stride_split, stride_wc, stride_tap, stride_bias_split,
@@ -220,12 +218,10 @@ def _grad_weight_kernel(
         tl.store(target, bias.to(grad_bias.dtype.element_ty), row < num_written)
 
 
-def _geometry(weight_size: Sequence[int], stride: Pair, dilation: Pair) -> dict[str, Any]:
+def _geometry(weight_size: Sequence[int], stride: Pair, dilation: Pair) -> dict[str, int]:
     """The constants of both kernels that the geometry gives."""
-    return {
-        "KERNEL_H": weight_size[2], "KERNEL_W": weight_size[3],
-        "STRIDE_H": stride[0], "STRIDE_W": stride[1], "DILATION_H": dilation[0], "DILATION_W": dilation[1],
-    }  # fmt: skip
+    names = "KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"
+    return dict(zip(names, (*weight_size[2:], *stride, *dilation), strict=True))
 
 
 def _steps(stride: Pair, dilation: Pair) -> dict[str, int]:
@@ -235,6 +231,22 @@ def _steps(stride: Pair, dilation: Pair) -> dict[str, int]:
 
 def _last_offset(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """With 0, which is aligned to everything, where there is nothing to step over."""
+    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def _candidates(op: str, m: int, n: int, k: int, *operands: Tensor) -> tuple[Config, ...]:
+    """Of operands that have to be loaded one element at a time, a large tile needs more registers than there are."""
+
+    def is_wide(tensor: Tensor) -> bool:
+        rows, channels, *columns = _strides(tensor)
+        return channels == 1 and all(step % _ALIGNMENT == 0 for step in (rows, *columns, tensor.data_ptr()))
+
+    configs = config.candidates(op, m, n, k, operands[0].dtype)
+    return configs if all(map(is_wide, operands)) else configs[-1:]
 
 
 def _options(chosen: Config) -> dict[str, Any]:
@@ -290,7 +302,9 @@ def conv2d_grad_input(
         depthwise_grad_input(grad_output[:, rows], weight[rows], grad_input, padding, geometry)
         return grad_input
     if groups == 1:
-        weight, start, stop = weight[:, start:stop], 0, stop - start
+        # Read from one multiple of the alignment to another; only the slice is stored.
+        first, last = start // _ALIGNMENT * _ALIGNMENT, triton.cdiv(stop, _ALIGNMENT) * _ALIGNMENT
+        weight, start, stop = weight[:, first:last], start - first, stop - first
     out_channels, channels = weight.size(0) // groups, weight.size(1)
     if max(weight.shape[2:]) > _MAX_TAPS:
         raise NoConfigFits(f"{op}: a kernel of {tuple(weight.shape[2:])} has more rows or columns than {_MAX_TAPS}.")
@@ -302,12 +316,12 @@ def conv2d_grad_input(
         _grad_input_kernel[tiles * triton.cdiv(channels, chosen.block_n), groups](
             grad_output, weight, grad_input,
             num_images, height, width, *grad_output.shape[2:], out_channels, channels, start, stop, *padding,
-            *grad_output.stride(), *weight.stride(), *grad_input.stride(),
+            *_strides(grad_output), *_strides(weight), *_strides(grad_input),
             **geometry, **_steps(stride, dilation), **_blocks(chosen), EVEN=out_channels % chosen.block_k == 0,
             PRECISION=config.precision(op), **_options(chosen),
         )  # fmt: skip
 
-    configs = config.candidates(op, num_pixels, channels, out_channels * num_taps, grad_output.dtype)
+    configs = _candidates(op, num_pixels, channels, out_channels * num_taps, grad_output, weight)
     with torch.cuda.device_of(grad_output):
         config.launch(op, configs, run)
     return grad_input
@@ -356,13 +370,13 @@ def conv2d_grad_weight(
             _grad_weight_kernel[blocks, chosen.split, groups](
                 grad_output, input, grad_weight, grad_bias,
                 *count_pixels(grad_output, chosen.split, chosen.block_k), *input.shape[2:],
-                out_channels, weight_size[1], *padding, *grad_output.stride(), *input.stride(), *strides,
+                out_channels, weight_size[1], *padding, *_strides(grad_output), *_strides(input), *strides,
                 **geometry, **_blocks(chosen), BIAS=bias, WIDE=wide, PRECISION=config.precision(op), **_options(chosen),
             )  # fmt: skip
 
         return sum_splits(grad_output, weight_size, bias, chosen.split, write)
 
-    configs = config.candidates(op, out_channels, num_columns, num_pixels, grad_output.dtype)
+    configs = _candidates(op, out_channels, num_columns, num_pixels, grad_output, input)
     with torch.cuda.device_of(grad_output):
         return config.launch(op, configs, run)
 
@@ -384,4 +398,3 @@ def compilations() -> Iterator[Compilation]:
                 constants |= {"BIAS": rare, "WIDE": rare} if is_weight else {**_steps(pair, (1, 1)), "EVEN": not rare}
                 name = f"{op} {dtype} {precision} {size}x{size}/{stride} {tuple(chosen)}"
                 yield compilation(name, kernel, dtype, constants, chosen.num_warps, chosen.num_stages)
-    yield from depthwise_compilations()

@@ -167,7 +167,7 @@ def depthwise_grad_weight(
         return sum_splits(grad_output, weight_size, bias, split, write)
 
 
-def depthwise_compilations() -> Iterator[Compilation]:
+def compilations() -> Iterator[Compilation]:
     """Both kernels, on channels_last tensors."""
     for dtype in TYPE_NAMES.values():
         constants = {

@@ -1,6 +1,6 @@
 """Sums over output pixels, cut into parts: how programs of a weight gradient share them, and the fixed-order total."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfs_engine.kernels.config import Compilation, NoConfigFits
+from dfs_engine.kernels.config import TYPE_NAMES, Compilation, NoConfigFits
 
 # Pixels are counted in 32 bits; the last tile may stick out.
 _MAX_PIXELS = 2**31 - 2**20
 _BLOCK = 128
-_TENSORS = ("grad_output", "weight", "input", "grad_input", "grad_weight", "grad_bias")
+_OPTIONS = {"num_warps": 4, "num_stages": 2}
+_TENSORS = ("grad_output", "weight", "input", "grad_input", "grad_weight", "grad_bias", "total")
 
 # Element strides of grad_weight's parts, channels and taps, and of grad_bias's parts.
 Strides = tuple[int, int, int, int]
@@ -93,7 +94,7 @@ def sum_splits(
     for partial, total, inner in ((partial_weight, grad_weight, (channels, taps)), (partial_bias, grad_bias, (1, 1))):
         if total.numel():
             grid = (triton.cdiv(total.numel(), _BLOCK),)
-            _sum_kernel[grid](partial, total, split, total.numel(), *inner, _BLOCK, num_warps=4, enable_fp_fusion=True)
+            _sum_kernel[grid](partial, total, split, total.numel(), *inner, _BLOCK, **_OPTIONS, enable_fp_fusion=True)
     return grad_weight, grad_bias
 
 
@@ -107,8 +108,16 @@ def compilation(
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument == "partial":
+            signature[argument] = "*fp32"
         elif argument in _TENSORS:
             signature[argument] = f"*{dtype}"
         else:
             signature[argument] = "i64" if argument.startswith("factor") else "i32"
     return Compilation(name, kernel, signature, constants, num_warps, num_stages)
+
+
+def compilations() -> Iterator[Compilation]:
+    """The total, in every dtype."""
+    for dtype in TYPE_NAMES.values():
+        yield compilation(f"conv2d total of parts {dtype}", _sum_kernel, dtype, {"BLOCK": _BLOCK}, **_OPTIONS)

@@ -4,6 +4,7 @@ from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import produce_readings
 from dfs_engine.nn.exit_head import ExitHead
 from dfs_engine.nn.linear import PartitionedLinear
+from dfs_engine.nn.norm_linear import apply_norm_linear
 from dfs_engine.nn.routing import VARIANTS, Fork, Reading, apply_layer, global_avg_pool
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "PartitionedLinear",
     "Reading",
     "apply_layer",
+    "apply_norm_linear",
     "global_avg_pool",
     "produce_readings",
 ]

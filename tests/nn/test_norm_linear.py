@@ -1,0 +1,53 @@
+"""A LayerNorm and a linear on what each variant's readers get: the same values and gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from dfs_engine import backend as backends
+from dfs_engine.compare import assert_close
+from dfs_engine.nn import VARIANTS, Fork, apply_norm_linear
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def layers(affine: bool = True) -> tuple[nn.LayerNorm, nn.Linear]:
+    norm = nn.LayerNorm(10, eps=1e-3, elementwise_affine=affine, dtype=torch.float64)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm, nn.Linear(10, 7, bias=affine, dtype=torch.float64)
+
+
+def differentiate(feature: torch.Tensor, fork: Fork, reader: int, norm: nn.LayerNorm, linear: nn.Linear) -> list:
+    feature = feature.clone().requires_grad_()
+    output = apply_norm_linear(norm, linear, fork(feature)[reader])
+    grad_output = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).reshape(output.shape).sin()
+    leaves = [feature, *norm.parameters(), *linear.parameters()]
+    return [output, *torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"dense", "detach"}))
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
+def test_every_variant_computes_what_detach_computes(variant, beta, reference, exit_gradient, affine, backend):
+    feature, (norm, linear) = torch.randn(2, 3, 10, dtype=torch.float64), layers(affine)
+    options = {"reference": reference, "exit_gradient": exit_gradient, "dim": -1}
+    for reader in (0, 1):
+        expected = differentiate(feature, Fork(beta, "detach", **options), reader, norm, linear)
+        fork = Fork(beta, variant, **options, backend=backend)
+        actual = differentiate(feature, fork, reader, norm, linear)
+        for left, right in zip(actual, expected, strict=True):
+            assert_close("result", left, right)
+        if variant == "dfs":
+            assert backends.last_used("partitioned_norm_linear") == backend
+
+
+def test_a_feature_that_is_not_split(backend):
+    feature, (norm, linear) = torch.randn(4, 10, dtype=torch.float64, requires_grad=True), layers()
+    whole = Fork(0.5, "dfs", dim=-1, backend=backend).whole(feature)
+    results = [apply_norm_linear(norm, linear, given) for given in (whole, feature)]
+    grads = [torch.autograd.grad(output.square().sum(), [feature, *norm.parameters()]) for output in results]
+    for left, right in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        assert_close("result", left, right)
