@@ -51,10 +51,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfs_engine"
 
 
-@torch.compiler.assume_constant_result
 def settle() -> Wins:
-    """Sets the matrix products of the cpp backend for this process; returns which are ours."""
-    return _settle()
+    """Sets the matrix products of the cpp backend for this process; returns which are ours.
+
+    While torch.compile traces, which cannot measure: all, because the kernels look at what is set when they run.
+    """
+    return Wins(True, True) if torch.compiler.is_compiling() else _settle()
 
 
 @functools.cache
