@@ -14,11 +14,11 @@ train: $(VENV)/.built
 # run in its interpreter, which is chosen before Python starts.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests/kernels
 
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, in a copy of the tree.
 sanitize: $(VENV)/.built
