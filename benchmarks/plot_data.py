@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .measure import CSV_COLUMNS
+
 _BETA = re.compile(r"beta=([\d.]+)/")
 
 
@@ -92,13 +94,13 @@ class Measurements(dict[Subject, dict[str, Value]]):
 
 
 def csv_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among `paths`, and the CSV files in the folders among them.
+    """The files among `paths`, and the files of measurements in the folders among them.
 
     Raises:
         FileNotFoundError: there is none.
     """
     paths = list(paths)
-    files = [file for path in paths for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (_measurements_in(path) if path.is_dir() else [path])]
     missing = [str(path) for path in files if not path.is_file()]
     if missing or not files:
         places = ", ".join(missing or map(str, paths))
@@ -107,3 +109,13 @@ def csv_files(paths: Iterable[Path]) -> list[Path]:
             "Write one with `dfs bench train --output FILE` or `dfs bench ops --output FILE`."
         )
     return files
+
+
+def _measurements_in(folder: Path) -> list[Path]:
+    """A folder of results may hold the metrics of training runs too."""
+
+    def header(file: Path) -> list[str]:
+        with file.open(newline="") as lines:
+            return next(csv.reader(lines), [])
+
+    return [file for file in sorted(folder.glob("*.csv")) if header(file) == list(CSV_COLUMNS)]

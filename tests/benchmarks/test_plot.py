@@ -70,4 +70,12 @@ def test_what_is_no_measurement_is_named(tmp_path):
         run(BenchPlotConfig(results=tmp_path / "nowhere"))
     (tmp_path / "other.csv").write_text("epoch,loss\n1,2\n")
     with pytest.raises(ValueError, match=r"results: expected a CSV file of .*other.csv"):
-        run(BenchPlotConfig(results=tmp_path))
+        run(BenchPlotConfig(results=tmp_path / "other.csv"))
+
+
+def test_a_folder_may_hold_other_files(tmp_path):
+    write(tmp_path / "train.csv", train_rows([8], [0.5]))
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n1,2.0\n")
+    drawn = names(run(BenchPlotConfig(results=tmp_path, batch_size=8)))
+    assert drawn
+    assert all(name.startswith("train_") for name in drawn)
