@@ -61,6 +61,8 @@ def slices(channels: int) -> list[tuple[int, int]]:
 def test_fp64_equals_the_oracle(shape, reference, form, backend, check):
     channels = SHAPES[shape][1]
     for start, stop in slices(channels):
+        if not reference and stop - start == 1:
+            continue  # beside zeros the normalisation takes its size away: only rounding is left of the gradient
         tensors = make(shape, offset=1.0)
         if form == "full":
             tensors = live_and_full(tensors, start, stop)
