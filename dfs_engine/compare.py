@@ -72,7 +72,9 @@ class Comparison:
         )
 
 
-def compare(name: str, actual: Tensor | None, expected: Tensor, tolerance: Tolerance | None = None) -> Comparison:
+def compare(
+    name: str, actual: Tensor | None, expected: Tensor, tolerance: Tolerance | None = None, *, scale: float = 0.0
+) -> Comparison:
     """Compares a tensor with its reference, in float64.
 
     Args:
@@ -80,6 +82,8 @@ def compare(name: str, actual: Tensor | None, expected: Tensor, tolerance: Toler
         actual: the result; None (a gradient that was not computed) is a breach.
         expected: the reference, of the same shape.
         tolerance: default: the entry of `TOLERANCES` for the dtype of `actual`.
+        scale: what the reference's size counts as where it is smaller: a sum whose terms cancel carries the rounding of
+            the terms, not of the sum.
     """
     if actual is None:
         return failure(name, "missing", tolerance or EXACT)
@@ -96,15 +100,17 @@ def compare(name: str, actual: Tensor | None, expected: Tensor, tolerance: Toler
     return Comparison(
         name=name,
         max_abs=max_abs,
-        max_ratio=_ratio(max_abs, expected.abs().max().item()),
-        rms_ratio=_ratio(error.square().mean().sqrt().item(), expected.square().mean().sqrt().item()),
+        max_ratio=_ratio(max_abs, max(scale, expected.abs().max().item())),
+        rms_ratio=_ratio(error.square().mean().sqrt().item(), max(scale, expected.square().mean().sqrt().item())),
         tolerance=tolerance,
     )
 
 
-def assert_close(name: str, actual: Tensor | None, expected: Tensor, tolerance: Tolerance | None = None) -> None:
+def assert_close(
+    name: str, actual: Tensor | None, expected: Tensor, tolerance: Tolerance | None = None, *, scale: float = 0.0
+) -> None:
     """Raises AssertionError, naming the tensor and both errors, where `compare` finds a breach."""
-    comparison = compare(name, actual, expected, tolerance)
+    comparison = compare(name, actual, expected, tolerance, scale=scale)
     if not comparison.ok:
         raise AssertionError(str(comparison))
 

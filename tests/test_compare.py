@@ -49,3 +49,11 @@ def test_where_the_reference_is_zero_only_zero_will_do():
     assert compare("x", torch.zeros(3), torch.zeros(3)).ok
     assert not compare("x", torch.full((3,), 1e-30), torch.zeros(3)).ok
     assert not compare("x", torch.full((3,), 1e-30), torch.zeros(3), EXACT).ok
+
+
+def test_a_small_reference_is_judged_by_the_scale_that_is_given():
+    expected = torch.full((3,), 1e-8)
+    assert not compare("x", expected + 1e-9, expected).ok
+    assert compare("x", expected + 1e-9, expected, scale=1e-3).ok
+    assert not compare("x", expected + 1e-7, expected, scale=1e-3).ok
+    assert not compare("x", expected * 2, expected, scale=1e-9).ok

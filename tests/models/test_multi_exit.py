@@ -48,12 +48,16 @@ def step(model, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
 
 def assert_same(actual: dict, expected: dict, tolerance: Tolerance | None = None) -> None:
     assert list(actual) == list(expected)
+    # A gradient far below the model's largest is what cancellation left of terms of that size (a bias in front of a
+    # batch norm, whole layers where beta is 0 or 1), and carries their rounding.
+    largest = max(value.abs().max().item() for name, value in expected.items() if name.startswith("grad of "))
     for name, value in actual.items():
         assert_close(
             name,
             value.to(expected[name].dtype) if value.is_floating_point() else value.double(),
             expected[name],
             tolerance,
+            scale=1e-2 * largest if tolerance is None and name.startswith("grad of ") else 0.0,
         )
 
 
