@@ -1,6 +1,8 @@
 """Shared by all tests: a fresh seed that can be repeated, few threads, poisoned memory, the backends."""
 
 import random
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,24 @@ from dfs_engine import backend as backends
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, default=None, help="seed of every test's random inputs (default: a fresh one)")
+    parser.addoption(
+        "--seed", type=int, default=None, help="seed of every test's random inputs (default: the commit's)"
+    )
 
 
 def pytest_configure(config):
     if config.option.seed is None:
-        config.option.seed = random.SystemRandom().randrange(2**31)
+        config.option.seed = seed_of_commit()
+
+
+def seed_of_commit() -> int:
+    """Fresh with every commit, and the same for everyone who tests that commit; outside a checkout a fresh one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return random.SystemRandom().randrange(2**31)
+    return int(commit[:8], 16) % 2**31
 
 
 def pytest_report_header(config):
