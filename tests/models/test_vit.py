@@ -1,5 +1,6 @@
 """ViT: timm's own models (DESIGN section 2), whatever they are made of."""
 
+import inspect
 import logging
 
 import pytest
@@ -33,6 +34,8 @@ KINDS = {
     "parallel-whole": ("vit_small_patch16_18x2_224", {}),
     "post-norm-whole": ("vit_base_patch16_rpn_224", {}),
 }
+if "scale_attn_norm" in inspect.signature(timm.models.VisionTransformer).parameters:
+    KINDS["attention-norm-whole"] = (NAME, {"scale_attn_norm": True})
 
 
 def make(kind="plain", dtype=torch.float64, start_block=START, **options):
@@ -244,7 +247,7 @@ def test_timm_models_of_another_class_are_refused(name):
 def test_every_listed_vit_builds(name):
     """Whatever else timm puts into a model, stem, blocks and tail together hold all of it."""
     with torch.device("meta"):
-        model, plain = (make_model(name, num_classes=5) for make_model in (create_model, timm.create_model))
+        model, plain = create_model(name, num_classes=5, start_block=0), timm.create_model(name, num_classes=5)
     own_tails = sum(p.numel() for index in range(model.num_exits - 1) for p in model.exit_parameters(index))
     assert count_parameters(model) == count_parameters(plain) + own_tails
     assert type(plain) is timm.models.VisionTransformer
