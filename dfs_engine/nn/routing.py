@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dfs_engine.backend import check_backend
 from dfs_engine.names import check_choice
+from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.ops import live_mean, partitioned_conv2d, partitioned_linear
 from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
@@ -25,6 +26,8 @@ class SlicedReading(NamedTuple):
 
     Attributes:
         live: channels [start, start + live width), with gradient. full: all channels, without.
+
+    Layers are applied with their own weight, or with the one that is given in its place.
     """
 
     live: Tensor
@@ -33,11 +36,11 @@ class SlicedReading(NamedTuple):
     reference: bool
     backend: str | None
 
-    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+    def conv2d(self, layer: nn.Conv2d, weight: Tensor | None = None) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return partitioned_conv2d(
             self.live,
-            layer.weight,
+            layer.weight if weight is None else weight,
             layer.bias,
             *geometry,  # type: ignore[arg-type]
             start=self.start,
@@ -47,10 +50,10 @@ class SlicedReading(NamedTuple):
             backend=self.backend,
         )
 
-    def linear(self, layer: nn.Linear) -> Tensor:
+    def linear(self, layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
         return partitioned_linear(
             self.live,
-            layer.weight,
+            layer.weight if weight is None else weight,
             layer.bias,
             start=self.start,
             stop=self.start + self.live.size(-1),
@@ -69,6 +72,8 @@ class SlicedReading(NamedTuple):
         return _Add.apply(self.live, self.full, branch, self.start, self.reference, dim)
 
     def whole(self, dim: int) -> Tensor:
+        if self.live.size(dim) == self.full.size(dim):
+            return self.live
         stop = self.start + self.live.size(dim)
         return live_slice(self.live, self.start, stop, self.reference, dim, self.full)
 
@@ -86,21 +91,22 @@ class TwoCallReading(NamedTuple):
     columns: ChannelSlice
     num_channels: int
 
-    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+    def conv2d(self, layer: nn.Conv2d, weight: Tensor | None = None) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         if layer.groups != 1:
             raise ValueError(
                 f"variant split: expected convolutions with groups=1, got groups={layer.groups}. Use variant='detach'."
             )
-        columns = self.columns.of(layer.weight, 1)
-        output = F.conv2d(self.live, columns, layer.bias, *geometry)  # type: ignore[arg-type]
+        weight = layer.weight if weight is None else weight
+        output = F.conv2d(self.live, self.columns.of(weight, 1), layer.bias, *geometry)  # type: ignore[arg-type]
         if self.rest is None:
             return output
-        return output + F.conv2d(self.rest, _others(layer.weight, self.columns), None, *geometry)  # type: ignore[arg-type]
+        return output + F.conv2d(self.rest, _others(weight, self.columns), None, *geometry)  # type: ignore[arg-type]
 
-    def linear(self, layer: nn.Linear) -> Tensor:
-        output = F.linear(self.live, self.columns.of(layer.weight, 1), layer.bias)
-        return output if self.rest is None else output + F.linear(self.rest, _others(layer.weight, self.columns))
+    def linear(self, layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
+        weight = layer.weight if weight is None else weight
+        output = F.linear(self.live, self.columns.of(weight, 1), layer.bias)
+        return output if self.rest is None else output + F.linear(self.rest, _others(weight, self.columns))
 
     def global_avg_pool(self) -> "TwoCallReading":
         rest = None if self.rest is None else self.rest.mean((2, 3))
@@ -144,7 +150,33 @@ class _Add(torch.autograd.Function):
         return grad_live, None, grad_output.to(branch_dtype) if needs_branch else None, None, None, None
 
 
-Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading
+class ConcatReading(NamedTuple):
+    """What a reader sees of a dense concatenation (see `nn.concat`): the channels lie in another order than a layer's.
+
+    Attributes:
+        stored: the channels as they lie. order: which ones of the layer's input they are.
+    """
+
+    stored: SlicedReading | TwoCallReading
+    order: ChannelOrder
+
+    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+        return self.stored.conv2d(layer, self.order.columns_of(layer.weight))
+
+    def linear(self, layer: nn.Linear) -> Tensor:
+        return self.stored.linear(layer, self.order.columns_of(layer.weight))
+
+    def global_avg_pool(self) -> "ConcatReading":
+        return self._replace(stored=self.stored.global_avg_pool())
+
+    def add(self, branch: Tensor, dim: int) -> Tensor:
+        return self.whole(dim) + branch
+
+    def whole(self, dim: int) -> Tensor:
+        return self.order.restore(self.stored.whole(dim), dim)
+
+
+Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading | ConcatReading
 
 
 def apply_layer(layer: nn.Conv2d | nn.Linear, input: Reading) -> Tensor:
@@ -170,6 +202,13 @@ def add(input: Reading, branch: Tensor, dim: int = -1) -> Tensor:
         The feature's shape, in the dtype that stock addition promotes to.
     """
     return input + branch if isinstance(input, Tensor) else input.add(branch, dim)
+
+
+def read_like(tensor: Tensor, input: Reading) -> Reading:
+    """A tensor that is not split, for the layer behind one that read `input`: in the `dfs` variant by the same ops."""
+    if not isinstance(input, SlicedReading):
+        return tensor
+    return input._replace(live=tensor, full=tensor.detach(), start=0, reference=True)
 
 
 def whole(input: Reading, dim: int = -1) -> Tensor:
