@@ -14,6 +14,7 @@ from dfs_engine.nn.routing import (
     add,
     apply_layer,
     global_avg_pool,
+    multiply,
     read_like,
     whole,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "concat",
     "fork_concat",
     "global_avg_pool",
+    "multiply",
     "produce_readings",
     "read_like",
     "whole",

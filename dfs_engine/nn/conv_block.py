@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs_engine.nn.routing import Fork, Reading, SlicedReading, read_like
-from dfs_engine.ops import conv_block
+from dfs_engine.ops import conv_block, norm_relu
 
 
 def produce_readings(
@@ -49,29 +49,22 @@ def produce_readings(
     )
 
 
-def apply_norm_relu(bn: nn.BatchNorm2d, z: Tensor, input: Reading) -> Reading:
-    """ReLU of `bn`'s output, which nobody splits; in the `dfs` variant one op.
+def apply_norm_relu(bn: nn.BatchNorm2d, z: Tensor, input: Reading, residual: Tensor | None = None) -> Reading:
+    """ReLU of `bn`'s output plus a residual, which nobody splits; in the `dfs` variant one op.
 
     Args:
         z: (N, C, H, W), what a layer made of `input`.
         input: how that layer read; the result is for layers that read alike (see `read_like`).
+        residual: (N, C, H, W), added between `bn` and the ReLU.
     """
     if not isinstance(input, SlicedReading) or type(bn) is not nn.BatchNorm2d:  # e.g. converted to SyncBatchNorm
-        return read_like(F.relu(bn(z), inplace=True), input)
-    num_channels = z.size(1)
-    produced = conv_block(
-        z,
-        **_normalisation(bn),
-        relu_first=False,
-        num_shared=num_channels,
-        exit_start=num_channels,
-        backend=input.backend,
-    )
-    return read_like(produced.shared, input)
+        feature = bn(z)
+        return read_like(F.relu(feature if residual is None else feature.add_(residual), inplace=True), input)
+    return read_like(norm_relu(z, **_normalisation(bn), residual=residual, backend=input.backend), input)
 
 
 def _normalisation(bn: nn.BatchNorm2d) -> dict[str, Any]:
-    """What `conv_block` takes from `bn`; counts the batch, as its own forward does."""
+    """What the ops take from `bn`; counts the batch, as its own forward does."""
     training = bn.training or bn.running_mean is None
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.num_batches_tracked is not None:

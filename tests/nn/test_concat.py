@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import Fork, add, apply_layer, concat, fork_concat, global_avg_pool, whole
+from dfs_engine.nn import Fork, add, apply_layer, concat, fork_concat, global_avg_pool, multiply, whole
 from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.partition import ChannelSlice
 
@@ -61,6 +61,7 @@ class Chain(nn.Module):
         kinds = [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "stride": 2}]
         self.convs = nn.ModuleList(nn.Conv2d(width, 5, **kinds[index % 3], **dd) for index, width in enumerate(sums))
         self.linear = nn.Linear(sums[-1], 4, **dd)
+        self.depthwise = nn.Conv2d(sums[-1], sums[-1], 3, groups=sums[-1], **dd)
 
     def forward(self, fork: Fork, features: list[torch.Tensor], is_reading: bool) -> list[torch.Tensor]:
         x, *new = [fork.whole(feature) for feature in features] if is_reading else features
@@ -71,8 +72,9 @@ class Chain(nn.Module):
         readings += [exit, concat(deeper, new[3])]
         outputs = [apply_layer(conv, reading) for conv, reading in zip(self.convs, readings, strict=True)]
         last = readings[-1]
-        outputs += [apply_layer(self.linear, global_avg_pool(last)), whole(last, 1)]
-        return [*outputs, add(last, torch.ones_like(outputs[-1]), 1)]
+        outputs += [apply_layer(self.linear, global_avg_pool(last)), apply_layer(self.depthwise, last)]
+        seen = whole(last, 1)
+        return [*outputs, add(last, seen.detach(), 1), multiply(last, seen.detach(), 1), seen]
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
@@ -90,10 +92,8 @@ def test_against_cat_and_detach(beta, reference, exit_gradient, backend):
         grads = grads or [torch.randn_like(output) for output in outputs]
         wanted = [*inputs, *chain.parameters()]
         gradients = torch.autograd.grad(outputs, wanted, grads, materialize_grads=True)
-        # Of whole(...), the outputs' last but one, the gradient reaches what is live and nothing else.
-        (seen,) = torch.autograd.grad(
-            chain(fork, inputs, is_reading)[-2].sum(), inputs[0], materialize_grads=True, allow_unused=True
-        )
+        # Of `whole` the gradient reaches what is live and nothing else.
+        (seen,) = torch.autograd.grad(chain(fork, inputs, is_reading)[-1].sum(), inputs[0], materialize_grads=True)
         return [*outputs, *gradients, seen]
 
     expected = run("detach")
