@@ -12,11 +12,11 @@ from tqdm import tqdm
 from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES
 from dfs_engine.models import VARIANTS, check_model
-from dfs_engine.names import check_choice, split_choices
+from dfs_engine.names import check_choice, split_betas, split_choices
 
 from .breakdown import profile_step
 from .measure import append_csv, environment, measure_phases, peak_memory
-from .options import LAYOUTS, check_least, split_betas, split_ints
+from .options import LAYOUTS, check_least, split_ints
 from .train_report import Case, TrainReport, TrainRow
 from .train_step import UNSPLIT, StepBuilder
 

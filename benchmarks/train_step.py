@@ -145,7 +145,7 @@ class StepBuilder:
     def count_flops(self, case: Case) -> FlopCount:
         """Of the whole batch, counted on two images: all of it is proportional to the batch."""
         model = self._model(case.variant, case.beta).to(self.config.device)
-        two = count_flops(model, self.shape, 2, device=self.config.device)
+        two = count_flops(model, self.images[:1].expand(2, *self.shape).to(self.config.device))
         per_two = self.batch_size / 2
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
 

@@ -1,4 +1,4 @@
-"""Checks of names against those that exist: how a configuration and a command line say "this" or "these of those"."""
+"""Checks of names and of lists: how a configuration and a command line say "this" or "these of those"."""
 
 import difflib
 from collections.abc import Iterable
@@ -33,3 +33,18 @@ def split_choices(argument: str, value: str, valid: Iterable[str]) -> list[str]:
     if not chosen:
         raise ValueError(f"{argument}: expected a comma-separated list of {', '.join(names)}, got {value!r}.")
     return list(dict.fromkeys(chosen))
+
+
+def split_betas(argument: str, value: str) -> list[float]:
+    """The shares of channels in `value`, in order, without repeats.
+
+    Raises:
+        ValueError: an empty list, or something else than a number in [0, 1].
+    """
+    try:
+        numbers = [float(part) for part in value.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 <= number <= 1 for number in numbers):
+        raise ValueError(f"{argument}: expected comma-separated numbers in [0, 1], got {value!r}.")
+    return list(dict.fromkeys(numbers))

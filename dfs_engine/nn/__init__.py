@@ -1,14 +1,28 @@
 """Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
 
+from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
-from dfs_engine.nn.conv_block import produce_readings
+from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
 from dfs_engine.nn.exit_head import ExitHead
 from dfs_engine.nn.linear import PartitionedLinear, convert_linears
 from dfs_engine.nn.norm_linear import apply_norm_linear
-from dfs_engine.nn.routing import VARIANTS, Fork, Reading, add, apply_layer, global_avg_pool, map_channels, whole
+from dfs_engine.nn.routing import (
+    VARIANTS,
+    ConcatReading,
+    Fork,
+    Reading,
+    add,
+    apply_layer,
+    global_avg_pool,
+    map_channels,
+    multiply,
+    read_like,
+    whole,
+)
 
 __all__ = [
     "VARIANTS",
+    "ConcatReading",
     "ExitHead",
     "Fork",
     "PartitionedConv2d",
@@ -17,9 +31,14 @@ __all__ = [
     "add",
     "apply_layer",
     "apply_norm_linear",
+    "apply_norm_relu",
+    "concat",
     "convert_linears",
+    "fork_concat",
     "global_avg_pool",
     "map_channels",
+    "multiply",
     "produce_readings",
+    "read_like",
     "whole",
 ]

@@ -30,7 +30,8 @@ class ModelConfig:
     """Which multi-exit model, and how its features are split between the exits and the deeper layers."""
 
     name: str = "vgg7_64"
-    """vgg7_64 (32 pixels, 6 exits), vgg16_64 (224 pixels, 13 exits), or any timm ViT by its own name."""
+    """vgg7_64, msdnet_cifar or msdnet_cifar_lin_grow (32 pixels; 6, 7 and 5 exits), vgg16_64 or msdnet_imagenet (224
+    pixels; 13 and 5 exits), or any timm ViT by its own name."""
     beta: float = 0.5
     """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
     variant: str = "dfs"
