@@ -363,7 +363,9 @@ def test_a_real_step_computes_what_dfs_info_counts(name, reference):
         assert count_flops(model, model.example_input(2)) == row.flops
     flops = {row.variant: row.flops for row in rows}
     assert flops["dfs"].backward < flops["detach"].backward
-    assert (flops["dfs"].forward < flops["detach"].forward) == (not reference)
+    # A normalisation fills the channels that read as zero, so that behind it nothing can be left out.
+    reads_less = not reference and not name.startswith("vit")
+    assert (flops["dfs"].forward < flops["detach"].forward) == reads_less
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_backward_computes_less(beta, reference, backend):
     """Exactly the columns of qkv's input gradient that nobody uses, in every block behind a fork."""
     options = {"dtype": torch.float32, "beta": beta, "reference": reference, "backend": backend}
     counts = {
-        variant: count_flops(make(variant=variant, **options), (3, 16, 16), 2)
+        variant: count_flops(make(variant=variant, **options), images(2, torch.float32, 16))
         for variant in ("dense", "detach", "dfs")
     }  # fmt: skip
     channels, num_tokens, num_images, num_readers = 18, 5, 2, 2
