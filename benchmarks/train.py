@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES
-from dfs_engine.models import VARIANTS, list_models
+from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.names import check_choice, split_choices
 
 from .breakdown import profile_step
@@ -26,7 +26,7 @@ class BenchTrainConfig:
     """What `dfs bench train` times. Lists are comma-separated; data is synthetic (normal images, random labels).
 
     Attributes:
-        model: a name of `list_models()`.
+        model: a name of `list_models("*")`.
         batch_size: images per step; several: one interleaving each.
         variants: of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
         layouts: of nchw, channels_last.
@@ -68,7 +68,7 @@ class BenchTrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("model", self.model, list_models())
+        check_model(self.model)
         split_ints("batch_size", self.batch_size)
         split_choices("variants", self.variants, (*VARIANTS, "byot"))
         split_choices("layouts", self.layouts, LAYOUTS)

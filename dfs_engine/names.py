@@ -13,9 +13,13 @@ def check_choice(argument: str, value: object, valid: Iterable[str]) -> str:
     names = list(valid)
     if isinstance(value, str) and value in names:
         return value
-    nearest = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {value!r}.{hint}")
+    raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {value!r}.{nearest_name(value, names)}")
+
+
+def nearest_name(value: object, valid: Iterable[str]) -> str:
+    """What an error message adds: a question with the name that looks most like `value`, if any does."""
+    nearest = difflib.get_close_matches(str(value), list(valid), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def split_choices(argument: str, value: str, valid: Iterable[str]) -> list[str]:

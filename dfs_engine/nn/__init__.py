@@ -3,9 +3,9 @@
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import produce_readings
 from dfs_engine.nn.exit_head import ExitHead
-from dfs_engine.nn.linear import PartitionedLinear
+from dfs_engine.nn.linear import PartitionedLinear, convert_linears
 from dfs_engine.nn.norm_linear import apply_norm_linear
-from dfs_engine.nn.routing import VARIANTS, Fork, Reading, add, apply_layer, global_avg_pool, whole
+from dfs_engine.nn.routing import VARIANTS, Fork, Reading, add, apply_layer, global_avg_pool, map_channels, whole
 
 __all__ = [
     "VARIANTS",
@@ -17,7 +17,9 @@ __all__ = [
     "add",
     "apply_layer",
     "apply_norm_linear",
+    "convert_linears",
     "global_avg_pool",
+    "map_channels",
     "produce_readings",
     "whole",
 ]

@@ -86,6 +86,18 @@ class PartitionedLinear(nn.Linear):
         return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
 
 
+def convert_linears(module: nn.Module, backend: str | None = None) -> None:
+    """Lets this engine's kernels compute every plain `nn.Linear` inside `module`: the same parameters, whole gradients.
+
+    Layers of another class, subclasses among them, are left alone.
+    """
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, PartitionedLinear.from_linear(child, backend=backend))
+        else:
+            convert_linears(child, backend)
+
+
 def _share_parameters(source: nn.Module, target: nn.Module) -> Any:
     target.weight, target.bias = source.weight, source.bias
     return target.train(source.training)

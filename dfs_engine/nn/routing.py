@@ -5,6 +5,7 @@ which carries the gradient, beside what it may only look at. Layers are stock mo
 state_dict.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -65,11 +66,16 @@ class SlicedReading(NamedTuple):
         live, full = live_mean(self.live, self.full, self.start)
         return self._replace(live=live, full=full)
 
+    def map_channels(self, function: Callable[[Tensor], Tensor]) -> "SlicedReading":
+        return self._replace(live=function(self.live), full=function(self.full))
+
     def add(self, branch: Tensor, dim: int) -> Tensor:
         return _Add.apply(self.live, self.full, branch, self.start, self.reference, dim)
 
     def whole(self, dim: int) -> Tensor:
         stop = self.start + self.live.size(dim)
+        if stop - self.start == self.full.size(dim):
+            return self.live
         return live_slice(self.live, self.start, stop, self.reference, dim, self.full)
 
 
@@ -103,8 +109,10 @@ class TwoCallReading(NamedTuple):
         return output if self.rest is None else output + F.linear(self.rest, _others(layer.weight, self.columns))
 
     def global_avg_pool(self) -> "TwoCallReading":
-        rest = None if self.rest is None else self.rest.mean((2, 3))
-        return self._replace(live=self.live.mean((2, 3)), rest=rest)
+        return self.map_channels(lambda part: part.mean((2, 3)))
+
+    def map_channels(self, function: Callable[[Tensor], Tensor]) -> "TwoCallReading":
+        return self._replace(live=function(self.live), rest=None if self.rest is None else function(self.rest))
 
     def add(self, branch: Tensor, dim: int) -> Tensor:
         return self.whole(dim) + branch
@@ -157,6 +165,14 @@ def apply_layer(layer: nn.Conv2d | nn.Linear, input: Reading) -> Tensor:
 def global_avg_pool(input: Reading) -> Reading:
     """(N, C, H, W) -> (N, C)."""
     return input.mean((2, 3)) if isinstance(input, Tensor) else input.global_avg_pool()
+
+
+def map_channels(function: Callable[[Tensor], Tensor], input: Reading) -> Reading:
+    """What a reader of `function(feature)` gets, for a function that treats every channel alone and keeps their axis.
+
+    Without referencing, what it makes of zeros has to be zeros.
+    """
+    return function(input) if isinstance(input, Tensor) else input.map_channels(function)
 
 
 def add(input: Reading, branch: Tensor, dim: int = -1) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 def build_model(config: ModelConfig, num_classes: int) -> MultiExitModel:
     """The model that `config` names."""
-    return create_model(num_classes=num_classes, **vars(config))
+    return create_model(num_classes=num_classes, **_model_arguments(config))
 
 
 def input_shape(config: ModelConfig) -> tuple[int, int, int]:
     """(C, H, W) of the images that the model was made for, found without making its weights."""
-    return create_model(**vars(config), device="meta").input_shape
+    return create_model(**_model_arguments(config), device="meta").input_shape
+
+
+def _model_arguments(config: ModelConfig) -> dict[str, Any]:
+    shared = {**vars(config)}
+    options = shared.pop("options")
+    return dict(**shared, **options)
 
 
 def build_method(config: TrainConfig, model: MultiExitModel) -> Method:

@@ -9,7 +9,7 @@ from typing import Any
 from dfs_engine.backend import BACKENDS
 from dfs_engine.data.config import DataConfig
 from dfs_engine.methods import ByotConfig, list_methods
-from dfs_engine.models import VARIANTS, list_models
+from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.names import check_choice
 from dfs_engine.partition import check_beta
 
@@ -30,7 +30,7 @@ class ModelConfig:
     """Which multi-exit model, and how its features are split between the exits and the deeper layers."""
 
     name: str = "vgg7_64"
-    """vgg7_64 (32 pixels, 6 exits) or vgg16_64 (224 pixels, 13 exits)."""
+    """vgg7_64 (32 pixels, 6 exits), vgg16_64 (224 pixels, 13 exits), or any timm ViT by its own name."""
     beta: float = 0.5
     """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
     variant: str = "dfs"
@@ -41,9 +41,11 @@ class ModelConfig:
     """own (the exit trains its channels only) or whole (all of them). Default: the family's."""
     backend: str | None = None
     """Kernels of the dfs variant: aten, cpp or triton. Default: the fastest one that is there."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The family's own options, for example {img_size: 32, depth: 6} of a ViT."""
 
     def __post_init__(self) -> None:
-        check_choice("model.name", self.name, list_models())
+        check_model(self.name, "model.name")
         check_choice("model.variant", self.variant, VARIANTS)
         if self.exit_gradient is not None:
             check_choice("model.exit_gradient", self.exit_gradient, ("own", "whole"))

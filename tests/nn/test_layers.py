@@ -9,7 +9,7 @@ from torch import nn
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import PartitionedConv2d, PartitionedLinear
+from dfs_engine.nn import PartitionedConv2d, PartitionedLinear, convert_linears
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -163,3 +163,25 @@ def test_wrong_channel_count_names_the_shapes():
         PartitionedConv2d(6, 2, 3)(torch.randn(1, 5, 4, 4))
     with pytest.raises(ValueError, match=r"^partitioned_linear: .* got input \(1, 5\) and weight \(2, 6\)"):
         PartitionedLinear(6, 2)(torch.randn(1, 5))
+
+
+def test_convert_linears_keeps_parameters_names_and_values(backend):
+    class Lookalike(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(
+        nn.Linear(4, 3, **DD), nn.Sequential(nn.GELU(), nn.Linear(3, 5, False, **DD)), Lookalike(5, 2, **DD)
+    )
+    input = torch.randn(2, 7, 4, **DD)
+    parameters, state, expected = list(model.parameters()), model.state_dict(), model(input)
+    truth = torch.autograd.grad(expected.square().sum(), parameters)
+    convert_linears(model, backend)
+    assert [type(model[0]), type(model[1][1]), type(model[2])] == [PartitionedLinear, PartitionedLinear, Lookalike]
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    output = model(input)
+    assert backends.last_used("partitioned_linear") == backend
+    actual = torch.autograd.grad(output.square().sum(), parameters)
+    for left, right in zip((output, *actual), (expected, *truth), strict=True):
+        assert_close("result", left, right)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import VARIANTS, ExitHead, Fork, add, apply_layer, global_avg_pool, whole
+from dfs_engine.nn import VARIANTS, ExitHead, Fork, add, apply_layer, global_avg_pool, map_channels, whole
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -201,3 +201,18 @@ def test_whole_is_the_published_formulation(variant, reference):
     (actual,) = torch.autograd.grad(seen, feature, grad)
     assert torch.equal(actual[..., start:stop], grad[..., start:stop])
     assert not actual[..., :start].any()
+
+
+@pytest.mark.parametrize("variant", ["dense", "detach", "split", "dfs"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_map_channels(variant, reference):
+    feature = torch.randn(2, 3, CHANNELS, dtype=torch.float64, requires_grad=True)
+    reading = Fork(0.3, variant, reference=reference, dim=-1)(feature)[0]
+
+    def pool(tokens):
+        return tokens[:, :2].mean(1)
+
+    before, after = pool(whole(reading)), whole(map_channels(pool, reading))
+    assert torch.equal(after, before)
+    grads = [torch.autograd.grad(output.square().sum(), feature, retain_graph=True) for output in (after, before)]
+    assert_close("feature", *grads[0], *grads[1])

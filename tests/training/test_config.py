@@ -2,6 +2,7 @@ import pytest
 
 from dfs_engine.data import DataConfig
 from dfs_engine.methods import ByotConfig
+from dfs_engine.training.build import build_model, input_shape
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 
 
@@ -41,7 +42,7 @@ def test_frozen():
 
 def test_to_dict_is_plain_and_rebuilds():
     config = TrainConfig(
-        model=ModelConfig(beta=0.3),
+        model=ModelConfig(beta=0.3, options={"width": 8}),
         optim=OptimConfig(schedule="multistep", milestones=(1, 2)),
         data=DataConfig(name="synthetic", flip=True),
         epochs=4,
@@ -59,3 +60,14 @@ def test_to_dict_is_plain_and_rebuilds():
         }
     )
     assert rebuilt == config
+
+
+def test_options_of_the_family_reach_the_model():
+    config = ModelConfig(name="vgg7_64", options={"width": 3, "in_channels": 1})
+    model = build_model(config, num_classes=4)
+    assert model.get_config()["width"] == 3
+    assert input_shape(config) == (1, 32, 32)
+    with pytest.raises(TypeError, match="widht"):
+        build_model(ModelConfig(options={"widht": 3}), num_classes=4)
+    with pytest.raises(TypeError, match="beta"):  # said twice
+        build_model(ModelConfig(options={"beta": 0.3}), num_classes=4)
