@@ -102,16 +102,15 @@ def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dfs_engine.evaluation.metrics import table
+    from dfs_engine.evaluation.metrics import TITLES, table
 
     accuracy = Table()
     accuracy.add_column("exit")
-    for heading in ("top-1 %", "top-5 %", "loss"):
-        accuracy.add_column(heading, justify="right")
-    for name, top1, top5, loss in table(metrics):
-        accuracy.add_row(
-            name, f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", style="bold" if name == "ensemble" else None
-        )
+    for metric in metrics["ensemble"]:
+        accuracy.add_column(f"{TITLES[metric]} %" if metric in TITLES else metric, justify="right")
+    for name, *shares, loss in table(metrics):
+        cells = [*(f"{share:.2f}" for share in shares), f"{loss:.4f}"]
+        accuracy.add_row(name, *cells, style="bold" if name == "ensemble" else None)
     print(title)  # not the table's: it would wrap at the table's width
     Console().print(accuracy)
 
@@ -143,7 +142,7 @@ def _train(values: Any, line: list[str]) -> int:
         _fail(str(error), 1)
     if trainer.accelerator.is_main_process:
         _print_accuracy(
-            result.metrics, f"Test accuracy after {trainer.progress.epoch} epochs on {trainer.data.description}"
+            result.metrics, f"Test results after {trainer.progress.epoch} epochs on {trainer.data.description}"
         )
         print(f"run folder: {result.run_dir}")
         _write_json(values.json, {"run_dir": str(result.run_dir), "metrics": result.metrics, "epochs": result.rows})
