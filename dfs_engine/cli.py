@@ -113,10 +113,11 @@ def _print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[st
 
 
 def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
-    from dfs_engine.evaluation.metrics import table
+    from dfs_engine.evaluation.metrics import TITLES, table
 
-    rows = [(name, f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}") for name, top1, top5, loss in table(metrics)]
-    _print_table(title, ("exit", "top-1 %", "top-5 %", "loss"), rows)
+    headings = [f"{TITLES[metric]} %" if metric in TITLES else metric for metric in metrics["ensemble"]]
+    rows = [(name, *(f"{share:.2f}" for share in shares), f"{loss:.4f}") for name, *shares, loss in table(metrics)]
+    _print_table(title, ("exit", *headings), rows)
 
 
 def _train_flags(parser: Parser) -> None:
@@ -146,7 +147,7 @@ def _train(values: Any, line: list[str]) -> int:
         _fail(str(error), 1)
     if trainer.accelerator.is_main_process:
         _print_accuracy(
-            result.metrics, f"Test accuracy after {trainer.progress.epoch} epochs on {trainer.data.description}"
+            result.metrics, f"Test results after {trainer.progress.epoch} epochs on {trainer.data.description}"
         )
         print(f"run folder: {result.run_dir}")
         _write_json(values.json, {"run_dir": str(result.run_dir), "metrics": result.metrics, "epochs": result.rows})

@@ -1,6 +1,6 @@
 """The contract of every multi-exit model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,11 @@ class Block(nn.Module):
         return made
 
 
+def run_model(model: nn.Module, input: Tensor | Mapping[str, Tensor], **options: Any) -> Any:
+    """Calls a multi-exit model, or what wraps one, on a batch: a tensor, or a mapping of its keyword arguments."""
+    return model(**input, **options) if isinstance(input, Mapping) else model(input, **options)
+
+
 class MultiExitModel(nn.Module):
     """A chain of blocks, each feeding one exit; every feature but the last is forked by Deep Feature Surgery.
 
@@ -39,7 +44,7 @@ class MultiExitModel(nn.Module):
         exits: module k maps a `Reading` of f_k to logits (N, num_classes).
         fork: routes the features.
         num_classes: width of the logits.
-        input_shape: (C, H, W) of one image, as published.
+        input_shape: (C, H, W) of one image, as published; (T,) of a model that reads at most T tokens.
     """
 
     # Set by `create_model`, for `get_config`.
@@ -53,7 +58,7 @@ class MultiExitModel(nn.Module):
         fork: Fork,
         *,
         num_classes: int,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
     ) -> None:
         super().__init__()
         assert len(blocks) == len(exits)

@@ -111,5 +111,5 @@ def create_model(
     )
     # Where the weights lie and where they came from is no part of what the model is.
     kept = {key: value for key, value in options.items() if key not in ("device", "dtype", "pretrained")}
-    model.name, model.options = name, kept
+    model.name, model.options = name, kept | model.options
     return model

@@ -4,7 +4,8 @@ from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
 from dfs_engine.nn.exit_head import ExitHead
-from dfs_engine.nn.linear import PartitionedLinear, convert_linears
+from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
+from dfs_engine.nn.loss import exit_loss
 from dfs_engine.nn.norm_linear import apply_norm_linear
 from dfs_engine.nn.routing import (
     VARIANTS,
@@ -30,10 +31,12 @@ __all__ = [
     "Reading",
     "add",
     "apply_layer",
+    "apply_linears",
     "apply_norm_linear",
     "apply_norm_relu",
     "concat",
     "convert_linears",
+    "exit_loss",
     "fork_concat",
     "global_avg_pool",
     "map_channels",

@@ -21,6 +21,13 @@ from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
         (lambda: OptimConfig(schedule="multistep", milestones=(5, 3)), r"optim.milestones: expected rising epochs"),
         (lambda: OptimConfig(schedule="multistep", milestones=(0,)), r"optim.milestones: expected rising epochs"),
         (lambda: OptimConfig(nesterov=True, momentum=0), r"optim.nesterov: expected optim.momentum > 0"),
+        (lambda: OptimConfig(name="adam"), r"optim.name: expected one of sgd, adamw, got 'adam'. Did you mean 'adamw'"),
+        (lambda: OptimConfig(name="adamw", nesterov=True), r"optim.nesterov: expected optim.name=sgd, got adamw"),
+        (
+            lambda: OptimConfig(name="adamw", adam_beta2=1.0),
+            r"optim.adam_beta2: expected a number in \[0, 1\), got 1.0",
+        ),
+        (lambda: OptimConfig(adam_eps=-1.0), r"optim.adam_eps: expected a number >= 0"),
         (lambda: TrainConfig(epochs=0), r"epochs: expected a number >= 1, got 0"),
         (lambda: TrainConfig(batch_size=0), r"batch_size: expected a number >= 1"),
         (lambda: TrainConfig(num_threads=0), r"num_threads: expected a number >= 1"),
