@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import dfs_engine._checkout  # noqa: F401
-from dfs_engine.models import MultiExitModel, create_model, list_models
+from dfs_engine.models import MultiExitModel, attach_exits, create_model, list_models
 from dfs_engine.partition import ChannelSlice, Partition, PartitionedFeature, partition
 
 try:
@@ -16,6 +16,7 @@ __all__ = [
     "MultiExitModel",
     "Partition",
     "PartitionedFeature",
+    "attach_exits",
     "create_model",
     "list_models",
     "partition",

@@ -1,8 +1,9 @@
 """Multi-exit models: the contract, the registry, one file a family."""
 
 from dfs_engine.models import vgg  # registers its models
+from dfs_engine.models.attach import AttachedModel, attach_exits
 from dfs_engine.models.multi_exit import MultiExitModel
 from dfs_engine.models.registry import create_model, list_models
 from dfs_engine.nn.routing import VARIANTS
 
-__all__ = ["VARIANTS", "MultiExitModel", "create_model", "list_models", "vgg"]
+__all__ = ["VARIANTS", "AttachedModel", "MultiExitModel", "attach_exits", "create_model", "list_models", "vgg"]

@@ -2,7 +2,7 @@
 
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import produce_readings
-from dfs_engine.nn.exit_head import ExitHead
+from dfs_engine.nn.exit_head import ExitHead, TokenHead
 from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.norm_linear import apply_norm_linear
 from dfs_engine.nn.routing import VARIANTS, Fork, Reading, add, apply_layer, global_avg_pool, whole
@@ -14,6 +14,7 @@ __all__ = [
     "PartitionedConv2d",
     "PartitionedLinear",
     "Reading",
+    "TokenHead",
     "add",
     "apply_layer",
     "apply_norm_linear",
