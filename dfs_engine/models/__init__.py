@@ -3,7 +3,18 @@
 from dfs_engine.models import vgg  # registers its models
 from dfs_engine.models.attach import AttachedModel, attach_exits
 from dfs_engine.models.multi_exit import MultiExitModel
+from dfs_engine.models.official import load_official_state_dict, to_official_state_dict
 from dfs_engine.models.registry import create_model, list_models
 from dfs_engine.nn.routing import VARIANTS
 
-__all__ = ["VARIANTS", "AttachedModel", "MultiExitModel", "attach_exits", "create_model", "list_models", "vgg"]
+__all__ = [
+    "VARIANTS",
+    "AttachedModel",
+    "MultiExitModel",
+    "attach_exits",
+    "create_model",
+    "list_models",
+    "load_official_state_dict",
+    "to_official_state_dict",
+    "vgg",
+]
