@@ -3,7 +3,14 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import dfs_engine._checkout  # noqa: F401
-from dfs_engine.models import MultiExitModel, create_model, list_models
+from dfs_engine.models import (
+    MultiExitModel,
+    attach_exits,
+    create_model,
+    list_models,
+    load_official_state_dict,
+    to_official_state_dict,
+)
 from dfs_engine.partition import ChannelSlice, Partition, PartitionedFeature, partition
 
 try:
@@ -16,7 +23,10 @@ __all__ = [
     "MultiExitModel",
     "Partition",
     "PartitionedFeature",
+    "attach_exits",
     "create_model",
     "list_models",
+    "load_official_state_dict",
     "partition",
+    "to_official_state_dict",
 ]

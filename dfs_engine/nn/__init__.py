@@ -3,7 +3,7 @@
 from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
-from dfs_engine.nn.exit_head import ExitHead
+from dfs_engine.nn.exit_head import ExitHead, TokenHead
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
 from dfs_engine.nn.loss import exit_loss
 from dfs_engine.nn.norm_linear import apply_norm_linear
@@ -29,6 +29,7 @@ __all__ = [
     "PartitionedConv2d",
     "PartitionedLinear",
     "Reading",
+    "TokenHead",
     "add",
     "apply_layer",
     "apply_linears",

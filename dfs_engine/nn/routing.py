@@ -152,6 +152,15 @@ class TwoCallReading(NamedTuple):
         return torch.cat([self.live, rest] if self.columns.start == 0 else [rest, self.live], dim)
 
 
+def two_call_reading(feature: Tensor, columns: ChannelSlice, reference: bool, dim: int) -> TwoCallReading:
+    """`feature` for a reader of `columns`, a slice that starts at 0 or ends at the last channel."""
+    num_channels, rest = feature.size(dim), None
+    if reference:
+        others = ChannelSlice(columns.stop, num_channels) if columns.start == 0 else ChannelSlice(0, columns.start)
+        rest = others.of(feature, dim).detach()
+    return TwoCallReading(columns.of(feature, dim), rest, columns, num_channels)
+
+
 def _others(weight: Tensor, columns: ChannelSlice) -> Tensor:
     """The weight columns outside a slice that starts at 0 or ends at the last column."""
     return weight[:, columns.stop :] if columns.start == 0 else weight[:, : columns.start]
@@ -357,11 +366,7 @@ class Fork(nn.Module):
             return feature
         if self.variant == "detach" or columns.width == 0:
             return live_slice(feature, *columns, self.reference, self.dim)
-        live, rest, num_channels = columns.of(feature, self.dim), None, feature.size(self.dim)
-        if self.reference:
-            others = ChannelSlice(columns.stop, num_channels) if columns.start == 0 else ChannelSlice(0, columns.start)
-            rest = others.of(feature, self.dim).detach()
-        return TwoCallReading(live, rest, columns, num_channels)
+        return two_call_reading(feature, columns, self.reference, self.dim)
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,351 @@
+"""Exits on a backbone that was written without them."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from dfs_engine.models.backbone import (
+    Consumers,
+    Observation,
+    check_names,
+    copy_to_try,
+    find_consumers,
+    image_for,
+    observe,
+)
+from dfs_engine.models.multi_exit import MultiExitModel
+from dfs_engine.nn import ExitHead, Fork, PartitionedConv2d, PartitionedLinear, Reading, TokenHead, apply_layer, whole
+from dfs_engine.nn.routing import two_call_reading
+from dfs_engine.partition import ChannelSlice, Partition
+
+logger = logging.getLogger(__name__)
+
+
+def attach_exits(
+    backbone: nn.Module,
+    at: Sequence[str],
+    *,
+    beta: float = 0.5,
+    head: Callable[[int, int], nn.Module] | None = None,
+    num_classes: int | None = None,
+    variant: str = "dfs",
+    reference: bool = True,
+    exit_gradient: str = "own",
+    backend: str | None = None,
+    example_input: Tensor | None = None,
+) -> "AttachedModel":
+    """A multi-exit model of a backbone: an exit at the output of each named module, the backbone's own output the last.
+
+    The backbone is used, not copied. Until `to_backbone()`, each named module has a forward hook, and each `nn.Conv2d`
+    or `nn.Linear` that reads a named module's output directly computes grad_input for its slice alone: the same object
+    with the same Parameters and state_dict keys, of the class `PartitionedConv2d` or `PartitionedLinear`. Whatever else
+    reads a feature (a sum, a concatenation, a normalisation, a pool) gets the published `cat` + `detach`: the same
+    gradients, no work saved. Where torch.fx cannot trace the backbone, everything gets that. The log says which and
+    why; `model.consumers` holds it.
+
+    Args:
+        backbone: input -> logits (N, num_classes).
+        at: names as in `backbone.named_modules()`, shallow to deep, of modules that run once in a forward pass and
+            return images (N, C, H, W) or tokens (N, T, C).
+        beta, variant, reference, exit_gradient, backend: as `create_model`.
+        head: (channels, num_classes) -> module from a feature to logits (N, num_classes). None: `ExitHead` with a bias
+            for images, `TokenHead` for tokens.
+        num_classes: None: as many as the backbone's output has.
+        example_input: an input of the backbone, on which a copy of it runs once. None: one image of 224 x 224 pixels
+            with the channels that the first convolution reads.
+
+    Raises:
+        ValueError: an unknown name, a module that does not run exactly once, names in another order than the forward
+            pass, an output that is not (N, num_classes), an unknown option. TypeError: a named module that returns no
+            tensor. The backbone is unchanged then.
+    """
+    make_fork = functools.partial(
+        Fork, beta, variant, reference=reference, exit_gradient=exit_gradient, backend=backend
+    )
+    fork = make_fork()
+    names = check_names(backbone, at)
+    twin = copy_to_try(backbone)
+    seen = _observe(twin, names, example_input)
+    width = seen.output.size(1)
+    if num_classes not in (None, width):
+        raise ValueError(
+            f"num_classes: expected {width}, the width of the backbone's output, got {num_classes}. "
+            "Replace the backbone's last layer first, or leave num_classes out."
+        )
+    exits = []
+    for name, feature in seen.features.items():
+        dim = 1 if feature.dim() > 3 else -1
+        classifier = _default_head(name, feature, width) if head is None else head(feature.size(dim), width)
+        classifier.to(feature.device, feature.dtype)
+        exits.append(AttachedExit(name, classifier, make_fork(dim=dim), feature.size(dim)))
+    try:
+        consumers, reason = find_consumers(twin, names), None
+    except Exception as error:  # the backbone's code runs on proxies, and may raise anything there
+        consumers = dict.fromkeys(names, Consumers((), ("whatever reads it",), writes=True))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    model = AttachedModel(backbone, exits, fork, seen, consumers)
+    if variant in _PARTITIONED:
+        _log(model.consumers, reason)
+    return model
+
+
+def _observe(twin: nn.Module, names: list[str], example_input: Tensor | None) -> Observation:
+    if example_input is not None:
+        return observe(twin, names, example_input)
+    image = image_for(twin)
+    try:
+        return observe(twin, names, image)
+    except RuntimeError as error:
+        raise ValueError(
+            f"example_input: expected an input that the backbone takes, got none, and an image of shape "
+            f"{tuple(image.shape)} does not fit ({' '.join(str(error).split())[:200]}). Give one."
+        ) from error
+
+
+def _default_head(name: str, feature: Tensor, num_classes: int) -> nn.Module:
+    if feature.dim() == 4:
+        return ExitHead(feature.size(1), num_classes, bias=True)
+    if feature.dim() == 3:
+        return TokenHead(feature.size(-1), num_classes)
+    raise ValueError(
+        f"at: expected modules that return images (N, C, H, W) or tokens (N, T, C), got {name!r}, which returns shape "
+        f"{tuple(feature.shape)}. Give a head for it."
+    )
+
+
+def _log(consumers: dict[str, Consumers], reason: str | None) -> None:
+    if reason is not None:
+        logger.warning(
+            "attach_exits: torch.fx cannot trace the backbone (%s), so whatever reads %s gets the detach form: the "
+            "same gradients, no work saved",
+            reason,
+            ", ".join(consumers),
+        )
+        return
+    for name, (partitioned, detached, _) in consumers.items():
+        rest = f"; in the detach form, which saves no work: {', '.join(detached)}" if detached else ""
+        logger.info(
+            "attach_exits: %s is read by partitioned layers: %s%s", name, ", ".join(partitioned) or "none", rest
+        )
+
+
+class _TwoCallConv2d(PartitionedConv2d):
+    """Variant `split`: one call on the slice, one on the rest."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return apply_layer(self, two_call_reading(input, ChannelSlice(self.start, self.stop), self.reference, 1))
+
+
+class _TwoCallLinear(PartitionedLinear):
+    """Variant `split`: one call on the slice, one on the rest."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return apply_layer(self, two_call_reading(input, ChannelSlice(self.start, self.stop), self.reference, -1))
+
+
+# variant -> what nn.Conv2d and nn.Linear become
+_PARTITIONED: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "dfs": (PartitionedConv2d, PartitionedLinear),
+    "split": (_TwoCallConv2d, _TwoCallLinear),
+}
+
+
+def _partition(layer: nn.Module, fork: Fork, columns: ChannelSlice) -> bool:
+    """Lets a stock layer train through `columns` of its input alone; returns whether it can.
+
+    The object stays and its class changes, so that every reference to it, and every hook on it, holds.
+    """
+    is_conv = isinstance(layer, nn.Conv2d)
+    if fork.variant not in _PARTITIONED or is_conv != (fork.dim == 1):  # a linear on the last axis of images
+        return False
+    if fork.variant == "split":
+        cuts = not is_conv or (layer.groups == 1 and layer.padding_mode == "zeros")
+        if not cuts or columns.width == 0:
+            return False
+    layer.__class__ = _PARTITIONED[fork.variant][0 if is_conv else 1]
+    vars(layer).update(start=columns.start, stop=columns.stop, reference=fork.reference, backend=fork.backend)
+    return True
+
+
+def _unpartition(layer: nn.Module) -> None:
+    layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    for name in ("start", "stop", "reference", "backend"):
+        del vars(layer)[name]
+
+
+class _Side(NamedTuple):
+    """One of the two that read a feature: the rest of the backbone, or a head.
+
+    Attributes:
+        consumers: which of its layers are partitioned, and what else reads the feature. Both are empty where it trains
+            the whole feature.
+        keeps_slice: whether, given the feature itself, it sends gradient to its own channels alone.
+    """
+
+    consumers: Consumers
+    keeps_slice: bool
+
+    @classmethod
+    def of(cls, root: nn.Module, found: Consumers, fork: Fork, columns: ChannelSlice, num_channels: int) -> "_Side":
+        """Partitions the layers of `root` that read the feature."""
+        if fork.variant == "dense" or columns.width == num_channels:
+            return cls(Consumers((), (), found.writes), True)
+        partitioned = [path for path in found.partitioned if _partition(root.get_submodule(path), fork, columns)]
+        stock = [path for path in found.partitioned if path not in partitioned]
+        detached = (*stock, *found.detached)
+        return cls(Consumers(tuple(partitioned), detached, found.writes), not detached)
+
+    def tensor(self, feature: Tensor, reading: Reading, dim: int) -> Tensor:
+        """What it reads, as one tensor that it may write into if it does."""
+        if not self.keeps_slice:
+            return whole(reading, dim)
+        return feature.clone() if self.consumers.writes else feature
+
+
+class AttachedExit(nn.Module):
+    """The fork of a feature, and the classifier behind it: a forward hook of the module that makes the feature.
+
+    Args:
+        name: of that module.
+        head: a module on tensors, or an `ExitHead` or `TokenHead`, which take any `Reading`.
+        fork: routes the feature.
+        num_channels: of the feature.
+    """
+
+    def __init__(self, name: str, head: nn.Module, fork: Fork, num_channels: int) -> None:
+        super().__init__()
+        self.name, self.head, self.fork = name, head, fork
+        self.num_channels = num_channels
+        self.takes_readings = isinstance(head, (ExitHead, TokenHead))
+        self._head_side = None if self.takes_readings else self._side_of_head()
+        self._deeper_side: _Side | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def _side_of_head(self) -> _Side:
+        parts = Partition(self.num_channels, self.fork.beta)
+        live = parts.exit_live(self.fork.exit_gradient, self.fork.reference)
+        try:
+            # What reads the identity's output is what reads the head's input.
+            found = find_consumers(nn.Sequential(nn.Identity(), copy_to_try(self.head)), ["0"])["0"]
+        except Exception as error:  # as in attach_exits
+            logger.info("attach_exits: torch.fx cannot trace the head at %s: %s", self.name, error)
+            found = Consumers((), ("whatever reads it",), writes=True)
+        return _Side.of(nn.Sequential(nn.Identity(), self.head), found, self.fork, live, self.num_channels)
+
+    def connect(self, backbone: nn.Module, found: Consumers) -> Consumers:
+        """Takes the place of the feature in `backbone`; returns what reads it, and how."""
+        shared = Partition(self.num_channels, self.fork.beta).shared
+        self._deeper_side = _Side.of(backbone, found, self.fork, shared, self.num_channels)
+        self._hook = backbone.get_submodule(self.name).register_forward_hook(self)
+        return self._deeper_side.consumers
+
+    def disconnect(self, backbone: nn.Module) -> None:
+        """Undoes `connect`."""
+        assert self._deeper_side is not None
+        self._hook.remove()
+        for path in self._deeper_side.consumers.partitioned:
+            _unpartition(backbone.get_submodule(path))
+
+    def forward(self, _module: nn.Module, _inputs: Any, feature: Tensor) -> Tensor:
+        """Keeps the logits and the feature for `take`; returns what the rest of the backbone reads in its place."""
+        assert self._deeper_side is not None
+        deeper, reading = self.fork(feature)
+        if self._head_side is not None:
+            reading = self._head_side.tensor(feature, reading, self.fork.dim)
+        self._kept = self.head(reading), feature
+        return self._deeper_side.tensor(feature, deeper, self.fork.dim)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """(logits, feature) of the forward pass that has just ended."""
+        kept, self._kept = self._kept, None
+        if kept is None:
+            raise RuntimeError(
+                f"attach_exits: expected {self.name!r} to run in every forward pass, got one without it."
+            )
+        return kept
+
+
+class _LastInput(nn.Module):
+    """A forward hook that keeps what the backbone's last layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: Tensor | None = None
+
+    def forward(self, _module: nn.Module, inputs: tuple[Tensor], _output: Any) -> None:
+        (self._kept,) = inputs
+
+    def take(self) -> Tensor:
+        kept, self._kept = self._kept, None
+        assert kept is not None
+        return kept
+
+
+class AttachedModel(MultiExitModel):
+    """What `attach_exits` returns: the `MultiExitModel` contract on a backbone of any kind.
+
+    `features[k]` is the output of the k-th named module; the last feature is what the backbone's last linear or
+    convolution reads, and that layer is the last exit's classifier.
+
+    Attributes:
+        backbone: the caller's module.
+        consumers: name -> which layers read that module's output partitioned, and what reads it in the detach form.
+            Both are empty where nothing is split: in variant "dense", and at beta = 1.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        exits: list[AttachedExit],
+        fork: Fork,
+        seen: Observation,
+        consumers: dict[str, Consumers],
+    ) -> None:
+        super().__init__([], [], fork, num_classes=seen.output.size(1), input_shape=seen.input_shape)  # type: ignore[arg-type]
+        self.backbone, self.exits = backbone, nn.ModuleList(exits)
+        self.consumers = {exit.name: exit.connect(backbone, consumers[exit.name]) for exit in exits}
+        self._reached, self._classifier = seen.reached, seen.classifier
+        self._last_input = _LastInput()
+        self._hook = backbone.get_submodule(seen.classifier).register_forward_hook(self._last_input)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exits) + 1
+
+    def forward(self, input: Tensor, *, return_features: bool = False) -> Any:
+        """As `MultiExitModel.forward`, on what the backbone takes."""
+        output = self.backbone(input)
+        taken = [cast(AttachedExit, exit).take() for exit in self.exits]
+        last = self._last_input.take()
+        logits = [*(exit_logits for exit_logits, _ in taken), output]
+        return (logits, [*(feature for _, feature in taken), last]) if return_features else logits
+
+    def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
+        """Parameters of exit `index`'s classifier alone; of the last exit: of the backbone's last layer."""
+        is_last = index == len(self.exits)
+        return (self.backbone.get_submodule(self._classifier) if is_last else self.exits[index]).parameters()
+
+    def reached_parameters(self, index: int) -> Iterator[nn.Parameter]:
+        """Parameters that exit `index` runs through: its classifier, and those that its feature depends on."""
+        if index == len(self.exits):
+            yield from self.backbone.parameters()
+        else:
+            yield from (self.backbone.get_parameter(name) for name in self._reached[index])
+            yield from self.exit_parameters(index)
+
+    def get_config(self) -> dict[str, Any]:
+        """Raises NotImplementedError: a name does not rebuild somebody else's backbone."""
+        raise NotImplementedError(
+            "get_config: expected a model that create_model builds by name, got one that attach_exits made. "
+            "Save its state_dict; to load it, attach the same exits to the same backbone."
+        )
+
+    def to_backbone(self) -> nn.Module:
+        """Gives the backbone back as it came, trained; this model is of no use afterwards."""
+        self._hook.remove()
+        for exit in self.exits:
+            cast(AttachedExit, exit).disconnect(self.backbone)
+        return self.backbone

@@ -1,0 +1,239 @@
+"""What `attach_exits` has to know of a backbone: what runs, and who reads what. Learned from a copy of it."""
+
+import contextlib
+import copy
+import difflib
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class Consumers(NamedTuple):
+    """What reads one feature.
+
+    Attributes:
+        partitioned: paths of the `nn.Conv2d` and `nn.Linear` that read the feature itself, and run once.
+        detached: whatever else does: paths of modules, names of functions.
+        writes: whether one of the latter writes into the feature.
+    """
+
+    partitioned: tuple[str, ...]
+    detached: tuple[str, ...]
+    writes: bool
+
+
+class Observation(NamedTuple):
+    """What one forward pass shows.
+
+    Attributes:
+        features: name -> output of the module of that name, without gradient, in the order of the pass.
+        reached: for each of them, the names of the parameters that it depends on.
+        classifier: path of the convolution or linear that ran last.
+        input_shape: of one sample.
+        output: of the backbone, (N, num_classes).
+    """
+
+    features: dict[str, Tensor]
+    reached: list[list[str]]
+    classifier: str
+    input_shape: tuple[int, ...]
+    output: Tensor
+
+
+def check_names(backbone: nn.Module, at: Sequence[str]) -> list[str]:
+    """`at` as a list, if it names modules of `backbone`.
+
+    Raises:
+        TypeError: one string. ValueError: none, one twice, or one that is not there, with the nearest that is.
+    """
+    if isinstance(at, str):
+        raise TypeError(f"at: expected a list of module names, got {at!r}. Write at=[{at!r}].")
+    names = list(at)
+    known = [name for name, _ in backbone.named_modules() if name]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+            raise ValueError(f"at: expected names as in backbone.named_modules(), got {name!r}.{hint}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"at: expected one or more modules, each once, got {names}.")
+    return names
+
+
+def copy_to_try(backbone: nn.Module) -> nn.Module:
+    """A copy with buffers of its own, whose parameters share memory with the originals and all ask for gradient."""
+    memo = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.is_floating_point())
+        for parameter in backbone.parameters()
+    }
+    return copy.deepcopy(backbone, memo)
+
+
+def image_for(backbone: nn.Module) -> Tensor:
+    """A black image of 224 x 224 with the channels that the first convolution reads."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.weight.new_zeros(1, module.in_channels, 224, 224)
+    raise ValueError("example_input: expected an input of a backbone without nn.Conv2d, got none. Give a small one.")
+
+
+def observe(backbone: nn.Module, names: Sequence[str], input: Tensor) -> Observation:
+    """Runs `backbone`, in evaluation mode.
+
+    Raises:
+        TypeError: a named module, or the backbone, that returns no tensor. ValueError: one that does not run exactly
+            once, another order, an output that is not (N, num_classes).
+    """
+    features: dict[str, Tensor] = {}
+    reached: list[list[str]] = []
+    layers: list[str] = []
+    parameter_names: dict[Tensor, str] = {parameter: name for name, parameter in backbone.named_parameters()}
+
+    def see(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"at: expected modules that return a tensor, got {name!r}, which returns {type(output).__name__}. "
+                    "Name a module inside it, or one that reads it."
+                )
+            if name in features:
+                raise ValueError(
+                    f"at: expected modules that run once in a forward pass, got {name!r}, which runs more often. "
+                    "Name a module around its calls."
+                )
+            features[name] = output.detach()
+            # Now, before anybody writes into the output.
+            reached.append([parameter_names[p] for p in _leaves_of(output) if p in parameter_names])
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(backbone.get_submodule(name).register_forward_hook(see(name)))
+        for path, module in backbone.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                hooks.enter_context(module.register_forward_hook(lambda *_, path=path: layers.append(path)))
+        with torch.enable_grad():
+            output = backbone.eval()(input)
+
+    silent = [name for name in names if name not in features]
+    if silent:
+        raise ValueError(f"at: expected modules that run in a forward pass, got {', '.join(silent)}, which do not.")
+    if list(features) != names:
+        raise ValueError(f"at: expected modules in the order of the forward pass, {list(features)}, got {names}.")
+    if not isinstance(output, Tensor):
+        raise TypeError(f"backbone: expected one whose output is a tensor, got a {type(output).__name__}.")
+    if output.dim() != 2 or not layers:
+        raise ValueError(
+            f"backbone: expected logits (N, num_classes) that an nn.Linear or nn.Conv2d makes, got an output of shape "
+            f"{tuple(output.shape)}."
+        )
+    return Observation(features, reached, layers[-1], tuple(input.shape[1:]), output.detach())
+
+
+def _leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaf tensors that autograd would bring gradient to."""
+    stack, seen, leaves = [tensor.grad_fn], set(), []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # an AccumulateGrad
+            leaves.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+def find_consumers(backbone: nn.Module, names: Iterable[str]) -> dict[str, Consumers]:
+    """Who reads the outputs of the named modules, by torch.fx.
+
+    Runs the code of `backbone` on proxies, once in each mode, since what runs may depend on it; buffers may change.
+
+    Raises:
+        Exception: of any type, where that code cannot be traced.
+    """
+    names = list(names)
+    training, evaluation = (_trace(backbone.train(mode), names) for mode in (True, False))
+    return {name: _merge(training[name], evaluation[name]) for name in names}
+
+
+def _merge(first: Consumers, second: Consumers) -> Consumers:
+    detached = tuple(dict.fromkeys(first.detached + second.detached))
+    layers = dict.fromkeys(first.partitioned + second.partitioned)
+    return Consumers(tuple(name for name in layers if name not in detached), detached, first.writes or second.writes)
+
+
+def _feature(output: Any, name: str) -> Any:
+    """Stands in the graph where the module of that name hands over its output."""
+    return output
+
+
+class _Proxy(fx.Proxy):
+    """Tells `x += y`, which writes into x, from `x + y`."""
+
+
+def _augmented(name: str) -> Callable[[_Proxy, Any], Any]:
+    target = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+for _name in _AUGMENTED:
+    setattr(_Proxy, f"__{_name}__", _augmented(_name))
+
+
+class _Tracer(fx.Tracer):
+    """Marks the outputs of some modules, also of those that the graph does not keep whole."""
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        output = super().call_module(m, forward, args, kwargs)
+        name = self.names.get(m)
+        return output if name is None else self.create_proxy("call_function", _feature, (output, name), {})
+
+
+def _trace(backbone: nn.Module, names: list[str]) -> dict[str, Consumers]:
+    # The first argument is the input; the others keep their defaults, as in `backbone(input)`.
+    _, *others = inspect.signature(backbone.forward).parameters.values()
+    defaults = {argument.name: argument.default for argument in others if argument.default is not argument.empty}
+    tracer = _Tracer({backbone.get_submodule(name): name for name in names})
+    graph = tracer.trace(backbone, concrete_args=defaults or None)
+    num_calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    found = {
+        str(node.args[1]): _consumers(node, backbone, num_calls) for node in graph.nodes if node.target is _feature
+    }
+    for name in names:
+        if name not in found:
+            raise LookupError(f"{name!r} is inside a module that torch.fx does not look into")
+    return found
+
+
+def _consumers(feature: fx.Node, backbone: nn.Module, num_calls: Counter[Any]) -> Consumers:
+    partitioned, detached, writes = [], [], False
+    for node in feature.users:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
+        layer = backbone.get_submodule(name) if node.op == "call_module" else None
+        # Exactly these types: a subclass may compute something else.
+        is_stock = type(layer) in (nn.Conv2d, nn.Linear) and node.args == (feature,) and not node.kwargs
+        if is_stock and num_calls[node.target] == 1:
+            partitioned.append(name)
+            continue
+        detached.append(name)
+        if layer is not None:
+            in_place = getattr(layer, "inplace", False)
+        else:
+            in_place = name in _AUGMENTED or name.endswith("_") or node.kwargs.get("inplace", False)
+        writes = writes or (bool(in_place) and node.args[:1] == (feature,))
+    return Consumers(tuple(partitioned), tuple(detached), writes)
