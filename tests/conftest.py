@@ -23,13 +23,17 @@ def pytest_configure(config):
 
 
 def seed_of_commit() -> int:
-    """Fresh with every commit, and the same for everyone who tests that commit; outside a checkout a fresh one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Of the last commit that touched code: others with each, and the same for everyone who tests it.
+
+    Outside a checkout a fresh one.
+    """
+    code = ["csrc", "dfs_engine", "kernels", "tests", "benchmarks/*.py"]
+    command = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%H", "--", *code]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return random.SystemRandom().randrange(2**31)
-    return int(commit[:8], 16) % 2**31
+        commit = ""
+    return int(commit[:8], 16) % 2**31 if commit else random.SystemRandom().randrange(2**31)
 
 
 def pytest_report_header(config):
