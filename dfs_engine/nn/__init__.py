@@ -5,7 +5,7 @@ from dfs_engine.nn.conv_block import produce_readings
 from dfs_engine.nn.exit_head import ExitHead
 from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.norm_linear import apply_norm_linear
-from dfs_engine.nn.routing import VARIANTS, Fork, Reading, apply_layer, global_avg_pool
+from dfs_engine.nn.routing import VARIANTS, Fork, Reading, add, apply_layer, global_avg_pool, whole
 
 __all__ = [
     "VARIANTS",
@@ -14,8 +14,10 @@ __all__ = [
     "PartitionedConv2d",
     "PartitionedLinear",
     "Reading",
+    "add",
     "apply_layer",
     "apply_norm_linear",
     "global_avg_pool",
     "produce_readings",
+    "whole",
 ]

@@ -1,6 +1,5 @@
 """A LayerNorm and the linear after it as one op, for readers of a split feature: a ViT block's `norm1` and `qkv`."""
 
-import torch
 from torch import Tensor, nn
 
 from dfs_engine.nn.routing import Reading, TwoCallReading
@@ -15,7 +14,7 @@ def apply_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, input: Reading) -> 
     if isinstance(input, Tensor):
         return linear(norm(input))
     if isinstance(input, TwoCallReading):
-        return linear(norm(_whole(input, linear.in_features)))
+        return linear(norm(input.whole(-1)))  # a normalisation cannot be cut in two
     return partitioned_norm_linear(
         input.live,
         norm.weight,
@@ -29,11 +28,3 @@ def apply_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, input: Reading) -> 
         full=input.full,
         backend=input.backend,
     )
-
-
-def _whole(input: TwoCallReading, num_channels: int) -> Tensor:
-    """Both parts in place: a normalisation cannot be cut in two."""
-    live, rest = input.live, input.rest
-    if rest is None:
-        rest = live.new_zeros(*live.shape[:-1], num_channels - live.size(-1))
-    return torch.cat([live, rest] if input.columns.start == 0 else [rest, live], -1)

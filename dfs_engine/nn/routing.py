@@ -7,6 +7,7 @@ state_dict.
 
 from typing import NamedTuple, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,17 +65,26 @@ class SlicedReading(NamedTuple):
         live, full = live_mean(self.live, self.full, self.start)
         return self._replace(live=live, full=full)
 
+    def add(self, branch: Tensor, dim: int) -> Tensor:
+        return _Add.apply(self.live, self.full, branch, self.start, self.reference, dim)
+
+    def whole(self, dim: int) -> Tensor:
+        stop = self.start + self.live.size(dim)
+        return live_slice(self.live, self.start, stop, self.reference, dim, self.full)
+
 
 class TwoCallReading(NamedTuple):
     """What a reader sees in the `split` variant: the published VGG's two stock calls, on the live part and on the rest.
 
     Attributes:
         live: channels of the slice, with gradient. rest: the others, detached; None without referencing.
+        columns: the slice, of num_channels in all.
     """
 
     live: Tensor
     rest: Tensor | None
     columns: ChannelSlice
+    num_channels: int
 
     def conv2d(self, layer: nn.Conv2d) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -96,10 +106,42 @@ class TwoCallReading(NamedTuple):
         rest = None if self.rest is None else self.rest.mean((2, 3))
         return self._replace(live=self.live.mean((2, 3)), rest=rest)
 
+    def add(self, branch: Tensor, dim: int) -> Tensor:
+        return self.whole(dim) + branch
+
+    def whole(self, dim: int) -> Tensor:
+        rest = self.rest
+        if rest is None:
+            shape = list(self.live.shape)
+            shape[dim] = self.num_channels - self.columns.width
+            rest = self.live.new_zeros(shape)
+        return torch.cat([self.live, rest] if self.columns.start == 0 else [rest, self.live], dim)
+
 
 def _others(weight: Tensor, columns: ChannelSlice) -> Tensor:
     """The weight columns outside a slice that starts at 0 or ends at the last column."""
     return weight[:, columns.stop :] if columns.start == 0 else weight[:, : columns.start]
+
+
+class _Add(torch.autograd.Function):
+    """One write; the backward hands out views of what it gets."""
+
+    @staticmethod
+    def forward(ctx, live: Tensor, full: Tensor, branch: Tensor, start: int, reference: bool, dim: int) -> Tensor:
+        ctx.columns, ctx.dim = ChannelSlice(start, start + live.size(dim)), dim
+        ctx.dtypes = live.dtype, branch.dtype
+        if reference:
+            return full + branch
+        output = branch.to(torch.promote_types(live.dtype, branch.dtype), copy=True)
+        ctx.columns.of(output, dim).add_(live)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        needs_live, _, needs_branch, *_ = ctx.needs_input_grad
+        live_dtype, branch_dtype = ctx.dtypes
+        grad_live = ctx.columns.of(grad_output, ctx.dim).to(live_dtype) if needs_live else None
+        return grad_live, None, grad_output.to(branch_dtype) if needs_branch else None, None, None, None
 
 
 Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading
@@ -115,6 +157,24 @@ def apply_layer(layer: nn.Conv2d | nn.Linear, input: Reading) -> Tensor:
 def global_avg_pool(input: Reading) -> Reading:
     """(N, C, H, W) -> (N, C)."""
     return input.mean((2, 3)) if isinstance(input, Tensor) else input.global_avg_pool()
+
+
+def add(input: Reading, branch: Tensor, dim: int = -1) -> Tensor:
+    """A residual sum, of which only the reading's own slice gets gradient; without referencing the rest adds zero.
+
+    Args:
+        input: what the layer read, C channels along `dim`.
+        branch: whole, of the feature's shape.
+
+    Returns:
+        The feature's shape, in the dtype that stock addition promotes to.
+    """
+    return input + branch if isinstance(input, Tensor) else input.add(branch, dim)
+
+
+def whole(input: Reading, dim: int = -1) -> Tensor:
+    """All channels as one tensor, for a layer that cannot be cut in two: the published `cat` + `detach`."""
+    return input if isinstance(input, Tensor) else input.whole(dim)
 
 
 class Fork(nn.Module):
@@ -175,12 +235,11 @@ class Fork(nn.Module):
             return feature
         if self.variant == "detach" or columns.width == 0:
             return live_slice(feature, *columns, self.reference, self.dim)
-        live, rest = columns.of(feature, self.dim), None
+        live, rest, num_channels = columns.of(feature, self.dim), None, feature.size(self.dim)
         if self.reference:
-            num_channels = feature.size(self.dim)
             others = ChannelSlice(columns.stop, num_channels) if columns.start == 0 else ChannelSlice(0, columns.start)
             rest = others.of(feature, self.dim).detach()
-        return TwoCallReading(live, rest, columns)
+        return TwoCallReading(live, rest, columns, num_channels)
 
     def extra_repr(self) -> str:
         return (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import VARIANTS, ExitHead, Fork, apply_layer, global_avg_pool
+from dfs_engine.nn import VARIANTS, ExitHead, Fork, add, apply_layer, global_avg_pool, whole
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -126,3 +126,78 @@ def test_fork_has_no_parameters_and_tells_its_settings():
     fork = Fork(0.3, "detach", reference=False, exit_gradient="whole")
     assert not fork.state_dict()
     assert repr(fork) == "Fork(beta=0.3, variant=detach, reference=False, exit_gradient=whole)"
+
+
+def run_add(feature, branch, fork, reader, axis, through=lambda compute, *inputs: compute(*inputs)):
+    """The sum and its gradients; `through` calls the computation."""
+    feature, branch = feature.clone().requires_grad_(), branch.clone().requires_grad_()
+    output = through(lambda f, b: add(fork(f)[reader], b, axis), feature, branch)
+    grad = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).reshape(output.shape).sin()
+    return output, *torch.autograd.grad(output, [feature, branch], grad, materialize_grads=True)
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+@pytest.mark.parametrize("variant", ["detach", "split", "dfs"])
+@pytest.mark.parametrize(
+    ("axis", "shape"), [(1, (3, CHANNELS, 5, 4)), (-1, (2, 3, CHANNELS))], ids=["images", "tokens"]
+)
+def test_residual_add_against_the_definition(beta, reference, exit_gradient, variant, axis, shape):
+    feature, branch = torch.randn(2, *shape, dtype=torch.float64)
+    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient, dim=axis)
+    for reader, (start, stop) in enumerate(readers(beta, exit_gradient, reference)):
+        output, grad_feature, grad_branch = run_add(feature, branch, fork, reader, axis)
+        assert_close("sum", output, by_hand(feature, start, stop, reference, axis) + branch)
+        mask = torch.zeros_like(feature)
+        mask.narrow(axis, start, stop - start).fill_(1)
+        assert torch.equal(grad_feature, grad_branch * mask)
+        assert grad_branch.all()
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("wide", ["feature", "branch"])
+def test_residual_add_of_two_dtypes(reference, wide):
+    """As under autocast, where a residual stream stays wide."""
+    feature, branch = torch.randn(2, 2, 3, CHANNELS)
+    if wide == "feature":
+        branch = branch.bfloat16()
+    else:
+        feature = feature.bfloat16()
+    results = [
+        run_add(feature, branch, Fork(0.5, variant, reference=reference, dim=-1), 0, -1)
+        for variant in ("detach", "dfs")
+    ]
+    for left, right in zip(*results, strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_residual_add_compiled_and_checkpointed(reference):
+    feature, branch = torch.randn(2, 2, 3, CHANNELS, dtype=torch.float64)
+    fork = Fork(0.5, "dfs", reference=reference, dim=-1)
+    expected = run_add(feature, branch, fork, 1, -1)
+
+    def compiled(compute, *inputs):
+        return torch.compile(compute, fullgraph=True, backend="aot_eager")(*inputs)
+
+    def checkpointed(compute, *inputs):
+        return torch.utils.checkpoint.checkpoint(compute, *inputs, use_reentrant=False)
+
+    for through in (compiled, checkpointed):
+        for left, right in zip(run_add(feature, branch, fork, 1, -1, through), expected, strict=True):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("variant", ["dense", "detach", "split", "dfs"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_whole_is_the_published_formulation(variant, reference):
+    feature = torch.randn(2, 3, CHANNELS, dtype=torch.float64, requires_grad=True)
+    start, stop = (0, CHANNELS) if variant == "dense" else readers(0.3, "own", reference)[1]
+    seen = whole(Fork(0.3, variant, reference=reference, dim=-1)(feature)[1])
+    assert torch.equal(seen, by_hand(feature, start, stop, reference, -1))
+    grad = torch.randn_like(seen)
+    (actual,) = torch.autograd.grad(seen, feature, grad)
+    assert torch.equal(actual[..., start:stop], grad[..., start:stop])
+    assert not actual[..., :start].any()
