@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfs_engine.backend import check_backend
 from dfs_engine.names import check_choice
-from dfs_engine.ops import live_mean, partitioned_conv2d, partitioned_linear
+from dfs_engine.ops import _common, live_mean, partitioned_conv2d, partitioned_linear
 from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
 
@@ -68,8 +68,16 @@ class SlicedReading(NamedTuple):
     def add(self, branch: Tensor, dim: int) -> Tensor:
         return _Add.apply(self.live, self.full, branch, self.start, self.reference, dim)
 
+    def multiply(self, factor: Tensor, dim: int) -> Tensor:
+        if self.reference:
+            return _Multiply.apply(self.live, self.full, factor, self.start, dim)
+        columns = ChannelSlice(self.start, self.start + self.live.size(dim))
+        return live_slice(self.live * columns.of(factor, dim), *columns, False, dim, self.full)
+
     def whole(self, dim: int) -> Tensor:
         stop = self.start + self.live.size(dim)
+        if stop - self.start == self.full.size(dim):
+            return self.live
         return live_slice(self.live, self.start, stop, self.reference, dim, self.full)
 
 
@@ -87,16 +95,29 @@ class TwoCallReading(NamedTuple):
     num_channels: int
 
     def conv2d(self, layer: nn.Conv2d) -> Tensor:
-        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         if layer.groups != 1:
-            raise ValueError(
-                f"variant split: expected convolutions with groups=1, got groups={layer.groups}. Use variant='detach'."
-            )
+            return self._grouped_conv2d(layer)
+        geometry = (layer.stride, layer.padding, layer.dilation)
         columns = self.columns.of(layer.weight, 1)
         output = F.conv2d(self.live, columns, layer.bias, *geometry)  # type: ignore[arg-type]
         if self.rest is None:
             return output
         return output + F.conv2d(self.rest, _others(layer.weight, self.columns), None, *geometry)  # type: ignore[arg-type]
+
+    def _grouped_conv2d(self, layer: nn.Conv2d) -> Tensor:
+        """Two calls where a group ends with the slice, as in a depthwise convolution; else one call on all channels."""
+        per_group = layer.weight.size(1)
+        border = self.columns.stop if self.columns.start == 0 else self.columns.start
+        if self.rest is None or border % per_group != 0:
+            return layer(self.whole(1))
+        parts = (self.live, self.rest) if self.columns.start == 0 else (self.rest, self.live)
+        groups = [part.size(1) // per_group for part in parts]
+        rows = [count * (layer.out_channels // layer.groups) for count in groups]
+        weights = layer.weight.split(rows)
+        biases = (None, None) if layer.bias is None else layer.bias.split(rows)
+        geometry = (layer.stride, layer.padding, layer.dilation)
+        calls = zip(parts, weights, biases, groups, strict=True)
+        return torch.cat([F.conv2d(*call[:3], *geometry, call[3]) for call in calls], 1)  # type: ignore[arg-type]
 
     def linear(self, layer: nn.Linear) -> Tensor:
         output = F.linear(self.live, self.columns.of(layer.weight, 1), layer.bias)
@@ -108,6 +129,9 @@ class TwoCallReading(NamedTuple):
 
     def add(self, branch: Tensor, dim: int) -> Tensor:
         return self.whole(dim) + branch
+
+    def multiply(self, factor: Tensor, dim: int) -> Tensor:
+        return self.whole(dim) * factor
 
     def whole(self, dim: int) -> Tensor:
         rest = self.rest
@@ -144,6 +168,30 @@ class _Add(torch.autograd.Function):
         return grad_live, None, grad_output.to(branch_dtype) if needs_branch else None, None, None, None
 
 
+class _Multiply(torch.autograd.Function):
+    """One product; the feature's gradient is computed on its slice alone."""
+
+    @staticmethod
+    def forward(ctx, live: Tensor, full: Tensor, factor: Tensor, start: int, dim: int) -> Tensor:
+        ctx.columns, ctx.dim = ChannelSlice(start, start + live.size(dim)), dim
+        ctx.save_for_backward(live, full, factor)
+        return full * factor
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        live, full, factor = ctx.saved_tensors
+        columns, dim = ctx.columns, ctx.dim
+        needs_live, _, needs_factor, *_ = ctx.needs_input_grad
+        grad_live = grad_factor = None
+        if needs_live:
+            grad_live = (columns.of(grad_output, dim) * columns.of(factor, dim)).to(live.dtype)
+        if needs_factor:
+            # Differentiated again, the gradient depends on the live part.
+            seen = live_slice(live, columns.start, columns.stop, True, dim, full) if _common.creating_graph() else full
+            grad_factor = (grad_output * seen).to(factor.dtype)
+        return grad_live, None, grad_factor, None, None
+
+
 Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading
 
 
@@ -170,6 +218,28 @@ def add(input: Reading, branch: Tensor, dim: int = -1) -> Tensor:
         The feature's shape, in the dtype that stock addition promotes to.
     """
     return input + branch if isinstance(input, Tensor) else input.add(branch, dim)
+
+
+def multiply(input: Reading, factor: Tensor, dim: int = -1) -> Tensor:
+    """A product, e.g. with a gate, of which only the reading's own slice gets gradient; `factor` gets all of its own.
+
+    Without referencing the rest reads as zero, and so does the product there.
+
+    Args:
+        input: what the layer read, C channels along `dim`.
+        factor: of the feature's shape.
+
+    Returns:
+        The feature's shape, in the dtype that stock multiplication promotes to.
+    """
+    return input * factor if isinstance(input, Tensor) else input.multiply(factor, dim)
+
+
+def read_like(tensor: Tensor, input: Reading) -> Reading:
+    """A tensor that is not split, for the layer behind one that read `input`: in the `dfs` variant by the same ops."""
+    if not isinstance(input, SlicedReading):
+        return tensor
+    return input._replace(live=tensor, full=tensor.detach(), start=0, reference=True)
 
 
 def whole(input: Reading, dim: int = -1) -> Tensor:
