@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import create_model, list_models
-from dfs_engine.compare import Tolerance, assert_close
+from dfs_engine.compare import Tolerance, assert_close, gradient_scale
 from dfs_engine.models import VARIANTS
 
 BETAS = [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
@@ -54,17 +54,14 @@ def step(model, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
 
 def assert_same(actual: dict, expected: dict, tolerance: Tolerance | None = None) -> None:
     assert list(actual) == list(expected)
-    # A gradient far below the model's largest is what cancellation left of terms of that size (a bias in front of a
-    # batch norm, a scale that a batch norm behind a ReLU undoes, whole layers where beta is 0 or 1), and carries their
-    # rounding.
-    largest = max(value.abs().max().item() for name, value in expected.items() if name.startswith("grad of "))
+    scale = gradient_scale(value for name, value in expected.items() if name.startswith("grad of "))
     for name, value in actual.items():
         assert_close(
             name,
             value.to(expected[name].dtype) if value.is_floating_point() else value.double(),
             expected[name],
             tolerance,
-            scale=1e-2 * largest if name.startswith("grad of ") else 0.0,
+            scale=scale if name.startswith("grad of ") else 0.0,
         )
 
 
