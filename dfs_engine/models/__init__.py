@@ -1,6 +1,6 @@
 """Multi-exit models: the contract, the registry, one file a family."""
 
-from dfs_engine.models import bert, msdnet, vgg, vit  # register their models
+from dfs_engine.models import bert, msdnet, resnet, vgg, vit  # register their models
 from dfs_engine.models.attach import AttachedModel, attach_exits
 from dfs_engine.models.multi_exit import MultiExitModel
 from dfs_engine.models.official import load_official_state_dict, to_official_state_dict
@@ -18,6 +18,7 @@ __all__ = [
     "list_models",
     "load_official_state_dict",
     "msdnet",
+    "resnet",
     "to_official_state_dict",
     "vgg",
     "vit",

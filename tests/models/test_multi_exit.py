@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import create_model, list_models
-from dfs_engine.compare import Tolerance, assert_close
+from dfs_engine.compare import Tolerance, assert_close, gradient_scale
 from dfs_engine.evaluation import info
 from dfs_engine.evaluation.flops import count_flops
 from dfs_engine.models import VARIANTS
@@ -36,6 +36,9 @@ TINY_BERT = {
 SMALL: dict[str, tuple[dict, int, int]] = {
     "vgg7_64": ({"width": 6}, 4, 16),
     "vgg16_64": ({"width": 4}, 3, 32),
+    "resnet18": ({"width": 6}, 4, 8),
+    "resnet34": ({"width": 4}, 4, 8),
+    "resnet50": ({"width": 4}, 4, 8),
     # Average: with its small first weights a class token learns nothing in twenty steps.
     "vit_tiny_patch16_224": (
         {"img_size": 16, "patch_size": 8, "depth": 4, "embed_dim": 15, "num_heads": 3, "start_block": 1}
@@ -92,13 +95,11 @@ def step(model, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
 
 def assert_same(actual: dict, expected: dict, tolerance: Tolerance | None = None) -> None:
     assert list(actual) == list(expected)
-    # A gradient far below the model's largest is what cancellation left of terms of that size (a bias in front of a
-    # batch norm, whole layers where beta is 0 or 1), and carries their rounding.
-    largest = max(value.abs().max().item() for name, value in expected.items() if name.startswith("grad of "))
+    cancelled = gradient_scale(value for name, value in expected.items() if name.startswith("grad of "))
     for name, value in actual.items():
-        scale = 1e-2 * largest if tolerance is None and name.startswith("grad of ") else 0.0
+        scale = cancelled if tolerance is None and name.startswith("grad of ") else 0.0
         if name.endswith("key.bias"):  # softmax does not see what is added to all scores: nothing but rounding
-            scale = largest
+            scale = 100 * cancelled
         assert_close(
             name,
             value.to(expected[name].dtype) if value.is_floating_point() else value.double(),
@@ -134,7 +135,7 @@ def test_logits_features_and_gradients(name, variant):
         assert parameter.grad.any(), parameter_name
 
 
-@pytest.mark.parametrize("shallow", ["vgg7_64", "vit_tiny_patch16_224", "bert"])
+@pytest.mark.parametrize("shallow", ["vgg7_64", "resnet18", "vit_tiny_patch16_224", "bert"])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
 @pytest.mark.parametrize("exit_gradient", ["own", "whole"])
@@ -142,12 +143,13 @@ def test_dfs_split_and_detach_are_one(shallow, beta, reference, exit_gradient, b
     compare_variants(shallow, beta, reference, exit_gradient, backend)
 
 
+@pytest.mark.parametrize("deep", ["vgg16_64", "resnet34", "resnet50"])
 @pytest.mark.parametrize(
     ("beta", "reference", "exit_gradient"),
     [(0.5, True, "own"), (0.3, False, "own"), (0.7, True, "whole"), (0, True, "own"), (1, True, "own")],
 )
-def test_vgg16_dfs_split_and_detach_are_one(beta, reference, exit_gradient, backend):
-    compare_variants("vgg16_64", beta, reference, exit_gradient, backend)
+def test_deep_dfs_split_and_detach_are_one(deep, beta, reference, exit_gradient, backend):
+    compare_variants(deep, beta, reference, exit_gradient, backend)
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
@@ -189,8 +191,9 @@ def test_dfs_in_channels_last(name, layout, backend):
 # norms over one pixel well-conditioned. Roundings add up over the depth, and stock batch norm in channels_last begins
 # with 1e-6 (in NCHW 4e-8).
 FP32_SEED, FP32_BATCH = 0, 16
-# Over the 13 layers of vgg16_64 the kinks alone reach 1e-2 on most seeds, for stock `detach` as well.
-DEEP_FP32 = dict.fromkeys(SMALL, Tolerance(1e-4, 1e-4)) | {"vgg16_64": Tolerance(1e-2, 1e-2)}
+# Over the 13 layers of vgg16_64 the kinks alone reach 1e-2 on most seeds, for stock `detach` as well; over the 50 of
+# resnet50 rounding grows a hundredfold.
+DEEP_FP32 = dict.fromkeys(SMALL, Tolerance(1e-4, 1e-4)) | dict.fromkeys(("vgg16_64", "resnet50"), Tolerance(1e-2, 1e-2))
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.5, 1])
@@ -250,6 +253,9 @@ def test_which_loss_reaches_which_channels(name, variant, reference, exit_gradie
 # At which twenty steps lower the loss without leaving the region where two runs stay together.
 LEARNING_RATES = dict.fromkeys(SMALL, 0.003) | {"vit_tiny_patch16_224": 0.05, "bert": 0.1}
 
+# Small and narrow, these are chaotic: two runs of stock `detach` that differ by one rounding part, too.
+CHAOTIC = ("resnet34", "resnet50")
+
 
 def train(model, batches, lr: float, num_steps: int = 20) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
@@ -269,14 +275,15 @@ def train(model, batches, lr: float, num_steps: int = 20) -> list[float]:
     [(torch.float64, 1e-9), (torch.float32, 3e-2)],
     ids=["fp64", "fp32"],
 )
-def test_twenty_training_steps_give_the_same_losses(name, dtype, relative, backend):
+@pytest.mark.parametrize("calm", [name for name in SMALL if name not in CHAOTIC])
+def test_twenty_training_steps_give_the_same_losses(calm, dtype, relative, backend):
     if dtype is torch.float32:
         torch.manual_seed(FP32_SEED)
-    detach = make(name, dtype=dtype, variant="detach")
-    dfs = make(name, detach.state_dict(), dtype, backend=backend)
-    batches = [batch(name, dtype, FP32_BATCH) for _ in range(2)]
-    expected = train(detach, batches, LEARNING_RATES[name])
-    assert train(dfs, batches, LEARNING_RATES[name]) == pytest.approx(expected, rel=relative)
+    detach = make(calm, dtype=dtype, variant="detach")
+    dfs = make(calm, detach.state_dict(), dtype, backend=backend)
+    batches = [batch(calm, dtype, FP32_BATCH) for _ in range(2)]
+    expected = train(detach, batches, LEARNING_RATES[calm])
+    assert train(dfs, batches, LEARNING_RATES[calm]) == pytest.approx(expected, rel=relative)
     assert expected[-1] < 0.9 * expected[0]
     if dtype is torch.float64:
         for (key, value), other in zip(dfs.state_dict().items(), detach.state_dict().values(), strict=True):
