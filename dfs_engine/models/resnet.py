@@ -15,6 +15,7 @@ from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
 from dfs_engine.names import check_choice
 from dfs_engine.nn import (
+    ConcatReading,
     ExitHead,
     Fork,
     Reading,
@@ -151,6 +152,7 @@ class AttentionExit(nn.Module):
 
     def forward(self, input: Reading) -> Tensor:
         """A reading of a feature (N, in_channels, H, W) -> logits (N, num_classes)."""
+        assert not isinstance(input, ConcatReading)  # nothing is concatenated here
         size = (input if isinstance(input, Tensor) else input.live).shape[2:]
         gate = whole(apply_norm_relu(self.gate_bn, whole(self.gate(input), 1), input), 1)
         gate = F.interpolate(gate, size, mode="bilinear").sigmoid()  # twice the size, of an odd one almost
