@@ -97,7 +97,7 @@ def assert_same(actual: dict, expected: dict, tolerance: Tolerance | None = None
     assert list(actual) == list(expected)
     cancelled = gradient_scale(value for name, value in expected.items() if name.startswith("grad of "))
     for name, value in actual.items():
-        scale = cancelled if tolerance is None and name.startswith("grad of ") else 0.0
+        scale = cancelled if name.startswith("grad of ") else 0.0
         if name.endswith("key.bias"):  # softmax does not see what is added to all scores: nothing but rounding
             scale = 100 * cancelled
         assert_close(
