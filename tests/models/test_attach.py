@@ -691,7 +691,13 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=[] if name in ("resnet18", "densenet", "timm resnet") else pytest.mark.slow)
+        for name in BACKBONES
+    ],
+)
 def test_backbones_of_other_libraries(backbone):
     build, partitioned, size = BACKBONES[backbone]
     net = build().double()
