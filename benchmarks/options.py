@@ -20,21 +20,6 @@ def split_ints(argument: str, value: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def split_betas(argument: str, value: str) -> list[float]:
-    """The shares of channels in `value`, in order, without repeats.
-
-    Raises:
-        ValueError: an empty list, or something else than a number in [0, 1].
-    """
-    try:
-        numbers = [float(part) for part in value.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 <= number <= 1 for number in numbers):
-        raise ValueError(f"{argument}: expected comma-separated numbers in [0, 1], got {value!r}.")
-    return list(dict.fromkeys(numbers))
-
-
 def check_least(config: object, minima: dict[str, int]) -> None:
     """Raises ValueError for a field of `config` that is neither None nor at least its minimum."""
     for name, least in minima.items():

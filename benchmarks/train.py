@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES
-from dfs_engine.models import VARIANTS, list_models
-from dfs_engine.names import check_choice, split_choices
+from dfs_engine.models import VARIANTS, check_model
+from dfs_engine.names import check_choice, split_betas, split_choices
 
 from .breakdown import profile_step
 from .measure import append_csv, environment, measure_phases, peak_memory
-from .options import LAYOUTS, check_least, split_betas, split_ints
+from .options import LAYOUTS, check_least, split_ints
 from .train_report import Case, TrainReport, TrainRow
 from .train_step import UNSPLIT, StepBuilder
 
@@ -26,7 +26,7 @@ class BenchTrainConfig:
     """What `dfs bench train` times. Lists are comma-separated; data is synthetic (normal images, random labels).
 
     Attributes:
-        model: a name of `list_models()`.
+        model: a name of `list_models("*")`.
         batch_size: images per step; several: one interleaving each.
         variants: of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
         layouts: of nchw, channels_last.
@@ -68,7 +68,7 @@ class BenchTrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("model", self.model, list_models())
+        check_model(self.model)
         split_ints("batch_size", self.batch_size)
         split_choices("variants", self.variants, (*VARIANTS, "byot"))
         split_choices("layouts", self.layouts, LAYOUTS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dfs_engine import backend as backends
-from dfs_engine.compare import DTYPES, TOLERANCES, Tolerance, compare
+from dfs_engine.compare import DTYPES, TOLERANCES, Tolerance, compare, gradient_scale
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.methods import BYOT, Joint, Method, feature_widths
 from dfs_engine.models import MultiExitModel, create_model
@@ -145,7 +145,7 @@ class StepBuilder:
     def count_flops(self, case: Case) -> FlopCount:
         """Of the whole batch, counted on two images: all of it is proportional to the batch."""
         model = self._model(case.variant, case.beta).to(self.config.device)
-        two = count_flops(model, self.shape, 2, device=self.config.device)
+        two = count_flops(model, self.images[:1].expand(2, *self.shape).to(self.config.device))
         per_two = self.batch_size / 2
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
 
@@ -180,14 +180,15 @@ class StepBuilder:
     def _breaches(self, dtype: str, truth: Case, steps: dict[Case, Step]) -> dict[Case, str]:
         """The cases that are too far from `truth` in float64, and how far."""
         expected = self.build(truth, "fp64").results()
-        noise = 0.0
+        scales, noise = _scales(expected), 0.0
         # In every layout, because stock kernels of one layout round otherwise than those of another.
         for layout in LAYOUTS:
             stock = self.build(truth._replace(layout=layout), dtype).results()
-            noise = max(noise, *(compare(name, stock[name], expected[name]).rms_ratio for name in expected))
+            found = (compare(name, stock[name], expected[name], scale=scales[name]) for name in expected)
+            noise = max(noise, *(comparison.rms_ratio for comparison in found))
         bound = Tolerance(float("inf"), _NOISE_MARGIN * max(TOLERANCES[DTYPES[dtype]].rms_ratio, noise))
-        found = ((case, _breach(case, dtype, step.results(), expected, bound)) for case, step in steps.items())
-        return {case: breach for case, breach in found if breach}
+        judged = ((case, _breach(case, dtype, step.results(), expected, bound)) for case, step in steps.items())
+        return {case: breach for case, breach in judged if breach}
 
     def _redraw_images(self, steps: Iterable[Step]) -> None:
         self.images = torch.randn_like(self.images)
@@ -199,14 +200,22 @@ def _breach(
     case: Case, dtype: str, results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance
 ) -> str:
     """The first result that is too far from the expected one; empty where none is."""
+    scales = _scales(expected)
     for name, reference in expected.items():
-        comparison = compare(name, results[name], reference, tolerance)
+        comparison = compare(name, results[name], reference, tolerance, scale=scales[name])
         if not comparison.ok:
             return (
                 f"bench train: expected {case} in {dtype} to compute what {_truth(case).variant} computes, got "
                 f"{comparison}. Nothing was timed; run `dfs validate` to find the op."
             )
     return ""
+
+
+def _scales(expected: dict[str, Tensor]) -> dict[str, float]:
+    """By which size each result is judged where its own is smaller."""
+    is_gradient = {name: name.startswith("gradient of ") for name in expected}
+    scale = gradient_scale(expected[name] for name in expected if is_gradient[name])
+    return {name: scale if is_gradient[name] else 0.0 for name in expected}
 
 
 def _truth(case: Case) -> Case:

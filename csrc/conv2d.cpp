@@ -35,9 +35,11 @@ at::Tensor conv2d_cpu(
   // An image smaller than the kernel is an error, which is for ATen to word.
   const bool has_output = input.size(2) + 2 * padding[0] >= weight.size(2) && input.size(3) + 2 * padding[1] >= weight.size(3);
   if (input.numel() > 0 && has_output &&
-      winograd_applies(dtype, input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups)) {
-    const auto dense_bias = wide_bias.has_value() ? std::optional<at::Tensor>(wide_bias->contiguous()) : wide_bias;
-    const auto result = winograd_conv2d(dense(input, dtype, true), weight.to(dtype), dense_bias, padding, /*flipped=*/false);
+      winograd_applies(
+          input.scalar_type(), input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups)) {
+    const auto float_bias = bias.has_value() ? std::optional<at::Tensor>(bias->to(at::kFloat).contiguous()) : bias;
+    const auto image = dense(input, *winograd_dtype(input.scalar_type()), true);
+    const auto result = winograd_conv2d(image, weight.to(at::kFloat), float_bias, padding, /*flipped=*/false);
     return dense(result, input.scalar_type(), channels_last);
   }
   const auto output = at::conv2d(
@@ -68,11 +70,12 @@ at::Tensor conv2d_grad_input_cpu(
   // One group: exactly the slice. Several: all channels of the groups at hand, then the slice.
   const bool single = groups == 1;
   if (winograd_applies(
-          dtype, weight.size(0), stop - start, weight.sizes().slice(2), stride, padding, dilation, groups)) {
+          grad_output.scalar_type(), weight.size(0), stop - start, weight.sizes().slice(2), stride, padding, dilation,
+          groups)) {
     // The gradient is a convolution of grad_output with the turned weight, padded by what the kernel leaves over.
-    const auto columns = weight.narrow(1, start, stop - start).transpose(0, 1).to(dtype);
+    const auto columns = weight.narrow(1, start, stop - start).transpose(0, 1).to(at::kFloat);
     const auto gradient = winograd_conv2d(
-        dense(grad_output, dtype, true), columns, std::nullopt, {2 - padding[0], 2 - padding[1]}, /*flipped=*/true);
+        dense(grad_output, *winograd_dtype(grad_output.scalar_type()), true), columns, std::nullopt, {2 - padding[0], 2 - padding[1]}, /*flipped=*/true);
     return dense(gradient, grad_output.scalar_type(), channels_last);
   }
   const auto columns = single ? weight.narrow(1, start, stop - start) : weight;
@@ -110,9 +113,9 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
   if (grad_output.numel() == 0) {
     return {at::zeros(weight_size, options), grad_bias};
   }
-  const auto dtype = compute_dtype(grad_output.scalar_type());
-  const bool winograd =
-      winograd_applies(dtype, input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups);
+  const bool winograd = winograd_applies(
+      grad_output.scalar_type(), input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups);
+  const auto dtype = winograd ? *winograd_dtype(grad_output.scalar_type()) : compute_dtype(grad_output.scalar_type());
   // With few channels the panels would be mostly empty, and one tap reads too little to pay for packing.
   const bool own = !winograd && own_grad_weight && dtype == at::kFloat && groups == 1 && weight_size[0] >= 16 &&
       weight_size[1] >= 16 && weight_size[2] * weight_size[3] > 1;

@@ -51,7 +51,7 @@ constexpr int VL = 16, NV = 2, NR = NV * VL, MR = 12;
 
 const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
-constexpr int64_t kDepth = 320;    // a panel of B: 20 KB in L1
+constexpr int64_t kDepth = 320;    // at most: a panel of B is 20 KB (AVX-512: 40 KB)
 constexpr int64_t kRowPanels = 16;  // a block of A: 120 KB in L2
 constexpr int64_t kPacked = 1 << 20;  // floats of B that are packed at a time
 
@@ -66,9 +66,10 @@ void multiply(
     const float* left, int64_t row_stride, int64_t depth_stride, int64_t rows, int64_t depth, int64_t panels,
     const ColumnsOf& columns_of, const Pack& pack, const float* bias, float* out, int64_t width) {
   const Kernels& k = kernels();
-  const int64_t chunks = ceil_div(depth, kDepth), threads = at::get_num_threads();
-  const int64_t at_once = std::clamp<int64_t>(kPacked / (panels * k.columns * kDepth), 1, chunks);
-  auto packed = at::empty({panels * k.columns * std::min(depth, at_once * kDepth)}, at::kFloat);
+  // Chunks of equal depth: a short one would read and write C for little.
+  const int64_t chunk = ceil_div(depth, ceil_div(depth, kDepth)), chunks = ceil_div(depth, chunk), threads = at::get_num_threads();
+  const int64_t at_once = std::clamp<int64_t>(kPacked / (panels * k.columns * chunk), 1, chunks);
+  auto packed = at::empty({panels * k.columns * std::min(depth, at_once * chunk)}, at::kFloat);
   float* packed_columns = packed.mutable_data_ptr<float>();
 
   // Blocks of equal size, as many for each thread; of few, each is cut into strips of columns.
@@ -78,27 +79,27 @@ void multiply(
   const int64_t per_task = ceil_div(panels, strips_wanted), strips = ceil_div(panels, per_task);
 
   for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += at_once) {
-    const int64_t begin_depth = first_chunk * kDepth, end_depth = std::min(depth, begin_depth + at_once * kDepth);
-    const int64_t count = ceil_div(end_depth - begin_depth, kDepth);
+    const int64_t begin_depth = first_chunk * chunk, end_depth = std::min(depth, begin_depth + at_once * chunk);
+    const int64_t count = ceil_div(end_depth - begin_depth, chunk);
     // Chunk-major: [chunk][panel][depth of the chunk][NR].
     const auto place = [&](int64_t first, int64_t panel, int64_t size) {
       return packed_columns + ((first - begin_depth) * panels + panel * size) * k.columns;
     };
     at::parallel_for(0, count * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t first = begin_depth + item / panels * kDepth, panel = item % panels;
-        const int64_t size = std::min(kDepth, depth - first);
+        const int64_t first = begin_depth + item / panels * chunk, panel = item % panels;
+        const int64_t size = std::min(chunk, depth - first);
         pack(panel, first, size, place(first, panel, size));
       }
     });
     at::parallel_for(0, blocks * strips, 1, [&](int64_t begin, int64_t end) {
-      auto packed_block = at::empty({block * std::min(kDepth, depth)}, at::kFloat);
+      auto packed_block = at::empty({block * chunk}, at::kFloat);
       float* packed_rows = packed_block.mutable_data_ptr<float>();
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first_row = task / strips * block, num_rows = std::min(block, rows - first_row);
         const int64_t first_panel = task % strips * per_task, last_panel = std::min(panels, first_panel + per_task);
-        for (int64_t first = begin_depth; first < end_depth; first += kDepth) {
-          const int64_t size = std::min(kDepth, depth - first);
+        for (int64_t first = begin_depth; first < end_depth; first += chunk) {
+          const int64_t size = std::min(chunk, depth - first);
           k.pack_rows(
               left + first_row * row_stride + first * depth_stride, row_stride, depth_stride, num_rows, size, packed_rows);
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {

@@ -60,5 +60,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_own_grad_weight", &dfs_engine::set_own_grad_weight,
       "Switches the convolutions' own weight gradient on or off; returns what it was.");
+  m.def(
+      "set_half_winograd", &dfs_engine::set_half_winograd,
+      "Switches Winograd on bfloat16 images, where the CPU has bfloat16 instructions, on or off; returns what it was.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
 }

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common.h"
 #include "instruction_set.h"
 
 namespace dfs_engine {
@@ -27,8 +28,8 @@ constexpr float kA2B2 = 1, kA2PlusB2 = 97.0f / 36;
 // 1 / product of the differences to the other finite points.
 constexpr float kG0 = 1, kGA = 1 / (2 * kA2 * (kA2 - kB2)), kGB = 1 / (2 * kB2 * (kB2 - kA2));
 
-struct Image {  // channels_last, strides in floats
-  float* data;
+struct Image {  // channels_last, float or bfloat16, strides in elements
+  void* data;
   int64_t height, width, channels, row_stride, pixel_stride;
 };
 
@@ -42,17 +43,24 @@ struct GradWeight {  // (out, in, 3, 3), contiguous
   int64_t in_channels;
 };
 
+struct TileKernels {  // what touches the images; everything between is float
+  void (*input)(const Image&, int64_t, int64_t, float*, int64_t, int64_t);
+  void (*grad_output)(const Image&, int64_t, int64_t, float*, int64_t, int64_t);
+  void (*output)(const float*, int64_t, int64_t, const float*, const Image&, int64_t, int64_t);
+};
+
 struct Kernels {
   int64_t vector, vectors, rows;  // VL, NV, MR
-  void (*input_tile)(const Image&, int64_t, int64_t, float*, int64_t, int64_t);
-  void (*grad_output_tile)(const Image&, int64_t, int64_t, float*, int64_t, int64_t);
-  void (*output_tile)(const float*, int64_t, int64_t, const float*, const Image&, int64_t, int64_t);
+  TileKernels of_float, of_bfloat16;
   void (*weight_panel)(const Weight&, int64_t, float*, int64_t);
   void (*multiply)(const float*, int64_t, const float*, int64_t, int64_t, float*);
   void (*accumulate)(const float*, const float*, int64_t, int64_t, int64_t, bool, float*);
   void (*grad_weight_panel)(const float*, int64_t, int64_t, const GradWeight&, int64_t, int64_t);
 
   int64_t pair() const { return vector * vectors; }
+  const TileKernels& tiles(const at::Tensor& image) const {
+    return image.scalar_type() == at::kBFloat16 ? of_bfloat16 : of_float;
+  }
 };
 
 // MR x NV sums (GR x NV in the weight gradient), NV factors and one value have to fit in the registers: 16 of them, or 32.
@@ -89,6 +97,9 @@ std::atomic<bool> enabled{[] {
   return value == nullptr || std::strcmp(value, "0") != 0;
 }()};
 
+// Whether bfloat16 convolutions run here, in float, rather than in the CPU's own bfloat16 instructions.
+std::atomic<bool> half_wins{false};  // until dfs_engine.calibration finds it the faster one here
+
 // The tiles of a batch of images, in the order of memory.
 struct Tiling {
   int64_t rows, columns, images;
@@ -103,8 +114,9 @@ struct Tiling {
 
 // Image n of a channels_last tensor.
 Image image_of(const at::Tensor& tensor, int64_t n) {
+  const auto bytes = n * tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
   return {
-      const_cast<float*>(tensor.const_data_ptr<float>()) + n * tensor.stride(0),
+      static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + bytes,
       tensor.size(2), tensor.size(3), tensor.size(1), tensor.stride(2), tensor.stride(3)};
 }
 
@@ -133,6 +145,14 @@ at::Tensor transform_weights(const Kernels& k, const at::Tensor& weight, bool fl
 
 bool set_winograd(bool value) { return enabled.exchange(value); }
 
+bool set_half_winograd(bool value) { return half_wins.exchange(value); }
+
+std::optional<at::ScalarType> winograd_dtype(at::ScalarType dtype) {
+  const bool in_float = compute_dtype(dtype) == at::kFloat;
+  if (dtype == at::kBFloat16 && (in_float || half_wins)) return dtype;
+  return in_float ? std::optional(at::kFloat) : std::nullopt;
+}
+
 bool winograd_applies(
     at::ScalarType dtype,
     int64_t in_channels,
@@ -146,7 +166,7 @@ bool winograd_applies(
     return std::all_of(values.begin(), values.end(), [=](int64_t v) { return v == value; });
   };
   // With few channels the transforms cost more than the multiplications they save.
-  return enabled && dtype == at::kFloat && groups == 1 && all(kernel_size, 3) && all(stride, 1) && all(dilation, 1) &&
+  return enabled && winograd_dtype(dtype).has_value() && groups == 1 && all(kernel_size, 3) && all(stride, 1) && all(dilation, 1) &&
       padding[0] <= 2 && padding[1] <= 2 && in_channels >= 16 && out_channels >= 16;
 }
 
@@ -157,6 +177,7 @@ at::Tensor winograd_conv2d(
     at::IntArrayRef padding,
     bool flipped) {
   const Kernels& k = kernels();
+  const TileKernels& tiles = k.tiles(input);
   const int64_t height = input.size(2) + 2 * padding[0] - 2, width = input.size(3) + 2 * padding[1] - 2;
   auto output = at::empty(
       {input.size(0), weight.size(0), height, width}, input.options().memory_format(at::MemoryFormat::ChannelsLast));
@@ -181,7 +202,7 @@ at::Tensor winograd_conv2d(
       const int64_t first = index * block, last = std::min(tiling.count(), first + block);
       for (int64_t tile = first; tile < last; ++tile) {
         const Image image = image_of(input, tiling.image(tile));
-        k.input_tile(image, tiling.y(tile) - padding[0], tiling.x(tile) - padding[1],
+        tiles.input(image, tiling.y(tile) - padding[0], tiling.x(tile) - padding[1],
                      values + (tile - first) * k.vector, in_panels * panel_stride, panel_stride);
       }
       for (int64_t xi = 0; xi < 36; ++xi) {
@@ -189,7 +210,7 @@ at::Tensor winograd_conv2d(
                    sums + xi * out_panels * panel_stride);
       }
       for (int64_t tile = first; tile < last; ++tile) {
-        k.output_tile(sums + (tile - first) * k.vector, out_panels * panel_stride, panel_stride, shift,
+        tiles.output(sums + (tile - first) * k.vector, out_panels * panel_stride, panel_stride, shift,
                       image_of(output, tiling.image(tile)), tiling.y(tile), tiling.x(tile));
       }
     }
@@ -199,16 +220,17 @@ at::Tensor winograd_conv2d(
 
 at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef padding) {
   const Kernels& k = kernels();
+  const TileKernels& tiles = k.tiles(input);
   const int64_t out_channels = grad_output.size(1), in_channels = input.size(1);
   const int64_t out_panels = ceil_div(out_channels, k.vector), pairs = ceil_div(in_channels, k.pair());
   const int64_t in_panels = pairs * k.vectors, rows = out_panels * k.vector;
   const Tiling tiling(grad_output.size(0), grad_output.size(2), grad_output.size(3));
 
-  // Tiles are transformed in chunks of a few megabytes by all threads; then the 36 products are shared out among them, so
+  // Tiles are transformed in chunks of four megabytes by all threads; then the 36 products are shared out among them, so
   // that each sum has one owner and one order.
   const int64_t floats_per_tile = 36 * k.vector * (in_panels + out_panels);
-  const int64_t chunk = std::clamp<int64_t>((1 << 21) / floats_per_tile, 32, 1024);
-  const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
+  const int64_t chunk = std::clamp<int64_t>((1 << 20) / floats_per_tile, 32, 1024);
+  const auto options = input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   // Zeros, because the last pair may have a panel without channels, which has to be finite.
   auto data = at::zeros({36 * in_panels * chunk * k.vector}, options);
   auto grads = at::empty({36 * out_panels * chunk * k.vector}, options);
@@ -218,14 +240,14 @@ at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor&
   float* totals = sums.mutable_data_ptr<float>();
   const int64_t panel_stride = chunk * k.vector, pair_size = rows * k.pair();
   for (int64_t first = 0; first < tiling.count(); first += chunk) {
-    const int64_t tiles = std::min(chunk, tiling.count() - first);
-    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const int64_t num_tiles = std::min(chunk, tiling.count() - first);
+    at::parallel_for(0, num_tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const int64_t tile = first + index;
         const int64_t n = tiling.image(tile), y = tiling.y(tile), x = tiling.x(tile);
-        k.input_tile(image_of(input, n), y - padding[0], x - padding[1], values + index * k.vector,
+        tiles.input(image_of(input, n), y - padding[0], x - padding[1], values + index * k.vector,
                      in_panels * panel_stride, panel_stride);
-        k.grad_output_tile(image_of(grad_output, n), y, x, gradients + index * k.vector,
+        tiles.grad_output(image_of(grad_output, n), y, x, gradients + index * k.vector,
                            out_panels * panel_stride, panel_stride);
       }
     });
@@ -233,7 +255,7 @@ at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor&
       for (int64_t item = begin; item < end; ++item) {
         const int64_t xi = item / pairs, pair = item % pairs;
         k.accumulate(values + (xi * in_panels + pair * k.vectors) * panel_stride, gradients + xi * out_panels * panel_stride,
-                     out_panels, tiles, panel_stride, first == 0, totals + item * pair_size);
+                     out_panels, num_tiles, panel_stride, first == 0, totals + item * pair_size);
       }
     });
   }

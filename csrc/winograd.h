@@ -1,4 +1,5 @@
-// 3x3, stride 1 convolutions by Winograd's F(4x4, 3x3): a quarter of the multiplications, in float.
+// 3x3, stride 1 convolutions by Winograd's F(4x4, 3x3): a quarter of the multiplications, in float, on images in float or
+// bfloat16.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +8,10 @@
 
 namespace dfs_engine {
 
-// Whether Winograd computes this convolution, and faster than oneDNN.
+// The dtype in which these kernels read and write images of `dtype`; none where they leave them to oneDNN.
+std::optional<at::ScalarType> winograd_dtype(at::ScalarType dtype);
+
+// Whether Winograd computes this convolution of images of `dtype`, and faster than oneDNN.
 bool winograd_applies(
     at::ScalarType dtype,
     int64_t in_channels,
@@ -18,7 +22,8 @@ bool winograd_applies(
     at::IntArrayRef dilation,
     int64_t groups);
 
-// Convolution of a channels_last float input with weight (out, in, 3, 3) of any strides and a contiguous bias.
+// Convolution of a channels_last input of a `winograd_dtype` with a float weight (out, in, 3, 3) of any strides and a contiguous
+// float bias.
 // `flipped`: correlate with the weight turned by 180 degrees (the gradient of the input).
 at::Tensor winograd_conv2d(
     const at::Tensor& input,
@@ -27,11 +32,15 @@ at::Tensor winograd_conv2d(
     at::IntArrayRef padding,
     bool flipped);
 
-// Gradient (out, in, 3, 3) of the weight, from channels_last float tensors. The same for any number of threads.
+// Gradient (out, in, 3, 3) of the weight, in float, from channels_last tensors of a `winograd_dtype`. The same for any number
+// of threads.
 at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef padding);
 
 // Switches Winograd on or off for the process; returns what it was.
 bool set_winograd(bool enabled);
+
+// Whether bfloat16 images are convolved here even where the CPU multiplies bfloat16 itself; returns what it was.
+bool set_half_winograd(bool enabled);
 
 // The instruction set in use: "avx512", "avx2" or "baseline".
 std::string instruction_set();

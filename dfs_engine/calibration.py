@@ -1,8 +1,9 @@
-"""Which matrix product is the faster one on this machine: this project's or ATen's.
+"""Which kernels are the faster ones on this machine: this project's or ATen's.
 
 ATen's `linear` goes to MKL, which may run at a third of an AMD CPU's peak, and oneDNN's weight gradient of a strided
-convolution at a third of one's with AVX2; on other CPUs both may win. So it is measured, once per machine,
-in a fraction of a second, and the answer is kept in a file.
+convolution at a third of one's with AVX2; on other CPUs both may win. A bfloat16 convolution by Winograd's algorithm
+in float beats oneDNN's where bfloat16 instructions do twice as much as float ones, and loses where they do sixteen
+times as much. So it is measured, once per machine, in a fraction of a second, and the answer is kept in a file.
 """
 
 import functools
@@ -23,24 +24,34 @@ from dfs_engine.machine import cpu_model
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the measurement below: another version asks again
+_VERSION = 3  # of the measurement below: another version asks again
 _ROWS_INPUTS_OUTPUTS = ((1024, 384, 384), (1576, 192, 576))
-_CHANNELS_PIXELS = ((64, 16), (128, 8))
+_STRIDED = ((16, 64, 16), (16, 128, 8))  # images, channels, pixels a side
+# Large enough that the transformation of the weights, which is the same for any batch, does not decide.
+_HALF = ((16, 64, 32), (32, 128, 16))
 _ROUNDS = 7
 
 
 class Speedups(NamedTuple):
-    """How many times faster than ATen's this project's matrix product is."""
+    """How many times faster than ATen's this project's kernels are."""
 
     linear: float
     conv_grad_weight: float
+    half_conv: float
 
 
 class Wins(NamedTuple):
-    """Where it is the faster one: in linear layers, in the weight gradient of convolutions without Winograd."""
+    """Where they are the faster ones.
+
+    Attributes:
+        linear: the matrix product in linear layers.
+        conv_grad_weight: the same in the weight gradient of convolutions without Winograd.
+        half_conv: Winograd on bfloat16 images; without meaning where the CPU has no bfloat16 instructions.
+    """
 
     linear: bool
     conv_grad_weight: bool
+    half_conv: bool
 
 
 def cache_dir() -> Path:
@@ -52,11 +63,11 @@ def cache_dir() -> Path:
 
 
 def settle() -> Wins:
-    """Sets the matrix products of the cpp backend for this process; returns which are ours.
+    """Sets the kernels of the cpp backend for this process; returns which are ours.
 
     While torch.compile traces, which cannot measure: all, because the kernels look at what is set when they run.
     """
-    return Wins(True, True) if torch.compiler.is_compiling() else _settle()
+    return Wins(True, True, True) if torch.compiler.is_compiling() else _settle()
 
 
 @functools.cache
@@ -71,14 +82,15 @@ def _settle() -> Wins:
     wins = Wins(*(ratio > 1.05 for ratio in ratios))
     _C.set_own_gemm(wins.linear)
     _C.set_own_grad_weight(wins.conv_grad_weight)
+    _C.set_half_winograd(wins.half_conv)
     for name, ratio in ratios._asdict().items():
         chosen = "own" if getattr(wins, name) else "ATen's"
-        logger.info("%s: %s matrix product (measured %.2f x ATen's speed)", name, chosen, ratio)
+        logger.info("%s: %s kernels (measured %.2f x ATen's speed)", name, chosen, ratio)
     return wins
 
 
 def measure() -> Speedups:
-    """Speed of this project's product over ATen's: sums of median times, interleaved."""
+    """Speed of this project's kernels over ATen's: sums of median times, interleaved."""
     from dfs_engine import _C
 
     ops = torch.ops.dfs_engine
@@ -90,15 +102,29 @@ def measure() -> Speedups:
             functools.partial(ops.linear_grad_input, grad, weight, 0, inputs // 2),
             functools.partial(ops.linear_grad_weight, grad, x, False),
         ]
-    conv: list[Callable[[], object]] = []
-    for channels, size in _CHANNELS_PIXELS:
-        x = torch.ones(16, channels, size, size).contiguous(memory_format=torch.channels_last)
-        grad = torch.ones(16, 2 * channels, size // 2, size // 2).contiguous(memory_format=torch.channels_last)
-        geometry = ((2, 2), (1, 1), (1, 1), 1)
-        conv.append(
-            functools.partial(ops.conv2d_grad_weight, grad, x, (2 * channels, channels, 3, 3), *geometry, False)
-        )
-    return Speedups(_speedup(_C.set_own_gemm, linear), _speedup(_C.set_own_grad_weight, conv))
+    strided: list[Callable[[], object]] = []
+    half: list[Callable[[], object]] = []
+    for num_images, channels, size in _STRIDED:
+        x, grad = _images(num_images, channels, size), _images(num_images, 2 * channels, size // 2)
+        shape, geometry = (2 * channels, channels, 3, 3), ((2, 2), (1, 1), (1, 1), 1)
+        strided.append(functools.partial(ops.conv2d_grad_weight, grad, x, shape, *geometry, False))
+    for num_images, channels, size in _HALF:
+        x = _images(num_images, channels, size).bfloat16()
+        weight, geometry = torch.ones(channels, channels, 3, 3, dtype=torch.bfloat16), ((1, 1), (1, 1), (1, 1), 1)
+        half += [
+            functools.partial(ops.conv2d, x, weight, None, *geometry),
+            functools.partial(ops.conv2d_grad_input, x, weight, x.shape, *geometry, 0, channels // 2, True),
+            functools.partial(ops.conv2d_grad_weight, x, x, weight.shape, *geometry, False),
+        ]
+    return Speedups(
+        linear=_speedup(_C.set_own_gemm, linear),
+        conv_grad_weight=_speedup(_C.set_own_grad_weight, strided),
+        half_conv=_speedup(_C.set_half_winograd, half),
+    )
+
+
+def _images(num_images: int, channels: int, size: int) -> torch.Tensor:
+    return torch.ones(num_images, channels, size, size).contiguous(memory_format=torch.channels_last)
 
 
 def _speedup(switch: Callable[[bool], bool], calls: list[Callable[[], object]]) -> float:
@@ -134,7 +160,7 @@ def _key() -> dict[str, Any]:
 
 def _file() -> Path:
     digest = hashlib.sha256(json.dumps(_key(), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / f"matrix-product-{digest}.json"
+    return cache_dir() / f"kernels-{digest}.json"
 
 
 def _remembered() -> Speedups | None:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -98,22 +98,26 @@ def _write_json(path: Path_fc | None, result: Any) -> None:
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
+def _print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Numbers are flushed right; a row named "ensemble" is bold."""
     from rich.console import Console
     from rich.table import Table
 
-    from dfs_engine.evaluation.metrics import table
-
-    accuracy = Table()
-    accuracy.add_column("exit")
-    for heading in ("top-1 %", "top-5 %", "loss"):
-        accuracy.add_column(heading, justify="right")
-    for name, top1, top5, loss in table(metrics):
-        accuracy.add_row(
-            name, f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", style="bold" if name == "ensemble" else None
-        )
+    table = Table()
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "ensemble" else None)
     print(title)  # not the table's: it would wrap at the table's width
-    Console().print(accuracy)
+    Console().print(table)
+
+
+def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
+    from dfs_engine.evaluation.metrics import TITLES, table
+
+    headings = [f"{TITLES[metric]} %" if metric in TITLES else metric for metric in metrics["ensemble"]]
+    rows = [(name, *(f"{share:.2f}" for share in shares), f"{loss:.4f}") for name, *shares, loss in table(metrics)]
+    _print_table(title, ("exit", *headings), rows)
 
 
 def _train_flags(parser: Parser) -> None:
@@ -143,7 +147,7 @@ def _train(values: Any, line: list[str]) -> int:
         _fail(str(error), 1)
     if trainer.accelerator.is_main_process:
         _print_accuracy(
-            result.metrics, f"Test accuracy after {trainer.progress.epoch} epochs on {trainer.data.description}"
+            result.metrics, f"Test results after {trainer.progress.epoch} epochs on {trainer.data.description}"
         )
         print(f"run folder: {result.run_dir}")
         _write_json(values.json, {"run_dir": str(result.run_dir), "metrics": result.metrics, "epochs": result.rows})
@@ -213,6 +217,33 @@ def _validate(values: Any, _line: list[str]) -> int:
     print(report.table())
     _write_json(values.json, report.to_json())
     return 0 if report.ok else 1
+
+
+def _info_flags(parser: Parser) -> None:
+    from dfs_engine.evaluation.info import InfoConfig
+
+    parser.add_argument("model", type=str, help="Name of a model.")
+    parser.add_class_arguments(InfoConfig, skip={"model"})
+    _add_json(parser)
+
+
+def _info(values: Any, _line: list[str]) -> int:
+    from dfs_engine.evaluation import info
+
+    with _input_errors(RuntimeError):
+        report = info.run(_config(info.InfoConfig, values))
+    model, batch_size = report.config.model, report.config.batch_size
+    _print_table(
+        f"{model}: an image that leaves at an exit, in millions; a multiply-add is one operation. "
+        "Alone: without the exits before it",
+        *report.exit_table(),
+    )
+    _print_table(
+        f"{model}: a training step of {batch_size} in millions of FLOPs; a multiply-add is two",
+        *report.training_table(),
+    )
+    _write_json(values.json, report.to_json())
+    return 0
 
 
 def _doctor(values: Any, _line: list[str]) -> int:
@@ -313,6 +344,16 @@ _COMMANDS = {
         "  dfs validate --quick\n  dfs validate --dtypes fp32 --backends cpp --json validate.json",
         _validate_flags,
         _validate,
+    ),
+    "info": Command(
+        "count a model's parameters and operations",
+        "Counts each exit's cumulative parameters and operations, and the FLOPs of a training step in every variant at"
+        " several beta.",
+        "  dfs info msdnet_cifar --num_classes 100\n"
+        "  dfs info vgg7_64 --beta .5 --reference false --json info.json\n"
+        "  dfs info msdnet_cifar --options '{growth: 6}'",
+        _info_flags,
+        _info,
     ),
     "doctor": Command(
         "say what this installation can do",

@@ -4,6 +4,7 @@ Errors are measured twice, because each measure alone is blind: the largest erro
 one wrong element, the RMS ratio finds a small error that is everywhere. Both are free of scale.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,15 @@ def assert_close(
     comparison = compare(name, actual, expected, tolerance, scale=scale)
     if not comparison.ok:
         raise AssertionError(str(comparison))
+
+
+def gradient_scale(gradients: Iterable[Tensor]) -> float:
+    """`scale` for gradients of one model: a hundredth of the largest value among them.
+
+    A gradient far below the others is what cancellation left of terms of their size: of a bias in front of a batch
+    norm, of a scale that a batch norm behind a ReLU undoes, of whole layers where beta is 0 or 1.
+    """
+    return 1e-2 * max(gradient.abs().max().item() for gradient in gradients)
 
 
 def failure(name: str, note: str, tolerance: Tolerance = EXACT) -> Comparison:

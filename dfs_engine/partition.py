@@ -102,7 +102,8 @@ class _Partition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature: Tensor, num_shared: int, exit_start: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dim, ctx.num_shared, ctx.exit_start = dim, num_shared, exit_start
-        ctx.shape, ctx.memory_format = feature.shape, dense_memory_format(feature)
+        # As a dense tensor in the feature's order of strides: it may itself be a slice of channels.
+        ctx.shape, ctx.memory_format = feature.shape, dense_memory_format(torch.empty_like(feature, device="meta"))
         # Aliases, because a Function may not return its input and a view of it side by side.
         full = feature.detach()
         ctx.mark_non_differentiable(full)

@@ -1,6 +1,8 @@
 """Shared by all tests: a fresh seed that can be repeated, few threads, poisoned memory, the backends."""
 
 import random
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,28 @@ from dfs_engine import backend as backends
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, default=None, help="seed of every test's random inputs (default: a fresh one)")
+    parser.addoption(
+        "--seed", type=int, default=None, help="seed of every test's random inputs (default: the commit's)"
+    )
 
 
 def pytest_configure(config):
     if config.option.seed is None:
-        config.option.seed = random.SystemRandom().randrange(2**31)
+        config.option.seed = seed_of_commit()
+
+
+def seed_of_commit() -> int:
+    """Of the last commit that touched code: others with each, and the same for everyone who tests it.
+
+    Outside a checkout a fresh one.
+    """
+    code = ["csrc", "dfs_engine", "kernels", "tests", "benchmarks/*.py"]
+    command = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%H", "--", *code]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    return int(commit[:8], 16) % 2**31 if commit else random.SystemRandom().randrange(2**31)
 
 
 def pytest_report_header(config):
@@ -48,3 +66,32 @@ def backend(request):
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """Folder that transformers saved: a BERT with random weights, and its tokenizer, whose words are w0 ... w39."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *(f"w{index}" for index in range(40))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names)
+    fast.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=20,
+        initializer_range=0.2,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder

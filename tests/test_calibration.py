@@ -1,4 +1,4 @@
-"""The choice of the matrix product is measured once and kept, and survives any state of its file."""
+"""The choice of kernels is measured once and kept, and survives any state of its file."""
 
 import json
 
@@ -16,7 +16,7 @@ def measured(tmp_path, monkeypatch):
     """A fresh cache folder; gives the list of measurements made."""
     calls = []
     monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration, "measure", lambda: calls.append(1) or Speedups(2.5, 1.5))
+    monkeypatch.setattr(calibration, "measure", lambda: calls.append(1) or Speedups(2.5, 1.5, 0.5))
     calibration._settle.cache_clear()
     yield calls
     calibration._settle.cache_clear()
@@ -28,11 +28,15 @@ def settle_again() -> Wins:
 
 
 def test_measured_once_and_kept(measured, tmp_path):
-    assert calibration.settle() == (True, True)
-    assert settle_again() == (True, True)
+    assert calibration.settle() == (True, True, False)
+    assert settle_again() == (True, True, False)
     assert len(measured) == 1
     (file,) = (tmp_path / "cache").iterdir()
-    assert json.loads(file.read_text())["speed_over_aten"] == {"linear": 2.5, "conv_grad_weight": 1.5}
+    assert json.loads(file.read_text())["speed_over_aten"] == {
+        "linear": 2.5,
+        "conv_grad_weight": 1.5,
+        "half_conv": 0.5,
+    }
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "speed_over_aten": 9.0}', '{"speed_over_aten": "x"}'])
@@ -50,16 +54,16 @@ def test_an_unwritable_folder_is_no_error(measured, tmp_path, monkeypatch):
     assert calibration.settle()
 
 
-def test_atens_product_stays_within_noise(measured, monkeypatch):
-    monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.04, 1.06))
-    assert calibration.settle() == (False, True)
+def test_atens_kernels_stay_within_noise(measured, monkeypatch):
+    monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.04, 1.06, 1.05))
+    assert calibration.settle() == (False, True, False)
 
 
-def test_the_measurement_gives_a_ratio_and_restores_the_switch():
+def test_the_measurement_gives_a_ratio_and_restores_the_switches():
     from dfs_engine import _C
 
-    before = _C.set_own_gemm(False)
-    before_conv = _C.set_own_grad_weight(False)
+    switches = (_C.set_own_gemm, _C.set_own_grad_weight, _C.set_half_winograd)
+    before = [switch(False) for switch in switches]
     assert min(calibration.measure()) > 0
-    assert _C.set_own_gemm(before) is False
-    assert _C.set_own_grad_weight(before_conv) is False
+    after = [switch(value) for switch, value in zip(switches, before, strict=True)]
+    assert not any(after)

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,11 @@ def test_wrong_input_is_one_line_and_status_2(capsys, line, message):
     assert message in fails(capsys, *line)
 
 
+@pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_complete_but_for_the_data(capsys, recipe):
+    assert "data.root: expected a folder" in fails(capsys, "train", "--config", str(recipe), "--data.name", "cifar10")
+
+
 @pytest.mark.parametrize(
     ("text", "valid", "nearest"),
     [("model: {bata: 0.3}", "model.variant", "model.beta"), ("batchsize: 3", "eval_batch_size", "batch_size")],
@@ -178,7 +184,7 @@ def test_doctor(capsys, tmp_path):
     assert json.loads((tmp_path / "doctor.json").read_text())
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "convert", "validate", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["train", "eval", "convert", "validate", "info", "doctor", "bench"])
 def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

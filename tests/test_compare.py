@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfs_engine.compare import DTYPES, EXACT, TOLERANCES, assert_close, compare
+from dfs_engine.compare import DTYPES, EXACT, TOLERANCES, assert_close, compare, gradient_scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -57,3 +57,7 @@ def test_a_small_reference_is_judged_by_the_scale_that_is_given():
     assert compare("x", expected + 1e-9, expected, scale=1e-3).ok
     assert not compare("x", expected + 1e-7, expected, scale=1e-3).ok
     assert not compare("x", expected * 2, expected, scale=1e-9).ok
+
+
+def test_gradients_of_one_model_are_judged_by_the_largest():
+    assert gradient_scale([torch.zeros(3), torch.tensor([2.0, -50.0]), torch.ones(())]) == 0.5

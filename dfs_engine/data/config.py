@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dfs_engine.names import check_choice
 
-DATASETS = ("digits", "cifar10", "cifar100", "image_folder", "synthetic")
+IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "image_folder", "synthetic")
+TEXT_DATASETS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+DATASETS = IMAGE_DATASETS + TEXT_DATASETS
 
 
 class Augmentation(NamedTuple):
@@ -25,13 +27,22 @@ class Augmentation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images to learn, and how training images are augmented. Test images never are."""
+    """Which images or sentences to learn, and how training images are augmented. Test images never are."""
 
     name: str = "digits"
-    """digits (1,797 real handwritten digits, needs no files), cifar10, cifar100, image_folder or synthetic."""
+    """digits (1,797 real handwritten digits, needs no files), cifar10, cifar100, image_folder, synthetic, or one of
+    GLUE's tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli."""
     root: str | None = None
-    """Folder of cifar10, cifar100 (torchvision's layout or Hugging Face train*.parquet, test*.parquet)
-    or image_folder (train/<class>/*.png and val/ or test/). Nothing is ever downloaded."""
+    """Folder of cifar10, cifar100 (torchvision's layout or Hugging Face train*.parquet, test*.parquet),
+    of image_folder (train/<class>/*.png and val/ or test/), or of a GLUE task (train*.parquet, validation*.parquet).
+    Nothing is ever downloaded, but for a GLUE task without root, which the datasets library gets."""
+    max_train: int | None = None
+    """Train on so many samples an epoch, drawn afresh for each. Default: on all of them."""
+    tokenizer: str | None = None
+    """Of a GLUE task: folder that transformers saved, or an installed package that contains one.
+    Default: model.pretrained."""
+    max_tokens: int = 128
+    """Of a GLUE task: longer sentences and pairs are cut."""
     image_size: int | None = None
     """Height and width of the images that the model gets. Default: what the model was made for."""
     num_workers: int = 0
@@ -56,6 +67,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choice("data.name", self.name, DATASETS)
         minima = {
+            "max_train": 1,
+            "max_tokens": 3,
             "image_size": 1,
             "num_workers": 0,
             "crop_padding": 0,

@@ -1,10 +1,15 @@
-"""Floating-point operations of a model, counted while it runs. One multiply-add is two."""
+"""Floating-point operations of a training step, counted while it runs. One multiply-add is two."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from dfs_engine import backend as backends
+from dfs_engine import calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,24 +24,25 @@ class FlopCount:
         return self.forward + self.backward
 
 
-def count_flops(
-    model: nn.Module, input_shape: tuple[int, ...], batch: int = 1, *, device: torch.device | str = "cpu"
-) -> FlopCount:
+def count_flops(model: nn.Module, input: Any) -> FlopCount:
     """Runs one forward and one backward of all exits and counts.
+
+    Attention counts as the matrix products that define it, whichever kernel would compute them. On the meta device
+    nothing is computed, and the count is the same.
 
     Args:
         model: returns a tensor, or a list of every exit's logits; eager, because a compiled graph is not seen. Its
             gradients are left as they were; a BatchNorm's running statistics move, as in any training step.
-        input_shape: of one sample.
-        batch: samples at once.
-        device: where the model is.
+        input: what the model takes, e.g. `MultiExitModel.example_input(batch)`.
     """
-    input = torch.randn(batch, *input_shape, device=device)
+    if backends.unavailable_reason("cpp") is None:
+        calibration.settle()  # not while operators are counted
     # Stock autograd computes what is asked for; as in training, nobody asks for the images' gradient.
-    with FlopCounterMode(display=False) as forward:
-        logits = model(input)
-    total = logits.sum() if isinstance(logits, Tensor) else torch.stack([exit.sum() for exit in logits]).sum()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with FlopCounterMode(display=False) as backward:
-        torch.autograd.grad(total, parameters, allow_unused=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            logits = model(input)
+        total = logits.sum() if isinstance(logits, Tensor) else torch.stack([exit.sum() for exit in logits]).sum()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(total, parameters, allow_unused=True)
     return FlopCount(forward.get_total_flops(), backward.get_total_flops())

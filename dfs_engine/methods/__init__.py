@@ -9,8 +9,17 @@ from dfs_engine.methods.method import Method
 from dfs_engine.models import MultiExitModel
 from dfs_engine.names import check_choice
 
+
+def _create_byot(model: MultiExitModel, **options: Any) -> BYOT:
+    if model.num_classes == 1:
+        raise ValueError(
+            "method: expected joint for a regression, got byot, which compares distributions over classes."
+        )
+    return BYOT(feature_widths(model), ByotConfig(**options))
+
+
 _METHODS: dict[str, Callable[..., Method]] = {
-    "byot": lambda model, **options: BYOT(feature_widths(model), ByotConfig(**options)),
+    "byot": _create_byot,
     "joint": lambda model: Joint(),
 }
 

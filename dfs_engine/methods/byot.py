@@ -91,7 +91,7 @@ def _pooled(feature: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_widths(model: MultiExitModel) -> list[int]:
-    """Channels of each exit's feature, from a run on one image; `model` stays as it is."""
+    """Channels of each exit's feature, from a run on one sample; `model` stays as it is."""
     probe = copy.deepcopy(model).eval()
-    _, features = probe(torch.zeros(1, *model.input_shape), return_features=True)
+    _, features = probe(model.example_input(), return_features=True)
     return [_pooled(feature).size(1) for feature in features]

@@ -3,27 +3,27 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine.methods.method import Method
+from dfs_engine.nn import exit_loss
 
 
 def exit_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Mean cross entropy of each exit.
+    """Mean loss of each exit.
 
     Args:
         logits: (N, num_classes) for each exit, shallow to deep.
-        target: (N,) class indices.
+        target: (N,) class indices, or numbers (see `dfs_engine.nn.exit_loss`).
 
     Returns:
         (num_exits,), in the order of `logits`.
     """
-    return torch.stack([F.cross_entropy(exit_logits, target) for exit_logits in logits])
+    return torch.stack([exit_loss(exit_logits, target) for exit_logits in logits])
 
 
 class Joint(Method):
-    """``loss = sum_k cross_entropy(logits[k], target)``."""
+    """``loss = sum_k exit_loss(logits[k], target)``."""
 
     def forward(self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         return exit_losses(logits, target).sum()

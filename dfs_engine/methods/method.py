@@ -1,9 +1,10 @@
 """What the trainer asks of a training method."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+
+from dfs_engine.models.multi_exit import run_model
 
 
 class Method(nn.Module):
@@ -20,12 +21,13 @@ class Method(nn.Module):
 
         Args:
             logits: (N, num_classes) of each exit, shallow to deep.
-            target: (N,) class indices.
+            target: (N,) class indices, or numbers (see `dfs_engine.nn.exit_loss`).
             features: what each exit read, with `needs_features`.
         """
         raise NotImplementedError
 
-    def run(self, model: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
+    def run(self, model: nn.Module, input: Tensor | Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """The model's logits, and its features where this method's loss takes them."""
-        result: Any = model(images, return_features=True) if self.needs_features else (model(images), None)
-        return result
+        if self.needs_features:
+            return run_model(model, input, return_features=True)
+        return run_model(model, input), None

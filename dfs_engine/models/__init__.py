@@ -1,10 +1,10 @@
 """Multi-exit models: the contract, the registry, one file a family."""
 
-from dfs_engine.models import vgg  # registers its models
+from dfs_engine.models import bert, msdnet, resnet, vgg, vit  # register their models
 from dfs_engine.models.attach import AttachedModel, attach_exits
 from dfs_engine.models.multi_exit import MultiExitModel
 from dfs_engine.models.official import load_official_state_dict, to_official_state_dict
-from dfs_engine.models.registry import create_model, list_models
+from dfs_engine.models.registry import check_model, create_model, list_models
 from dfs_engine.nn.routing import VARIANTS
 
 __all__ = [
@@ -12,9 +12,14 @@ __all__ = [
     "AttachedModel",
     "MultiExitModel",
     "attach_exits",
+    "bert",
+    "check_model",
     "create_model",
     "list_models",
     "load_official_state_dict",
+    "msdnet",
+    "resnet",
     "to_official_state_dict",
     "vgg",
+    "vit",
 ]

@@ -304,7 +304,7 @@ class AttachedModel(MultiExitModel):
         seen: Observation,
         consumers: dict[str, Consumers],
     ) -> None:
-        super().__init__([], [], fork, num_classes=seen.output.size(1), input_shape=seen.input_shape)  # type: ignore[arg-type]
+        super().__init__([], [], fork, num_classes=seen.output.size(1), input_shape=seen.input_shape)
         self.backbone, self.exits = backbone, nn.ModuleList(exits)
         self.consumers = {exit.name: exit.connect(backbone, consumers[exit.name]) for exit in exits}
         self._reached, self._classifier = seen.reached, seen.classifier

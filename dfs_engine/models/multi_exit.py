@@ -1,20 +1,37 @@
 """The contract of every multi-exit model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from dfs_engine.nn.routing import Fork, Reading
 
 
 class Block(nn.Module):
-    """Makes a feature from what it reads; a family overrides `forward`, and `produce` where it has a fused form."""
+    """Makes a feature from what it reads; a family overrides `forward`, and `produce` where it has a fused form.
 
-    def produce(self, input: Reading, fork: Fork, is_last: bool) -> tuple[Reading, Reading]:
-        """Returns what the deeper path and the exit read of this block's feature; the last feature is not split."""
-        feature = self(input)
-        return (feature, feature) if is_last else fork(feature)
+    Where the deeper path reads more than the feature that is split (MSDNet: other scales), what `forward` makes is what
+    `route` and `feature_of` know to take apart.
+    """
+
+    def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
+        """Returns what the deeper path and the exit read of this block's feature."""
+        return self.route(self(input), fork, is_last)
+
+    def route(self, made: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
+        """Returns what the deeper path and the exit read of what `forward` made; the last feature is not split."""
+        return (made, made) if is_last else fork(made)
+
+    def feature_of(self, made: Any) -> Tensor:
+        """The feature that the exit reads, of what `forward` made."""
+        return made
+
+
+def run_model(model: nn.Module, input: Tensor | Mapping[str, Tensor], **options: Any) -> Any:
+    """Calls a multi-exit model, or what wraps one, on a batch: a tensor, or a mapping of its keyword arguments."""
+    return model(**input, **options) if isinstance(input, Mapping) else model(input, **options)
 
 
 class MultiExitModel(nn.Module):
@@ -23,11 +40,11 @@ class MultiExitModel(nn.Module):
     Block k makes feature f_k; exit k and block k + 1 read it through `fork`. A family passes its blocks and exits.
 
     Args:
-        blocks: block k maps a `Reading` of f_{k-1} (an image tensor for k = 0) to the tensor f_k.
+        blocks: block k maps what it reads of f_{k-1} (an image tensor for k = 0) to the tensor f_k.
         exits: module k maps a `Reading` of f_k to logits (N, num_classes).
         fork: routes the features.
         num_classes: width of the logits.
-        input_shape: (C, H, W) of one image, as published.
+        input_shape: (C, H, W) of one image, as published; (T,) of a model that reads at most T tokens.
     """
 
     # Set by `create_model`, for `get_config`.
@@ -41,7 +58,7 @@ class MultiExitModel(nn.Module):
         fork: Fork,
         *,
         num_classes: int,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
     ) -> None:
         super().__init__()
         assert len(blocks) == len(exits)
@@ -70,7 +87,7 @@ class MultiExitModel(nn.Module):
         if return_features:
             return self._forward_with_features(input)
         logits = []
-        deeper: Reading = input
+        deeper: Any = input
         last = self.num_exits - 1
         for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
             deeper, reading = cast(Block, block).produce(deeper, self.fork, index == last)
@@ -80,14 +97,20 @@ class MultiExitModel(nn.Module):
     def _forward_with_features(self, input: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """A fused block never holds its feature with full gradient, hence the plain form."""
         logits, features = [], []
-        deeper: Reading = input
+        deeper: Any = input
         last = self.num_exits - 1
-        for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
-            feature = block(deeper)
-            deeper, reading = (feature, feature) if index == last else self.fork(feature)
+        for index, (module, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
+            block = cast(Block, module)
+            made = block(deeper)
+            deeper, reading = block.route(made, self.fork, index == last)
             logits.append(exit(reading))
-            features.append(feature)
+            features.append(block.feature_of(made))
         return logits, features
+
+    def example_input(self, batch: int = 1) -> Any:
+        """A random batch of what `forward` takes, where the model is and in its dtype."""
+        parameter = next(self.parameters())
+        return torch.randn(batch, *self.input_shape, device=parameter.device, dtype=parameter.dtype)
 
     def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
         """Parameters of exit `index`'s classifier alone."""

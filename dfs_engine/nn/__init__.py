@@ -1,14 +1,29 @@
 """Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
 
+from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
-from dfs_engine.nn.conv_block import produce_readings
+from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
 from dfs_engine.nn.exit_head import ExitHead, TokenHead
-from dfs_engine.nn.linear import PartitionedLinear
+from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
+from dfs_engine.nn.loss import exit_loss
 from dfs_engine.nn.norm_linear import apply_norm_linear
-from dfs_engine.nn.routing import VARIANTS, Fork, Reading, add, apply_layer, global_avg_pool, whole
+from dfs_engine.nn.routing import (
+    VARIANTS,
+    ConcatReading,
+    Fork,
+    Reading,
+    add,
+    apply_layer,
+    global_avg_pool,
+    map_channels,
+    multiply,
+    read_like,
+    whole,
+)
 
 __all__ = [
     "VARIANTS",
+    "ConcatReading",
     "ExitHead",
     "Fork",
     "PartitionedConv2d",
@@ -17,8 +32,17 @@ __all__ = [
     "TokenHead",
     "add",
     "apply_layer",
+    "apply_linears",
     "apply_norm_linear",
+    "apply_norm_relu",
+    "concat",
+    "convert_linears",
+    "exit_loss",
+    "fork_concat",
     "global_avg_pool",
+    "map_channels",
+    "multiply",
     "produce_readings",
+    "read_like",
     "whole",
 ]

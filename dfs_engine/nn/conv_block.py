@@ -1,9 +1,12 @@
-"""The fused producer on a stock `nn.BatchNorm2d`, and what its two readers get."""
+"""The fused producer on a stock `nn.BatchNorm2d`: of a feature for its two readers, or of one that nobody splits."""
 
+from typing import Any
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.nn.routing import Fork, Reading, SlicedReading
-from dfs_engine.ops import conv_block
+from dfs_engine.nn.routing import Fork, Reading, SlicedReading, read_like
+from dfs_engine.ops import conv_block, norm_relu
 
 
 def produce_readings(
@@ -29,23 +32,10 @@ def produce_readings(
     Returns:
         What the deeper path reads, and what an exit that starts with a global average pool reads, averaged already.
     """
-    training = bn.training or bn.running_mean is None
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    num_channels = z.size(1)
-    num_shared, exit_start = (0, 0) if is_last else fork.live_channels(num_channels)
+    num_shared, exit_start = (0, 0) if is_last else fork.live_channels(z.size(1))
     produced = conv_block(
         z,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
+        **_normalisation(bn),
         pool=pool,
         relu_first=relu_first,
         residual=residual,
@@ -57,3 +47,36 @@ def produce_readings(
         SlicedReading(produced.shared, produced.full, 0, fork.reference, fork.backend),
         SlicedReading(produced.exit, produced.average, exit_start, fork.reference, fork.backend),
     )
+
+
+def apply_norm_relu(bn: nn.BatchNorm2d, z: Tensor, input: Reading, residual: Tensor | None = None) -> Reading:
+    """ReLU of `bn`'s output plus a residual, which nobody splits; in the `dfs` variant one op.
+
+    Args:
+        z: (N, C, H, W), what a layer made of `input`.
+        input: how that layer read; the result is for layers that read alike (see `read_like`).
+        residual: (N, C, H, W), added between `bn` and the ReLU.
+    """
+    if not isinstance(input, SlicedReading) or type(bn) is not nn.BatchNorm2d:  # e.g. converted to SyncBatchNorm
+        feature = bn(z)
+        return read_like(F.relu(feature if residual is None else feature.add_(residual), inplace=True), input)
+    return read_like(norm_relu(z, **_normalisation(bn), residual=residual, backend=input.backend), input)
+
+
+def _normalisation(bn: nn.BatchNorm2d) -> dict[str, Any]:
+    """What the ops take from `bn`; counts the batch, as its own forward does."""
+    training = bn.training or bn.running_mean is None
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return {
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "running_mean": bn.running_mean,
+        "running_var": bn.running_var,
+        "training": training,
+        "momentum": momentum,
+        "eps": bn.eps,
+    }

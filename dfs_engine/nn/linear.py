@@ -1,10 +1,13 @@
 """`nn.Linear` that trains through a slice of its input features."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfs_engine.backend import check_backend
+from dfs_engine.nn.routing import Reading, SlicedReading, apply_layer
 from dfs_engine.ops import _common, partitioned_linear
 
 
@@ -84,6 +87,35 @@ class PartitionedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
+
+
+def convert_linears(module: nn.Module, backend: str | None = None) -> None:
+    """Lets this engine's kernels compute every plain `nn.Linear` inside `module`: the same parameters, whole gradients.
+
+    Layers of another class, subclasses among them, are left alone.
+    """
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, PartitionedLinear.from_linear(child, backend=backend))
+        else:
+            convert_linears(child, backend)
+
+
+def apply_linears(layers: Sequence[nn.Linear], input: Reading) -> list[Tensor]:
+    """Stock layers on the same reading, e.g. query, key and value; on a sliced one, one product of stacked weights."""
+    if not isinstance(input, SlicedReading):
+        return [apply_layer(layer, input) for layer in layers]
+    output = partitioned_linear(
+        input.live,
+        torch.cat([layer.weight for layer in layers]),
+        None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]),
+        start=input.start,
+        stop=input.start + input.live.size(-1),
+        reference=input.reference,
+        full=input.full,
+        backend=input.backend,
+    )
+    return list(output.split([layer.out_features for layer in layers], -1))
 
 
 def _share_parameters(source: nn.Module, target: nn.Module) -> Any:

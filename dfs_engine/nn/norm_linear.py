@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dfs_engine.nn.routing import Reading, TwoCallReading
+from dfs_engine.nn.routing import Reading, SlicedReading
 from dfs_engine.ops import partitioned_norm_linear
 
 
@@ -13,7 +13,7 @@ def apply_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, input: Reading) -> 
     """
     if isinstance(input, Tensor):
         return linear(norm(input))
-    if isinstance(input, TwoCallReading):
+    if not isinstance(input, SlicedReading):
         return linear(norm(input.whole(-1)))  # a normalisation cannot be cut in two
     return partitioned_norm_linear(
         input.live,

@@ -5,6 +5,7 @@ which carries the gradient, beside what it may only look at. Layers are stock mo
 state_dict.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from dfs_engine.backend import check_backend
 from dfs_engine.names import check_choice
-from dfs_engine.ops import live_mean, partitioned_conv2d, partitioned_linear
+from dfs_engine.nn.channel_order import ChannelOrder
+from dfs_engine.ops import _common, live_mean, partitioned_conv2d, partitioned_linear
 from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
 
@@ -25,6 +27,8 @@ class SlicedReading(NamedTuple):
 
     Attributes:
         live: channels [start, start + live width), with gradient. full: all channels, without.
+
+    Layers are applied with their own weight, or with the one that is given in its place.
     """
 
     live: Tensor
@@ -33,11 +37,11 @@ class SlicedReading(NamedTuple):
     reference: bool
     backend: str | None
 
-    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+    def conv2d(self, layer: nn.Conv2d, weight: Tensor | None = None) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return partitioned_conv2d(
             self.live,
-            layer.weight,
+            layer.weight if weight is None else weight,
             layer.bias,
             *geometry,  # type: ignore[arg-type]
             start=self.start,
@@ -47,10 +51,10 @@ class SlicedReading(NamedTuple):
             backend=self.backend,
         )
 
-    def linear(self, layer: nn.Linear) -> Tensor:
+    def linear(self, layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
         return partitioned_linear(
             self.live,
-            layer.weight,
+            layer.weight if weight is None else weight,
             layer.bias,
             start=self.start,
             stop=self.start + self.live.size(-1),
@@ -65,11 +69,22 @@ class SlicedReading(NamedTuple):
         live, full = live_mean(self.live, self.full, self.start)
         return self._replace(live=live, full=full)
 
+    def map_channels(self, function: Callable[[Tensor], Tensor]) -> "SlicedReading":
+        return self._replace(live=function(self.live), full=function(self.full))
+
     def add(self, branch: Tensor, dim: int) -> Tensor:
         return _Add.apply(self.live, self.full, branch, self.start, self.reference, dim)
 
+    def multiply(self, factor: Tensor, dim: int) -> Tensor:
+        if self.reference:
+            return _Multiply.apply(self.live, self.full, factor, self.start, dim)
+        columns = ChannelSlice(self.start, self.start + self.live.size(dim))
+        return live_slice(self.live * columns.of(factor, dim), *columns, False, dim, self.full)
+
     def whole(self, dim: int) -> Tensor:
         stop = self.start + self.live.size(dim)
+        if stop - self.start == self.full.size(dim):
+            return self.live
         return live_slice(self.live, self.start, stop, self.reference, dim, self.full)
 
 
@@ -86,28 +101,47 @@ class TwoCallReading(NamedTuple):
     columns: ChannelSlice
     num_channels: int
 
-    def conv2d(self, layer: nn.Conv2d) -> Tensor:
-        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    def conv2d(self, layer: nn.Conv2d, weight: Tensor | None = None) -> Tensor:
         if layer.groups != 1:
-            raise ValueError(
-                f"variant split: expected convolutions with groups=1, got groups={layer.groups}. Use variant='detach'."
-            )
-        columns = self.columns.of(layer.weight, 1)
-        output = F.conv2d(self.live, columns, layer.bias, *geometry)  # type: ignore[arg-type]
+            return self._grouped_conv2d(layer)
+        geometry = (layer.stride, layer.padding, layer.dilation)
+        weight = layer.weight if weight is None else weight
+        output = F.conv2d(self.live, self.columns.of(weight, 1), layer.bias, *geometry)  # type: ignore[arg-type]
         if self.rest is None:
             return output
-        return output + F.conv2d(self.rest, _others(layer.weight, self.columns), None, *geometry)  # type: ignore[arg-type]
+        return output + F.conv2d(self.rest, _others(weight, self.columns), None, *geometry)  # type: ignore[arg-type]
 
-    def linear(self, layer: nn.Linear) -> Tensor:
-        output = F.linear(self.live, self.columns.of(layer.weight, 1), layer.bias)
-        return output if self.rest is None else output + F.linear(self.rest, _others(layer.weight, self.columns))
+    def _grouped_conv2d(self, layer: nn.Conv2d) -> Tensor:
+        """Two calls where a group ends with the slice, as in a depthwise convolution; else one call on all channels."""
+        per_group = layer.weight.size(1)
+        border = self.columns.stop if self.columns.start == 0 else self.columns.start
+        if self.rest is None or border % per_group != 0:
+            return layer(self.whole(1))
+        parts = (self.live, self.rest) if self.columns.start == 0 else (self.rest, self.live)
+        groups = [part.size(1) // per_group for part in parts]
+        rows = [count * (layer.out_channels // layer.groups) for count in groups]
+        weights = layer.weight.split(rows)
+        biases = (None, None) if layer.bias is None else layer.bias.split(rows)
+        geometry = (layer.stride, layer.padding, layer.dilation)
+        calls = zip(parts, weights, biases, groups, strict=True)
+        return torch.cat([F.conv2d(*call[:3], *geometry, call[3]) for call in calls], 1)  # type: ignore[arg-type]
+
+    def linear(self, layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
+        weight = layer.weight if weight is None else weight
+        output = F.linear(self.live, self.columns.of(weight, 1), layer.bias)
+        return output if self.rest is None else output + F.linear(self.rest, _others(weight, self.columns))
 
     def global_avg_pool(self) -> "TwoCallReading":
-        rest = None if self.rest is None else self.rest.mean((2, 3))
-        return self._replace(live=self.live.mean((2, 3)), rest=rest)
+        return self.map_channels(lambda part: part.mean((2, 3)))
+
+    def map_channels(self, function: Callable[[Tensor], Tensor]) -> "TwoCallReading":
+        return self._replace(live=function(self.live), rest=None if self.rest is None else function(self.rest))
 
     def add(self, branch: Tensor, dim: int) -> Tensor:
         return self.whole(dim) + branch
+
+    def multiply(self, factor: Tensor, dim: int) -> Tensor:
+        return self.whole(dim) * factor
 
     def whole(self, dim: int) -> Tensor:
         rest = self.rest
@@ -153,7 +187,65 @@ class _Add(torch.autograd.Function):
         return grad_live, None, grad_output.to(branch_dtype) if needs_branch else None, None, None, None
 
 
-Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading
+class _Multiply(torch.autograd.Function):
+    """One product; the feature's gradient is computed on its slice alone."""
+
+    @staticmethod
+    def forward(ctx, live: Tensor, full: Tensor, factor: Tensor, start: int, dim: int) -> Tensor:
+        ctx.columns, ctx.dim = ChannelSlice(start, start + live.size(dim)), dim
+        ctx.save_for_backward(live, full, factor)
+        return full * factor
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        live, full, factor = ctx.saved_tensors
+        columns, dim = ctx.columns, ctx.dim
+        needs_live, _, needs_factor, *_ = ctx.needs_input_grad
+        grad_live = grad_factor = None
+        if needs_live:
+            grad_live = (columns.of(grad_output, dim) * columns.of(factor, dim)).to(live.dtype)
+        if needs_factor:
+            # Differentiated again, the gradient depends on the live part.
+            seen = live_slice(live, columns.start, columns.stop, True, dim, full) if _common.creating_graph() else full
+            grad_factor = (grad_output * seen).to(factor.dtype)
+        return grad_live, None, grad_factor, None, None
+
+
+class ConcatReading(NamedTuple):
+    """What a reader sees of a dense concatenation (see `nn.concat`): the channels lie in another order than a layer's.
+
+    Attributes:
+        stored: the channels as they lie. order: which ones of the layer's input they are.
+    """
+
+    stored: SlicedReading | TwoCallReading
+    order: ChannelOrder
+
+    def conv2d(self, layer: nn.Conv2d) -> Tensor:
+        if layer.groups != 1:  # its weight has no column for each channel
+            return layer(self.whole(1))
+        return self.stored.conv2d(layer, self.order.columns_of(layer.weight))
+
+    def linear(self, layer: nn.Linear) -> Tensor:
+        return self.stored.linear(layer, self.order.columns_of(layer.weight))
+
+    def global_avg_pool(self) -> "ConcatReading":
+        return self._replace(stored=self.stored.global_avg_pool())
+
+    def map_channels(self, function: Callable[[Tensor], Tensor]) -> "ConcatReading":
+        return self._replace(stored=self.stored.map_channels(function))
+
+    def add(self, branch: Tensor, dim: int) -> Tensor:
+        return self.whole(dim) + branch
+
+    def multiply(self, factor: Tensor, dim: int) -> Tensor:
+        return self.whole(dim) * factor
+
+    def whole(self, dim: int) -> Tensor:
+        return self.order.restore(self.stored.whole(dim), dim)
+
+
+Reading: TypeAlias = Tensor | SlicedReading | TwoCallReading | ConcatReading
 
 
 def apply_layer(layer: nn.Conv2d | nn.Linear, input: Reading) -> Tensor:
@@ -168,6 +260,14 @@ def global_avg_pool(input: Reading) -> Reading:
     return input.mean((2, 3)) if isinstance(input, Tensor) else input.global_avg_pool()
 
 
+def map_channels(function: Callable[[Tensor], Tensor], input: Reading) -> Reading:
+    """What a reader of `function(feature)` gets, for a function that treats every channel alone and keeps their axis.
+
+    Without referencing, what it makes of zeros has to be zeros.
+    """
+    return function(input) if isinstance(input, Tensor) else input.map_channels(function)
+
+
 def add(input: Reading, branch: Tensor, dim: int = -1) -> Tensor:
     """A residual sum, of which only the reading's own slice gets gradient; without referencing the rest adds zero.
 
@@ -179,6 +279,28 @@ def add(input: Reading, branch: Tensor, dim: int = -1) -> Tensor:
         The feature's shape, in the dtype that stock addition promotes to.
     """
     return input + branch if isinstance(input, Tensor) else input.add(branch, dim)
+
+
+def multiply(input: Reading, factor: Tensor, dim: int = -1) -> Tensor:
+    """A product, e.g. with a gate, of which only the reading's own slice gets gradient; `factor` gets all of its own.
+
+    Without referencing the rest reads as zero, and so does the product there.
+
+    Args:
+        input: what the layer read, C channels along `dim`.
+        factor: of the feature's shape.
+
+    Returns:
+        The feature's shape, in the dtype that stock multiplication promotes to.
+    """
+    return input * factor if isinstance(input, Tensor) else input.multiply(factor, dim)
+
+
+def read_like(tensor: Tensor, input: Reading) -> Reading:
+    """A tensor that is not split, for the layer behind one that read `input`: in the `dfs` variant by the same ops."""
+    if not isinstance(input, SlicedReading):
+        return tensor
+    return input._replace(live=tensor, full=tensor.detach(), start=0, reference=True)
 
 
 def whole(input: Reading, dim: int = -1) -> Tensor:

@@ -188,29 +188,85 @@ def conv_block(
                 exit_start=exit_start,
             )
         )
+    norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
     if z.dtype in _FUSED.get(kernels, ()):
-        gamma = z.new_ones(z.size(1), dtype=torch.float32) if weight is None else weight
-        beta = z.new_zeros(z.size(1), dtype=torch.float32) if bias is None else bias
-        given = (None, None) if training else (running_mean, running_var)
-        *produced, mean, variance = _ConvBlock.apply(
-            z, gamma, beta, residual, *given, eps, pool, relu_first, num_shared, exit_start
-        )
-        if training and running_mean is not None and running_var is not None and z.numel() > 0:
-            count = z.numel() // z.size(1)
-            # As nn.BatchNorm2d: the running variance is the unbiased one.
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
-        return ProducedFeature(*produced)
-    feature = F.relu(z) if relu_first else z
-    # ATen's backward on channels_last reads a strided weight as if it were contiguous.
-    dense_weight = None if weight is None else weight.contiguous()
-    feature = F.batch_norm(feature, running_mean, running_var, dense_weight, bias, training, momentum, eps)
-    feature = feature if residual is None else feature + residual
-    feature = feature if relu_first else F.relu(feature)
+        return _fused(z, norm, residual, pool, relu_first, num_shared, exit_start)
+    feature = _stock(z, norm, residual, relu_first)
     feature = F.max_pool2d(feature, 2) if pool else feature
     full, shared, live = fork_gradient(feature, num_shared, exit_start)
     exit, average = live_mean(live, full, exit_start)
     return ProducedFeature(full, shared, average, exit)
+
+
+def norm_relu(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Batch normalisation, a residual and ReLU by the kernels of `conv_block`, for a feature that nobody splits.
+
+    Equivalent to: ``F.relu(F.batch_norm(z, ...) + residual)``
+
+    Args, errors: as `conv_block`.
+
+    Returns:
+        (N, C, H, W), dtype of z.
+    """
+    z, residual = _common.autocast(z, residual)  # type: ignore[assignment]
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    num_channels = z.size(1) if z.dim() > 1 else 0
+    _check(z, parameters, training, False, num_channels, num_channels)
+    _check_residual(z, residual, False, False)
+    kernels = backends.select(NAME, z.device, z.dtype, backend, functools.partial(_wins, z, residual, False))
+    norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
+    if z.dtype in _FUSED.get(kernels, ()):
+        return _fused(z, norm, residual, False, False, num_channels, num_channels).shared
+    return _stock(z, norm, residual, False)
+
+
+class _Norm(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+def _stock(z: Tensor, norm: _Norm, residual: Tensor | None, relu_first: bool) -> Tensor:
+    feature = F.relu(z) if relu_first else z
+    # ATen's backward on channels_last reads a strided weight as if it were contiguous.
+    dense_weight = None if norm.weight is None else norm.weight.contiguous()
+    feature = F.batch_norm(feature, norm.running_mean, norm.running_var, dense_weight, norm.bias, *norm[4:])
+    feature = feature if residual is None else feature + residual
+    return feature if relu_first else F.relu(feature)
+
+
+def _fused(
+    z: Tensor, norm: _Norm, residual: Tensor | None, pool: bool, relu_first: bool, num_shared: int, exit_start: int
+) -> ProducedFeature:
+    running_mean, running_var = norm.running_mean, norm.running_var
+    gamma = z.new_ones(z.size(1), dtype=torch.float32) if norm.weight is None else norm.weight
+    beta = z.new_zeros(z.size(1), dtype=torch.float32) if norm.bias is None else norm.bias
+    given = (None, None) if norm.training else (running_mean, running_var)
+    *produced, mean, variance = _ConvBlock.apply(
+        z, gamma, beta, residual, *given, norm.eps, pool, relu_first, num_shared, exit_start
+    )
+    if norm.training and running_mean is not None and running_var is not None and z.numel() > 0:
+        count = z.numel() // z.size(1)
+        # As nn.BatchNorm2d: the running variance is the unbiased one.
+        running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+        running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), norm.momentum)
+    return ProducedFeature(*produced)
 
 
 def _wins(z: Tensor, residual: Tensor | None, pool: bool, kernels: str) -> bool:

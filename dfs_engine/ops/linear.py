@@ -108,7 +108,7 @@ class _PartitionedLinear(torch.autograd.Function):
             if needs_input:
                 compute = aten_grad_input if is_aten else torch.ops.dfs_engine.linear_grad_input
                 grad_input = compute(grad_output, weight, start, stop)
-                if ctx.is_plain:
+                if ctx.is_plain and stop - start < ctx.in_features:
                     grad_input = F.pad(grad_input, (start, ctx.in_features - stop))
             if needs_weight:
                 reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight

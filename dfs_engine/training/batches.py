@@ -1,14 +1,15 @@
-"""Which images each step sees: a pure function of seed, epoch and step.
+"""Which samples each step sees: a pure function of seed, epoch and step.
 
 A resumed run therefore continues with the very batches, and the very augmentation, that an uninterrupted one would have
 seen, whatever the number of worker processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
@@ -21,23 +22,39 @@ class Batch(NamedTuple):
 
 
 class EpochBatches(Sampler[Batch]):
-    """The shuffled batches of one epoch, `batch_size` images over all processes together.
+    """The shuffled batches of one epoch, `batch_size` samples over all processes together.
 
-    Several processes take every num_processes-th image of each batch. They leave out a smaller last batch, so that the
+    Several processes take every num_processes-th sample of each batch. They leave out a smaller last batch, so that the
     mean of the processes' gradients is the gradient of the mean.
+
+    Args:
+        num_samples: in the dataset.
+        max_samples: an epoch takes at most so many, drawn afresh for each.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, *, rank: int = 0, num_processes: int = 1) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        max_samples: int | None = None,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         if batch_size % num_processes:
             raise ValueError(
                 f"batch_size: expected a multiple of the {num_processes} processes, got {batch_size}. "
-                "It counts the images of all processes together."
+                "It counts the samples of all processes together."
             )
-        full, rest = divmod(num_images, batch_size)
+        in_epoch = num_samples if max_samples is None else min(num_samples, max_samples)
+        full, rest = divmod(in_epoch, batch_size)
         self.num_batches = full + (rest > 0 and num_processes == 1)
         if self.num_batches == 0:
-            raise ValueError(f"batch_size: expected at most the {num_images} training images, got {batch_size}.")
-        self.num_images = num_images
+            raise ValueError(f"batch_size: expected at most the {in_epoch} samples of an epoch, got {batch_size}.")
+        self.num_samples = num_samples
+        self.num_in_epoch = min(in_epoch, self.num_batches * batch_size)
+        """Samples that an epoch sees."""
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -52,7 +69,7 @@ class EpochBatches(Sampler[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
-        order = torch.randperm(self.num_images, generator=generator).tolist()
+        order = torch.randperm(self.num_samples, generator=generator)[: self.num_in_epoch].tolist()
         seeds = torch.randint(2**62, (self.num_batches, self.num_processes), generator=generator)[:, self.rank].tolist()
         for step in range(self.start, self.num_batches):
             whole = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -84,6 +101,15 @@ def _fetch(dataset: Dataset[Any], indices: list[int]) -> Sequence[Any]:
     return fetch(indices) if fetch is not None else [dataset[index] for index in indices]
 
 
+def to_device(
+    input: Tensor | Mapping[str, Tensor], device: torch.device, memory_format: torch.memory_format
+) -> Tensor | dict[str, Tensor]:
+    """A batch's images in `memory_format`, or its mapping of token tensors, on the device."""
+    if isinstance(input, Mapping):
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in input.items()}
+    return input.to(device, non_blocking=True, memory_format=memory_format)
+
+
 def train_loader(
     dataset: Dataset[Any], batches: EpochBatches, *, num_workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -101,7 +127,7 @@ def train_loader(
 def eval_loader(
     dataset: Any, batch_size: int, *, num_workers: int, pin_memory: bool, rank: int = 0, num_processes: int = 1
 ) -> DataLoader[Any]:
-    """A loader of this process's share of the test images, each exactly once over all processes."""
+    """A loader of this process's share of the test samples, each exactly once over all processes."""
     return DataLoader(
         dataset,
         batch_size=batch_size,

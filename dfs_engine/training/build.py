@@ -2,11 +2,11 @@
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 
 from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 def build_model(config: ModelConfig, num_classes: int) -> MultiExitModel:
     """The model that `config` names."""
-    return create_model(num_classes=num_classes, **vars(config))
+    return create_model(num_classes=num_classes, **_model_arguments(config))
 
 
-def input_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the model was made for, found without making its weights."""
-    return create_model(**vars(config), device="meta").input_shape
+def input_shape(config: ModelConfig) -> tuple[int, ...]:
+    """Of one sample that the model was made for (see `MultiExitModel`), found without making its weights."""
+    return create_model(**_model_arguments(config), device="meta").input_shape
+
+
+def _model_arguments(config: ModelConfig) -> dict[str, Any]:
+    shared = {name: value for name, value in vars(config).items() if name not in ("pretrained", "options")}
+    own = {} if config.pretrained is None else {"pretrained": config.pretrained}
+    return dict(**shared, **own, **config.options)
 
 
 def build_method(config: TrainConfig, model: MultiExitModel) -> Method:
@@ -33,8 +39,8 @@ def build_method(config: TrainConfig, model: MultiExitModel) -> Method:
     return create_method(config.method, model, **(vars(section) if section else {}))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
-    """SGD in one fused call; without `decay_norm_and_bias`, vectors (norms and biases) are not decayed."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """In one fused call; without `decay_norm_and_bias`, vectors (norms and biases) are not decayed."""
     parameters = list(model.parameters())
     if config.decay_norm_and_bias:
         groups = [{"params": parameters, "weight_decay": config.weight_decay}]
@@ -43,6 +49,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
+    if config.name == "adamw":
+        betas = (config.adam_beta1, config.adam_beta2)
+        return AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
@@ -77,7 +86,7 @@ def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method
 def _has_unused_parameters(model: MultiExitModel, method: Method) -> bool:
     """Whether a training step leaves some parameter without a gradient (beta 0 and 1 can)."""
     probe = copy.deepcopy(model).eval()  # eval: a batch norm may not like so few values
-    logits, features = method.run(probe, torch.zeros(2, *model.input_shape))
+    logits, features = method.run(probe, model.example_input(2))
     copy.deepcopy(method)(logits, torch.zeros(2, dtype=torch.long), features).backward()
     return any(parameter.grad is None for parameter in probe.parameters())
 

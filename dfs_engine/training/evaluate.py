@@ -1,5 +1,6 @@
 """Accuracy of every exit: after each epoch, and of saved weights (`dfs eval`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dfs_engine.data.config import DataConfig
-from dfs_engine.evaluation.metrics import ExitMetrics
+from dfs_engine.evaluation.metrics import IMAGE_METRICS, ExitMetrics
+from dfs_engine.models.multi_exit import run_model
 from dfs_engine.names import check_choice
+from dfs_engine.training.batches import eval_loader, to_device
 from dfs_engine.training.config import DEVICES, PRECISIONS
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The data. Default: what the run was trained on."""
     batch_size: int = 256
-    """Images of one batch."""
+    """Images or sentences of one batch."""
     precision: str = "fp32"
     """fp32, or autocast to bf16 or fp16."""
     channels_last: bool = True
@@ -47,22 +50,30 @@ class EvalConfig:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader[Any], accelerator: "Accelerator", *, channels_last: bool
+    model: nn.Module,
+    loader: DataLoader[Any],
+    accelerator: "Accelerator",
+    *,
+    channels_last: bool,
+    metrics: Sequence[str] = IMAGE_METRICS,
 ) -> dict[str, Any]:
     """`ExitMetrics.compute` over the loaders of all processes together. Leaves the model in eval mode."""
+    from accelerate.utils import gather_object
+
     model.eval()
     device = accelerator.device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    metrics = ExitMetrics(accelerator.unwrap_model(model).num_exits, device)
-    for images, target in loader:
-        logits = model(images.to(device, non_blocking=True, memory_format=memory_format))
-        metrics.update(logits, target.to(device, non_blocking=True))
-    metrics.counters = accelerator.reduce(metrics.counters, "sum")
-    return metrics.compute()
+    found = ExitMetrics(accelerator.unwrap_model(model).num_exits, device, metrics)
+    for input, target in loader:
+        logits = run_model(model, to_device(input, device, memory_format))
+        found.update(logits, target.to(device, non_blocking=True))
+    found.counters = accelerator.reduce(found.counters, "sum")
+    found.predictions = gather_object([batch.cpu() for batch in found.predictions])
+    return found.compute()
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
-    """Measures saved weights on the test images of `config.data`.
+    """Measures saved weights on the test data of `config.data`.
 
     Returns:
         `ExitMetrics.compute`, and under "model", "data" and "epoch" what was measured.
@@ -71,7 +82,6 @@ def run(config: EvalConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: the weights or the data cannot be read, or do not fit each other.
     """
     from dfs_engine.data import load_data
-    from dfs_engine.training.batches import eval_loader
     from dfs_engine.training.build import accelerator_for
     from dfs_engine.training.checkpoint import load_model
 
@@ -92,5 +102,5 @@ def run(config: EvalConfig) -> dict[str, Any]:
         data.test, config.batch_size, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
     )
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    result = evaluate(prepared, loader, accelerator, channels_last=config.channels_last)
+    result = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
     return {**result, "model": description["model"], "data": data.description, "epoch": description["epoch"]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.training.checkpoint import atomic_file
 
 Row = dict[str, float]
@@ -20,7 +21,7 @@ def metrics_row(result: dict[str, Any], train_losses: Sequence[float]) -> Row:
     row = {f"train_loss_exit{index}": loss for index, loss in enumerate(train_losses, start=1)}
     named = [(f"exit{index}", values) for index, values in enumerate(result["exits"], start=1)]
     for name, values in [*named, ("ensemble", result["ensemble"])]:
-        row |= {f"test_{metric}_{name}": values[metric] for metric in ("top1", "top5", "loss")}
+        row |= {f"test_{metric}_{name}": value for metric, value in values.items()}
     return row
 
 
@@ -32,17 +33,17 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def plot_accuracy(path: Path, rows: Sequence[Row], *, title: str) -> None:
-    """Draws each exit's and the ensemble's test accuracy against the epoch."""
+def plot_metric(path: Path, rows: Sequence[Row], metric: str, *, title: str) -> None:
+    """Draws each exit's and the ensemble's `metric` on the test data (see `ExitMetrics`) against the epoch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    columns = [name for name in rows[0] if name.startswith("test_top1_")]
+    columns = [name for name in rows[0] if name.startswith(f"test_{metric}_")]
     # Not pyplot: it would pick a windowing backend and keep global state.
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="epoch", ylabel="test accuracy, top-1 (%)", title=title)
+    axes = figure.add_subplot(xlabel="epoch", ylabel=f"test {TITLES[metric]} (%)", title=title)
     epochs = [row["epoch"] for row in rows]
     num_exits = len(columns) - 1
     for index, column in enumerate(columns):
@@ -71,7 +72,7 @@ def environment(device: torch.device, num_processes: int) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for package in ("dfs_engine", "torch", "torchvision", "accelerate", "numpy"):
+    for package in ("dfs_engine", "torch", "torchvision", "timm", "transformers", "accelerate", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

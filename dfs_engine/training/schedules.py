@@ -26,7 +26,9 @@ class Schedule:
         if config.schedule == "multistep":
             return config.lr * config.gamma ** bisect_right(config.milestones, step // self.steps_per_epoch)
         progress = (step - warmup_steps) / (self.epochs * self.steps_per_epoch - warmup_steps)
-        return config.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+        progress = min(progress, 1.0)
+        left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return config.lr * left
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Sets the learning rate of `step`."""

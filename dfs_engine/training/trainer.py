@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from dfs_engine.backend import select
 from dfs_engine.data import DataSplits, load_data
+from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.methods import exit_losses
 from dfs_engine.models import MultiExitModel
 from dfs_engine.training import checkpoint, report
-from dfs_engine.training.batches import EpochBatches, eval_loader, train_loader
+from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader
 from dfs_engine.training.build import (
     build_method,
     build_model,
@@ -66,7 +67,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done in all."""
     loss_sums: tuple[float, ...] = ()
-    """Sum over the epoch's images so far of each exit's loss; empty at the start of an epoch."""
+    """Sum over the epoch's samples so far of each exit's loss; empty at the start of an epoch."""
     seconds: float = 0.0
     """Training time of the epoch so far."""
     rows: list[report.Row] = field(default_factory=list)
@@ -112,7 +113,12 @@ class Trainer:
             "pin_memory": self.accelerator.device.type == "cuda",
         }
         self.batches = EpochBatches(
-            len(self.data.train), config.batch_size, config.seed, rank=rank, num_processes=num_processes
+            len(self.data.train),
+            config.batch_size,
+            config.seed,
+            max_samples=config.data.max_train,
+            rank=rank,
+            num_processes=num_processes,
         )
         self.train_loader = train_loader(self.data.train, self.batches, **loader_options)
         self.eval_loader = eval_loader(
@@ -158,10 +164,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return TrainResult(self.run_dir, progress.rows, metrics)
 
-    def train_step(self, images: Tensor, target: Tensor) -> Tensor:
+    def train_step(self, input: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
         """One optimizer step; returns each exit's loss, (num_exits,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        logits, features = self.raw_method.run(self.model, images)
+        logits, features = self.raw_method.run(self.model, input)
         loss = self.method(logits, target, features)
         self.accelerator.backward(loss)
         losses = exit_losses([exit_logits.detach() for exit_logits in logits], target)
@@ -170,8 +176,9 @@ class Trainer:
         return losses
 
     def evaluate(self) -> dict[str, Any]:
-        """Metrics of every exit and of the ensemble on the test images."""
-        return evaluate(self.model, self.eval_loader, self.accelerator, channels_last=self.config.channels_last)
+        """Metrics of every exit and of the ensemble on the test data."""
+        channels_last, metrics = self.config.channels_last, self.data.metrics
+        return evaluate(self.model, self.eval_loader, self.accelerator, channels_last=channels_last, metrics=metrics)
 
     def _train_epoch(self) -> None:
         config, progress, device = self.config, self.progress, self.accelerator.device
@@ -180,10 +187,9 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         self.schedule.apply(self.optimizer, progress.step)
         with self._progress_bar() as bar:
-            for images, target in self.train_loader:
-                images = images.to(device, non_blocking=True, memory_format=self.memory_format)
+            for input, target in self.train_loader:
                 target = target.to(device, non_blocking=True)
-                losses = self.train_step(images, target)
+                losses = self.train_step(to_device(input, device, self.memory_format), target)
                 self.loss_sums += losses.double() * len(target)
                 progress.step += 1
                 progress.step_in_epoch += 1
@@ -200,8 +206,8 @@ class Trainer:
         """Evaluates, reports and saves; moves on to the next epoch."""
         progress = self.progress
         metrics = self.evaluate()
-        num_images = min(self.batches.num_images, self.batches.num_batches * self.config.batch_size)
-        train_losses = [loss_sum / num_images for loss_sum in self._total_losses()]
+        num_samples = self.batches.num_in_epoch
+        train_losses = [loss_sum / num_samples for loss_sum in self._total_losses()]
         progress.epoch += 1
         row: report.Row = {
             "epoch": progress.epoch,
@@ -210,13 +216,14 @@ class Trainer:
             "train_loss": sum(train_losses),
             **report.metrics_row(metrics, train_losses),
             "seconds": round(progress.seconds, 3),
-            "images_per_second": round(num_images / progress.seconds, 1),
+            "samples_per_second": round(num_samples / progress.seconds, 1),
         }
         progress.rows.append(row)
         progress.step_in_epoch, progress.seconds, self.loss_sums = 0, 0.0, self._zero_losses()
         if self.accelerator.is_main_process:
             report.write_csv(self.run_dir / "metrics.csv", progress.rows)
-            report.plot_accuracy(self.run_dir / "accuracy_per_exit.png", progress.rows, title=self._title())
+            plot = self.run_dir / "accuracy_per_exit.png"
+            report.plot_metric(plot, progress.rows, self.data.metrics[0], title=self._title())
             self._log_epoch(row)
         self._save_checkpoint()
         return metrics
@@ -289,11 +296,10 @@ class Trainer:
         checkpoint.write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
         is_fused = self.raw_model.get_config()["variant"] == "dfs"
+        op = "partitioned_linear" if len(self.raw_model.input_shape) == 1 else "partitioned_conv2d"
         environment = {
             **report.environment(accelerator.device, accelerator.num_processes),
-            "backend": select("partitioned_conv2d", accelerator.device, dtype, config.model.backend)
-            if is_fused
-            else "stock",
+            "backend": select(op, accelerator.device, dtype, config.model.backend) if is_fused else "stock",
             "data": self.data.description,
             "model": self.raw_model.get_config(),
         }
@@ -345,15 +351,17 @@ class Trainer:
 
     def _log_epoch(self, row: report.Row) -> None:
         self._write_scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")})
-        exits = " ".join(f"{row[f'test_top1_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1))
+        metric = self.data.metrics[0]
+        exits = [f"{row[f'test_{metric}_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1)]
         logger.info(
-            "epoch %d/%d: loss %.4f, test top-1 of the exits %s, ensemble %.2f, %.0f images/s",
+            "epoch %d/%d: loss %.4f, test %s of the exits %s, ensemble %.2f, %.0f samples/s",
             row["epoch"],
             self.config.epochs,
             row["train_loss"],
-            exits,
-            row["test_top1_ensemble"],
-            row["images_per_second"],
+            TITLES[metric],
+            " ".join(exits),
+            row[f"test_{metric}_ensemble"],
+            row["samples_per_second"],
         )
 
     def _write_scalars(self, scalars: dict[str, float]) -> None:

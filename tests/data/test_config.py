@@ -12,6 +12,8 @@ from dfs_engine.data.config import Augmentation
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("max_train", 0),
+        ("max_tokens", 2),
         ("image_size", 0),
         ("num_workers", -1),
         ("crop_padding", -1),

@@ -34,7 +34,7 @@ def test_counts_are_the_arithmetic_of_each_layer(backend, stop):
     batch, size = 2, 10
     pixels = 2 * 9 * batch * size * size
     stem, conv, head = pixels * 3 * 16, pixels * 16 * 8, 2 * batch * 8 * 5
-    count = count_flops(TwoLayers(backend, stop), (3, size, size), batch)
+    count = count_flops(TwoLayers(backend, stop), torch.randn(batch, 3, size, size))
     assert count.forward == stem + conv + head
     # Weight gradients in full, input gradients of the slice; nobody asks for the images' gradient.
     conv_input, head_input = pixels * stop * 8, 2 * batch * (stop // 2) * 5
@@ -44,7 +44,26 @@ def test_counts_are_the_arithmetic_of_each_layer(backend, stop):
 
 def test_gradients_are_left_as_they_were():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    count = count_flops(model, (3, 5, 5), 2)
+    count = count_flops(model, torch.randn(2, 3, 5, 5))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert count.forward == count.backward == 2 * 9 * 2 * 3 * 3 * 3 * 4
     assert torch.is_grad_enabled()
+
+
+class Attention(nn.Module):
+    def __init__(self, **dd) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias=False, **dd)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_counts_as_its_products_on_every_device(device):
+    batch, tokens = 3, 5
+    count = count_flops(Attention(device=device), torch.randn(batch, tokens, 8, device=device))
+    linear, products = 2 * batch * tokens * 8 * 24, 2 * (2 * batch * 2 * tokens * tokens * 4)
+    assert count.forward == linear + products
+    assert count.backward == linear + 2 * products  # nobody asks for the input's gradient

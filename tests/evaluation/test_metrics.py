@@ -71,6 +71,74 @@ def test_counters_of_two_processes_add_up():
         assert mine == (mine[0], *(pytest.approx(value) for value in theirs[1:]))
 
 
+def by_hand(name, target, predicted):
+    """GLUE's metrics from their definitions, in per cent."""
+    if name in ("pearson", "spearman"):
+        if name == "spearman":
+            target, predicted = (values.argsort().argsort().double() for values in (target, predicted))
+        left, right = target - target.mean(), predicted - predicted.mean()
+        return 100 * (left @ right / (left @ left).sqrt() / (right @ right).sqrt()).item()
+    counts = torch.zeros(2, 2, dtype=torch.float64).index_put_(
+        (target.long(), predicted.long()), torch.ones(len(target), dtype=torch.float64), accumulate=True
+    )
+    (tn, fp), (fn, tp) = counts.tolist()
+    if name == "f1":
+        return 100 * 2 * tp / (2 * tp + fp + fn)
+    return 100 * (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+
+
+@pytest.mark.parametrize("names", [("matthews", "f1"), ("top1", "f1")], ids=str)
+def test_metrics_of_two_classes(names):
+    batches = random_batches([40, 1, 30], num_exits=3, num_classes=2)
+    metrics = ExitMetrics(3, metrics=names)
+    for batch in batches:
+        metrics.update(*batch)
+    result = metrics.compute()
+    assert list(result["ensemble"]) == [*names, "loss"]
+    target = torch.cat([target for _, target in batches])
+    exits = [torch.cat([logits[index] for logits, _ in batches]) for index in range(3)]
+    for values, logits in zip([*result["exits"], result["ensemble"]], [*exits, sum(exits) / 3], strict=True):
+        assert values["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+        for name in names:
+            expected = naive(logits, target)["top1"] if name == "top1" else by_hand(name, target, logits.argmax(1))
+            assert values[name] == pytest.approx(expected)
+    json.dumps(result, allow_nan=False)
+
+
+def test_metrics_of_a_regression():
+    batches = [([torch.randn(size, 1) for _ in range(2)], torch.randn(size)) for size in (30, 1, 25)]
+    metrics, halves = (
+        ExitMetrics(2, metrics=("pearson", "spearman")),
+        [ExitMetrics(2, metrics=("pearson", "spearman")) for _ in range(2)],
+    )
+    for index, batch in enumerate(batches):
+        metrics.update(*batch)
+        halves[index % 2].update(*batch)
+    result = metrics.compute()
+    target = torch.cat([target for _, target in batches])
+    exits = [torch.cat([logits[index] for logits, _ in batches])[:, 0] for index in range(2)]
+    for values, predicted in zip([*result["exits"], result["ensemble"]], [*exits, sum(exits) / 2], strict=True):
+        assert values["loss"] == pytest.approx(F.mse_loss(predicted, target).item(), rel=1e-5)
+        for name in ("pearson", "spearman"):
+            assert values[name] == pytest.approx(by_hand(name, target.double(), predicted.double()))
+    halves[0].counters = halves[0].counters + halves[1].counters
+    halves[0].predictions = halves[0].predictions + halves[1].predictions
+    assert table(halves[0].compute()) == [(row[0], *map(pytest.approx, row[1:])) for row in table(result)]
+
+
+@pytest.mark.parametrize("name", ["matthews", "f1", "pearson", "spearman"])
+def test_predictions_that_are_all_the_same_are_worth_nothing(name):
+    metrics = ExitMetrics(1, metrics=(name,))
+    metrics.update([torch.zeros(4, 1 if name in ("pearson", "spearman") else 2)], torch.tensor([0, 1, 1, 0]))
+    assert metrics.compute()["ensemble"][name] == 0.0
+    assert ExitMetrics(1, metrics=(name,)).compute()["ensemble"] == {name: None, "loss": None}
+
+
+def test_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match=r"metrics: expected one of top1, .*, got 'accuracy'"):
+        ExitMetrics(1, metrics=("accuracy",))
+
+
 def test_bfloat16_logits_with_gradient_are_accumulated_in_full_precision():
     metrics = ExitMetrics(1)
     for _ in range(300):

@@ -9,12 +9,57 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import create_model, list_models
-from dfs_engine.compare import Tolerance, assert_close
+from dfs_engine.compare import Tolerance, assert_close, gradient_scale
+from dfs_engine.evaluation import info
+from dfs_engine.evaluation.flops import count_flops
 from dfs_engine.models import VARIANTS
 
 BETAS = [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
-# Small enough for a test: (model options, batch, image size), the size the smallest that leaves one pixel at the end.
-SMALL: dict[str, tuple[dict, int, int]] = {"vgg7_64": ({"width": 6}, 4, 16), "vgg16_64": ({"width": 4}, 3, 32)}
+TINY_BERT = {
+    "vocab_size": 20,
+    "hidden_size": 12,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 17,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "classifier_dropout": None,
+    "max_position_embeddings": 9,
+    "type_vocab_size": 2,
+    "initializer_range": 0.2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+# Small enough for a test: (model options, batch, image size or tokens), the size the smallest that leaves one pixel at
+# the end.
+SMALL: dict[str, tuple[dict, int, int]] = {
+    "vgg7_64": ({"width": 6}, 4, 16),
+    "vgg16_64": ({"width": 4}, 3, 32),
+    "resnet18": ({"width": 6}, 4, 8),
+    "resnet34": ({"width": 4}, 4, 8),
+    "resnet50": ({"width": 4}, 4, 8),
+    # Average: with its small first weights a class token learns nothing in twenty steps.
+    "vit_tiny_patch16_224": (
+        {"img_size": 16, "patch_size": 8, "depth": 4, "embed_dim": 15, "num_heads": 3, "start_block": 1}
+        | {"global_pool": "avg"},
+        3,
+        16,
+    ),
+    # Channels that froze at two forks meet in one concatenation, a scale is dropped behind it.
+    "msdnet_cifar": (
+        {"num_exits": 4, "base": 1, "step": 1, "channels": 6, "growth": 5, "num_scales": 2, "head_width": 8,
+         "dropout": 0.0}, 4, 8
+    ),
+    "msdnet_cifar_lin_grow": (
+        {"num_exits": 3, "channels": 6, "growth": 4, "num_scales": 2, "head_width": 8, "dropout": 0.0}, 4, 8
+    ),
+    "msdnet_imagenet": (
+        {"num_exits": 3, "base": 1, "step": 1, "channels": 6, "growth": 4, "num_scales": 2, "bottleneck": False,
+         "dropout": 0.0}, 4, 32
+    ),
+    "bert": ({"config": TINY_BERT}, 4, 6),
+}  # fmt: skip
 
 
 def make(name: str, state: dict | None = None, dtype: torch.dtype = torch.float64, **options):
@@ -29,6 +74,8 @@ def batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, default, size = SMALL[name]
     num_images = default if num_images is None else num_images
+    if name == "bert":
+        return torch.randint(TINY_BERT["vocab_size"], (num_images, size)), torch.randint(5, (num_images,))
     return torch.randn(num_images, 3, size, size, dtype=dtype), torch.randint(5, (num_images,))
 
 
@@ -48,26 +95,27 @@ def step(model, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Te
 
 def assert_same(actual: dict, expected: dict, tolerance: Tolerance | None = None) -> None:
     assert list(actual) == list(expected)
-    # A gradient far below the model's largest is what cancellation left of terms of that size (a bias in front of a
-    # batch norm, whole layers where beta is 0 or 1), and carries their rounding.
-    largest = max(value.abs().max().item() for name, value in expected.items() if name.startswith("grad of "))
+    cancelled = gradient_scale(value for name, value in expected.items() if name.startswith("grad of "))
     for name, value in actual.items():
+        scale = cancelled if tolerance is None and name.startswith("grad of ") else 0.0
+        if name.endswith("key.bias"):  # softmax does not see what is added to all scores: nothing but rounding
+            scale = 100 * cancelled
         assert_close(
             name,
             value.to(expected[name].dtype) if value.is_floating_point() else value.double(),
             expected[name],
             tolerance,
-            scale=1e-2 * largest if tolerance is None and name.startswith("grad of ") else 0.0,
+            scale=scale,
         )
 
 
-@pytest.fixture(params=list_models())
+@pytest.fixture(params=sorted(SMALL))
 def name(request):
     return request.param
 
 
 def test_every_registered_model_is_tested():
-    assert list_models() == sorted(SMALL)
+    assert set(list_models()) <= set(SMALL)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -78,7 +126,7 @@ def test_logits_features_and_gradients(name, variant):
     assert model.num_exits == len(logits) == len(features)
     assert model.num_classes == 5
     assert model.variant == variant
-    assert model.input_shape[0] == 3
+    assert len(model.example_input(2)) == 2
     assert all(exit_logits.shape == (len(input), 5) for exit_logits in logits)
     loss_of(logits, target).backward()
     for parameter_name, parameter in model.named_parameters():
@@ -87,19 +135,36 @@ def test_logits_features_and_gradients(name, variant):
         assert parameter.grad.any(), parameter_name
 
 
+@pytest.mark.parametrize("shallow", ["vgg7_64", "resnet18", "vit_tiny_patch16_224", "bert"])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
 @pytest.mark.parametrize("exit_gradient", ["own", "whole"])
-def test_vgg7_dfs_split_and_detach_are_one(beta, reference, exit_gradient, backend):
-    compare_variants("vgg7_64", beta, reference, exit_gradient, backend)
+def test_dfs_split_and_detach_are_one(shallow, beta, reference, exit_gradient, backend):
+    compare_variants(shallow, beta, reference, exit_gradient, backend)
 
 
+@pytest.mark.parametrize("deep", ["vgg16_64", "resnet34", "resnet50"])
 @pytest.mark.parametrize(
     ("beta", "reference", "exit_gradient"),
     [(0.5, True, "own"), (0.3, False, "own"), (0.7, True, "whole"), (0, True, "own"), (1, True, "own")],
 )
-def test_vgg16_dfs_split_and_detach_are_one(beta, reference, exit_gradient, backend):
-    compare_variants("vgg16_64", beta, reference, exit_gradient, backend)
+def test_deep_dfs_split_and_detach_are_one(deep, beta, reference, exit_gradient, backend):
+    compare_variants(deep, beta, reference, exit_gradient, backend)
+
+
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+def test_msdnet_dfs_split_and_detach_are_one(beta, reference, exit_gradient, backend):
+    compare_variants("msdnet_cifar", beta, reference, exit_gradient, backend)
+
+
+@pytest.mark.parametrize("msdnet", ["msdnet_cifar_lin_grow", "msdnet_imagenet"])
+@pytest.mark.parametrize(
+    ("beta", "reference", "exit_gradient"), [(0.5, True, "whole"), (0.3, False, "own"), (0.7, True, "own")]
+)
+def test_other_msdnets_dfs_split_and_detach_are_one(msdnet, beta, reference, exit_gradient, backend):
+    compare_variants(msdnet, beta, reference, exit_gradient, backend)
 
 
 def compare_variants(name, beta, reference, exit_gradient, backend):
@@ -115,6 +180,8 @@ def compare_variants(name, beta, reference, exit_gradient, backend):
 def test_dfs_in_channels_last(name, layout, backend):
     detach = make(name, variant="detach")
     input, target = batch(name)
+    if input.dim() != 4:
+        pytest.skip("tokens have no layout")
     model = make(name, detach.state_dict(), backend=backend).to(memory_format=layout)
     assert_same(step(model, input.to(memory_format=layout), target), step(detach, input, target))
 
@@ -124,8 +191,9 @@ def test_dfs_in_channels_last(name, layout, backend):
 # norms over one pixel well-conditioned. Roundings add up over the depth, and stock batch norm in channels_last begins
 # with 1e-6 (in NCHW 4e-8).
 FP32_SEED, FP32_BATCH = 0, 16
-# Over the 13 layers of vgg16_64 the kinks alone reach 1e-2 on most seeds, for stock `detach` as well.
-DEEP_FP32 = {"vgg7_64": Tolerance(1e-4, 1e-4), "vgg16_64": Tolerance(1e-2, 1e-2)}
+# Over the 13 layers of vgg16_64 the kinks alone reach 1e-2 on most seeds, for stock `detach` as well; over the 50 of
+# resnet50 rounding grows a hundredfold.
+DEEP_FP32 = dict.fromkeys(SMALL, Tolerance(1e-4, 1e-4)) | dict.fromkeys(("vgg16_64", "resnet50"), Tolerance(1e-2, 1e-2))
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.5, 1])
@@ -141,7 +209,7 @@ def test_dfs_in_fp32_against_fp64(name, beta, backend):
         }
         truth.load_state_dict(state)
         input, target = batch(name, torch.float32, FP32_BATCH)
-        expected = step(truth, input.double(), target)
+        expected = step(truth, input.double() if input.is_floating_point() else input, target)
         model = make(name, state, torch.float32, variant="dfs", beta=beta, backend=backend)
         try:
             assert_same(step(model, input, target), expected, DEEP_FP32[name])
@@ -168,21 +236,29 @@ def test_which_loss_reaches_which_channels(name, variant, reference, exit_gradie
     losses = [F.cross_entropy(exit_logits, target) for exit_logits in logits]
     is_whole = variant == "dense" or (exit_gradient == "whole" and reference)
     for index, feature in enumerate(features[:-1]):
-        k = round(0.5 * feature.size(1))
-        own = gradient(losses[index], feature)
-        assert own[:, k:].any()
-        assert own[:, :k].any() == is_whole
-        for loss in losses[index + 1 :]:
-            deeper = gradient(loss, feature)
-            assert deeper[:, :k].any()
-            assert deeper[:, k:].any() == (variant == "dense")
-        for loss in losses[:index]:
-            assert not gradient(loss, feature).any()
-    assert gradient(losses[-1], features[-1])[:, 0].any()  # the last exit is never split
+        k = round(0.5 * feature.size(model.fork.dim))
+        own, deeper, shallower = (
+            [gradient(loss, feature).movedim(model.fork.dim, 1) for loss in some]
+            for some in (losses[index : index + 1], losses[index + 1 :], losses[:index])
+        )
+        assert own[0][:, k:].any()
+        assert own[0][:, :k].any() == is_whole
+        for grad in deeper:
+            assert grad[:, :k].any()
+            assert grad[:, k:].any() == (variant == "dense")
+        assert not any(grad.any() for grad in shallower)
+    assert gradient(losses[-1], features[-1]).movedim(model.fork.dim, 1)[:, 0].any()  # the last exit is never split
 
 
-def train(model, batches, num_steps: int = 20) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9, weight_decay=1e-4)
+# At which twenty steps lower the loss without leaving the region where two runs stay together.
+LEARNING_RATES = dict.fromkeys(SMALL, 0.003) | {"vit_tiny_patch16_224": 0.05, "bert": 0.1}
+
+# Small and narrow, these are chaotic: two runs of stock `detach` that differ by one rounding part, too.
+CHAOTIC = ("resnet34", "resnet50")
+
+
+def train(model, batches, lr: float, num_steps: int = 20) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     losses = []
     for index in range(num_steps):
         loss = loss_of(model(batches[index % 2][0]), batches[index % 2][1])
@@ -199,18 +275,20 @@ def train(model, batches, num_steps: int = 20) -> list[float]:
     [(torch.float64, 1e-9), (torch.float32, 3e-2)],
     ids=["fp64", "fp32"],
 )
-def test_twenty_training_steps_give_the_same_losses(name, dtype, relative, backend):
+@pytest.mark.parametrize("calm", [name for name in SMALL if name not in CHAOTIC])
+def test_twenty_training_steps_give_the_same_losses(calm, dtype, relative, backend):
     if dtype is torch.float32:
         torch.manual_seed(FP32_SEED)
-    detach = make(name, dtype=dtype, variant="detach")
-    dfs = make(name, detach.state_dict(), dtype, backend=backend)
-    batches = [batch(name, dtype, FP32_BATCH) for _ in range(2)]
-    expected = train(detach, batches)
-    assert train(dfs, batches) == pytest.approx(expected, rel=relative)
+    detach = make(calm, dtype=dtype, variant="detach")
+    dfs = make(calm, detach.state_dict(), dtype, backend=backend)
+    batches = [batch(calm, dtype, FP32_BATCH) for _ in range(2)]
+    expected = train(detach, batches, LEARNING_RATES[calm])
+    assert train(dfs, batches, LEARNING_RATES[calm]) == pytest.approx(expected, rel=relative)
     assert expected[-1] < 0.9 * expected[0]
     if dtype is torch.float64:
         for (key, value), other in zip(dfs.state_dict().items(), detach.state_dict().values(), strict=True):
-            assert_close(key, value.double(), other.double(), Tolerance(1e-9, 1e-9))
+            scale = 1.0 if key.endswith("key.bias") else 0.0  # see assert_same
+            assert_close(key, value.double(), other.double(), Tolerance(1e-9, 1e-9), scale=scale)
 
 
 def test_one_state_dict_moves_between_all_variants(name):
@@ -248,7 +326,7 @@ def test_defaults(name):
         "beta": 0.5,
         "variant": "dfs",
         "reference": True,
-        "exit_gradient": "own",
+        "exit_gradient": "whole" if name.startswith(("vit", "msdnet")) else "own",
         "backend": None,
         "num_classes": 10,
     }
@@ -306,6 +384,23 @@ def test_second_backward_is_bitwise_the_same(name, backend):
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_a_real_step_computes_what_dfs_info_counts(name, reference):
+    options = {"reference": reference, "num_classes": 5}
+    config = info.InfoConfig(model=name, beta="0.3", batch_size=2, options=SMALL[name][0], **options)
+    rows = info.run(config).training
+    assert [row.variant for row in rows] == list(VARIANTS)
+    for row in rows:
+        beta = {} if row.beta is None else {"beta": row.beta}
+        model = create_model(name, variant=row.variant, **beta, **options, **SMALL[name][0])
+        assert count_flops(model, model.example_input(2)) == row.flops
+    flops = {row.variant: row.flops for row in rows}
+    assert flops["dfs"].backward < flops["detach"].backward
+    # A normalisation fills the channels that read as zero, so that behind it nothing can be left out.
+    reads_less = not reference and not name.startswith("vit")
+    assert (flops["dfs"].forward < flops["detach"].forward) == reads_less
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -336,4 +431,6 @@ def test_a_backend_that_is_not_there_raises_when_the_model_runs(name):
 
 def test_list_models_takes_a_pattern():
     assert list_models("vgg16*") == ["vgg16_64"]
+    assert {"vit_tiny_patch16_224", "vit_base_patch16_224"} < set(list_models("vit_*"))
+    assert list_models("vit_tiny_patch16_224") == ["vit_tiny_patch16_224"]
     assert list_models("nothing*") == []

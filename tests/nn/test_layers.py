@@ -9,7 +9,15 @@ from torch import nn
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import PartitionedConv2d, PartitionedLinear
+from dfs_engine.nn import (
+    VARIANTS,
+    Fork,
+    PartitionedConv2d,
+    PartitionedLinear,
+    apply_layer,
+    apply_linears,
+    convert_linears,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -163,3 +171,44 @@ def test_wrong_channel_count_names_the_shapes():
         PartitionedConv2d(6, 2, 3)(torch.randn(1, 5, 4, 4))
     with pytest.raises(ValueError, match=r"^partitioned_linear: .* got input \(1, 5\) and weight \(2, 6\)"):
         PartitionedLinear(6, 2)(torch.randn(1, 5))
+
+
+def test_convert_linears_keeps_parameters_names_and_values(backend):
+    class Lookalike(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(
+        nn.Linear(4, 3, **DD), nn.Sequential(nn.GELU(), nn.Linear(3, 5, False, **DD)), Lookalike(5, 2, **DD)
+    )
+    input = torch.randn(2, 7, 4, **DD)
+    parameters, state, expected = list(model.parameters()), model.state_dict(), model(input)
+    truth = torch.autograd.grad(expected.square().sum(), parameters)
+    convert_linears(model, backend)
+    assert [type(model[0]), type(model[1][1]), type(model[2])] == [PartitionedLinear, PartitionedLinear, Lookalike]
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    output = model(input)
+    assert backends.last_used("partitioned_linear") == backend
+    actual = torch.autograd.grad(output.square().sum(), parameters)
+    for left, right in zip((output, *actual), (expected, *truth), strict=True):
+        assert_close("result", left, right)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_apply_linears_is_each_layer_alone(variant, reference, bias):
+    layers = [nn.Linear(7, width, bias, **DD) for width in (3, 5, 3)]
+    feature = torch.randn(2, 3, 7, **DD, requires_grad=True)
+    leaves = [feature, *(parameter for layer in layers for parameter in layer.parameters())]
+    for reading in Fork(0.4, variant, reference=reference, dim=-1)(feature):
+        together, alone = apply_linears(layers, reading), [apply_layer(layer, reading) for layer in layers]
+        for left, right in zip(together, alone, strict=True):
+            assert_close("output", left, right)
+        grads = [
+            torch.autograd.grad([output.sin().sum() for output in outputs], leaves, retain_graph=True)
+            for outputs in (together, alone)
+        ]
+        for left, right in zip(*grads, strict=True):
+            assert_close("gradient", left, right)

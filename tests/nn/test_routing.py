@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import VARIANTS, ExitHead, Fork, add, apply_layer, global_avg_pool, whole
+from dfs_engine.nn import VARIANTS, ExitHead, Fork, add, apply_layer, global_avg_pool, map_channels, read_like, whole
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -96,10 +96,49 @@ def test_the_pooled_gradient_is_not_spread_over_the_pixels():
     assert received[0].stride()[2:] == (0, 0)
 
 
-def test_split_refuses_grouped_convolutions():
-    deeper, _ = Fork(0.5, "split")(torch.randn(1, 4, 3, 3))
-    with pytest.raises(ValueError, match=r"variant split: expected convolutions with groups=1, got groups=2\."):
-        apply_layer(nn.Conv2d(4, 4, 1, groups=2), deeper)
+@pytest.mark.parametrize("variant", ["detach", "split", "dfs"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+@pytest.mark.parametrize("beta", [0.25, 0.5, 1])
+@pytest.mark.parametrize(
+    ("groups", "out_channels", "bias"), [(8, 8, False), (8, 16, True), (4, 8, True), (2, 6, False)], ids=str
+)
+def test_grouped_convolutions(variant, reference, exit_gradient, beta, groups, out_channels, bias):
+    """Depthwise, two outputs a channel, and groups that the slice does or does not cut."""
+    options = {"stride": 2, "padding": 1, "groups": groups, "bias": bias, "dtype": torch.float64}
+    conv, feature = nn.Conv2d(8, out_channels, 3, **options), torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    feature.requires_grad_()
+    leaves = [feature, *conv.parameters()]
+    readings = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient)(feature)
+    k, whole_exit = round(8 * beta), exit_gradient == "whole" and reference and beta < 1
+    for reading, columns in zip(readings, ((0, k), (0 if whole_exit else k, 8)), strict=True):
+        output, expected = apply_layer(conv, reading), conv(by_hand(feature, *columns, reference, 1))
+        assert_close("output", output, expected)
+        grad = torch.randn_like(output)
+        actual, truth = (torch.autograd.grad(one, leaves, grad, materialize_grads=True) for one in (output, expected))
+        for index, pair in enumerate(zip(actual, truth, strict=True)):
+            assert_close(f"gradient {index}", *pair)
+        assert torch.equal(actual[0] == 0, truth[0] == 0)
+
+
+def test_split_convolves_a_depthwise_layer_in_two_calls():
+    """So that stock autograd computes no gradient of the other part."""
+    feature = torch.randn(1, 6, 5, 5, requires_grad=True)
+    deeper, _ = Fork(0.5, "split")(feature)
+    with torch.profiler.profile() as recorded:
+        apply_layer(nn.Conv2d(6, 6, 3, groups=6), deeper)
+    assert sum(event.count for event in recorded.key_averages() if event.key == "aten::conv2d") == 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_read_like_hands_on_how_the_layer_before_read(variant):
+    deeper, exit = Fork(0.5, variant, reference=False, backend="aten")(torch.randn(2, 4, 3, 3))
+    tensor = torch.randn(2, 6, 3, 3, requires_grad=True)
+    for reading in (read_like(tensor, deeper), read_like(tensor, exit)):
+        if variant == "dfs":
+            assert (reading.start, reading.reference, reading.backend) == (0, True, "aten")
+            assert not reading.full.requires_grad
+        assert whole(reading, 1) is tensor
 
 
 @pytest.mark.parametrize(
@@ -201,3 +240,18 @@ def test_whole_is_the_published_formulation(variant, reference):
     (actual,) = torch.autograd.grad(seen, feature, grad)
     assert torch.equal(actual[..., start:stop], grad[..., start:stop])
     assert not actual[..., :start].any()
+
+
+@pytest.mark.parametrize("variant", ["dense", "detach", "split", "dfs"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_map_channels(variant, reference):
+    feature = torch.randn(2, 3, CHANNELS, dtype=torch.float64, requires_grad=True)
+    reading = Fork(0.3, variant, reference=reference, dim=-1)(feature)[0]
+
+    def pool(tokens):
+        return tokens[:, :2].mean(1)
+
+    before, after = pool(whole(reading)), whole(map_channels(pool, reading))
+    assert torch.equal(after, before)
+    grads = [torch.autograd.grad(output.square().sum(), feature, retain_graph=True) for output in (after, before)]
+    assert_close("feature", *grads[0], *grads[1])

@@ -71,10 +71,10 @@ def test_compile_of_ops_and_layers(referencing, backend):
     assert_same(gradients(compiled, net, input), gradients(net, net, input), THROUGH_FP32)
 
 
-VGG16_DFS = pytest.param("vgg16_64", "dfs", marks=pytest.mark.slow)
+DEEPER = [pytest.param(*case, marks=pytest.mark.slow) for case in (("vgg16_64", "dfs"), ("resnet18", "dfs"))]
 
 
-@pytest.mark.parametrize(("name", "variant"), [*(("vgg7_64", variant) for variant in VARIANTS), VGG16_DFS])
+@pytest.mark.parametrize(("name", "variant"), [*(("vgg7_64", variant) for variant in VARIANTS), *DEEPER])
 def test_compile_of_models(name, variant):
     # float64, so that nothing but the compiler is between the two.
     model = create_model(name, width=2, num_classes=3, variant=variant, dtype=torch.float64)

@@ -38,6 +38,17 @@ def test_start_skips_the_first_batches():
     assert len(batches) == 2
 
 
+def test_a_fresh_subset_for_each_epoch():
+    batches = EpochBatches(50, 4, seed=1, max_samples=10)
+    assert batches.num_batches == 3
+    assert batches.num_in_epoch == 10
+    first, second = ([index for batch in epoch_of(batches, epoch) for index in batch.indices] for epoch in (0, 1))
+    assert len(set(first)) == len(set(second)) == 10
+    assert set(first) != set(second)
+    assert first == [index for batch in epoch_of(EpochBatches(50, 4, seed=1)) for index in batch.indices][:10]
+    assert epoch_of(EpochBatches(10, 4, seed=1, max_samples=50)) == epoch_of(EpochBatches(10, 4, seed=1))
+
+
 def test_processes_share_each_batch():
     whole = epoch_of(EpochBatches(11, 4, seed=5))
     parts = [epoch_of(EpochBatches(11, 4, seed=5, rank=rank, num_processes=2)) for rank in range(2)]
@@ -50,7 +61,7 @@ def test_processes_share_each_batch():
 def test_batch_size_that_processes_cannot_share():
     with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, got 4"):
         EpochBatches(11, 4, seed=0, num_processes=3)
-    with pytest.raises(ValueError, match="batch_size: expected at most the 3 training images, got 4"):
+    with pytest.raises(ValueError, match="batch_size: expected at most the 3 samples of an epoch, got 4"):
         EpochBatches(3, 4, seed=0, num_processes=2)
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from dfs_engine.data import DataConfig
 from dfs_engine.methods import ByotConfig
+from dfs_engine.training.build import build_model, input_shape
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 
 
@@ -20,6 +21,13 @@ from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
         (lambda: OptimConfig(schedule="multistep", milestones=(5, 3)), r"optim.milestones: expected rising epochs"),
         (lambda: OptimConfig(schedule="multistep", milestones=(0,)), r"optim.milestones: expected rising epochs"),
         (lambda: OptimConfig(nesterov=True, momentum=0), r"optim.nesterov: expected optim.momentum > 0"),
+        (lambda: OptimConfig(name="adam"), r"optim.name: expected one of sgd, adamw, got 'adam'. Did you mean 'adamw'"),
+        (lambda: OptimConfig(name="adamw", nesterov=True), r"optim.nesterov: expected optim.name=sgd, got adamw"),
+        (
+            lambda: OptimConfig(name="adamw", adam_beta2=1.0),
+            r"optim.adam_beta2: expected a number in \[0, 1\), got 1.0",
+        ),
+        (lambda: OptimConfig(adam_eps=-1.0), r"optim.adam_eps: expected a number >= 0"),
         (lambda: TrainConfig(epochs=0), r"epochs: expected a number >= 1, got 0"),
         (lambda: TrainConfig(batch_size=0), r"batch_size: expected a number >= 1"),
         (lambda: TrainConfig(num_threads=0), r"num_threads: expected a number >= 1"),
@@ -41,7 +49,7 @@ def test_frozen():
 
 def test_to_dict_is_plain_and_rebuilds():
     config = TrainConfig(
-        model=ModelConfig(beta=0.3),
+        model=ModelConfig(beta=0.3, options={"width": 8}),
         optim=OptimConfig(schedule="multistep", milestones=(1, 2)),
         data=DataConfig(name="synthetic", flip=True),
         epochs=4,
@@ -59,3 +67,14 @@ def test_to_dict_is_plain_and_rebuilds():
         }
     )
     assert rebuilt == config
+
+
+def test_options_of_the_family_reach_the_model():
+    config = ModelConfig(name="vgg7_64", options={"width": 3, "in_channels": 1})
+    model = build_model(config, num_classes=4)
+    assert model.get_config()["width"] == 3
+    assert input_shape(config) == (1, 32, 32)
+    with pytest.raises(TypeError, match="widht"):
+        build_model(ModelConfig(options={"widht": 3}), num_classes=4)
+    with pytest.raises(TypeError, match="beta"):  # said twice
+        build_model(ModelConfig(options={"beta": 0.3}), num_classes=4)

@@ -48,6 +48,13 @@ def test_warmup_then_cosine():
     assert our_rates(lr=0.1, schedule="cosine", warmup_epochs=2) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_warmup_then_linear():
+    """As transformers' `get_linear_schedule_with_warmup`, but that its first step has a rate."""
+    rates = our_rates(lr=0.1, schedule="linear", warmup_epochs=2)
+    assert rates[:14] == pytest.approx([0.1 * (step + 1) / 14 for step in range(14)])
+    assert rates[14:] == pytest.approx([0.1 * (28 - step) / 28 for step in range(28)])
+
+
 def test_multistep_after_warmup_counts_epochs_from_the_start():
     rates = our_rates(lr=1.0, schedule="multistep", milestones=(3,), warmup_epochs=0.5)
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])

@@ -1,0 +1,241 @@
+"""BERT with an exit after every layer: pooler (the first token through a dense layer and tanh), dropout, linear.
+
+The modules are transformers' own `BertForSequenceClassification`; its layers are applied here submodule by submodule,
+so that a layer can read a split hidden state, and so that no version's call signatures matter.
+
+Shapes: N sentences, T tokens, C hidden channels, the axis on which hidden states are split.
+"""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfs_engine.models.multi_exit import Block, MultiExitModel
+from dfs_engine.models.pretrained import pretrained_folder
+from dfs_engine.models.registry import register_model
+from dfs_engine.nn import Fork, Reading, add, apply_layer, apply_linears, convert_linears, exit_loss, map_channels
+
+# Of transformers' BertConfig, what makes the model: `get_config` keeps these.
+_CONFIG_KEYS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "max_position_embeddings",
+    "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id",
+)  # fmt: skip
+
+# What of it changes the function, and which values this file computes.
+_SUPPORTED = {
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute", None),
+    "problem_type": (None, "single_label_classification", "regression"),
+}
+
+
+class BertInput(NamedTuple):
+    """What the first block reads: ids (N, T); mask, bool (N, 1, 1, T), is True where a token is no padding."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor | None
+    mask: Tensor | None
+
+
+class BertState(NamedTuple):
+    """What goes from layer to layer: hidden state (N, T, C) and mask."""
+
+    hidden: Reading
+    mask: Tensor | None
+
+
+class BertBlock(Block):
+    """One transformers `BertLayer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: BertState) -> BertState:
+        layer = cast(Any, self.layer)
+        mixed = _attend(layer.attention.self, input)
+        after = layer.attention.output
+        attended = after.LayerNorm(add(input.hidden, after.dropout(after.dense(mixed))))
+        return BertState(layer.output(layer.intermediate(attended), attended), input.mask)
+
+    def route(self, made: BertState, fork: Fork, is_last: bool) -> tuple[BertState, Reading]:
+        deeper, exit = (made.hidden, made.hidden) if is_last else fork(made.hidden)
+        return BertState(deeper, made.mask), exit
+
+    def feature_of(self, made: BertState) -> Tensor:
+        return cast(Tensor, made.hidden)
+
+
+class BertStem(BertBlock):
+    """Embeddings and the first layer."""
+
+    def __init__(self, embeddings: nn.Module, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.embeddings = embeddings
+
+    def forward(self, input: BertInput) -> BertState:  # type: ignore[override]
+        hidden = self.embeddings(input_ids=input.input_ids, token_type_ids=input.token_type_ids)
+        return super().forward(BertState(hidden, input.mask))
+
+
+def _attend(attention: Any, input: BertState) -> Tensor:
+    """What a `BertSelfAttention` computes: (N, T, C) -> (N, T, C)."""
+    projections = apply_linears([attention.query, attention.key, attention.value], input.hidden)
+    heads = (attention.num_attention_heads, -1)
+    query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
+    dropout = attention.dropout.p if attention.training else 0.0
+    return F.scaled_dot_product_attention(query, key, value, input.mask, dropout).transpose(1, 2).flatten(2)
+
+
+class BertExit(nn.Module):
+    """A reading of (N, T, C), of which it takes the first token -> logits (N, num_classes)."""
+
+    def __init__(self, pooler: nn.Linear, dropout: float, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.pooler, self.dropout, self.classifier = pooler, nn.Dropout(dropout), classifier
+
+    def forward(self, input: Reading) -> Tensor:
+        first = map_channels(lambda tokens: tokens[:, 0], input)
+        return self.classifier(self.dropout(apply_layer(self.pooler, first).tanh()))
+
+
+class MultiExitBert(MultiExitModel):
+    """A `MultiExitModel` that is called as transformers' `BertForSequenceClassification` is, also by its `Trainer`."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        return_features: bool = False,
+    ) -> Any:
+        """Returns every exit's logits, shallow to deep.
+
+        Args:
+            input_ids: (N, T). attention_mask: (N, T), 0 for padding. token_type_ids: (N, T), 0 or 1.
+            labels: (N,) class indices, or numbers where num_classes is 1.
+            return_dict: whether to return a `SequenceClassifierOutput`; None: where there are labels.
+            return_features: also return the features f_k, the hidden states (N, T, C) behind each layer.
+
+        Returns:
+            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features.
+            As a `SequenceClassifierOutput`: `logits` and `hidden_states` are these lists, and `loss` is the sum of all
+            exits' losses (see `dfs_engine.nn.exit_loss`).
+        """
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        input: Any = BertInput(input_ids, token_type_ids, mask)
+        result = super().forward(input, return_features=return_features)
+        if not (labels is not None if return_dict is None else return_dict):
+            return result
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        logits, features = result if return_features else (result, None)
+        loss = None
+        if labels is not None:
+            loss = torch.stack([exit_loss(exit_logits, labels) for exit_logits in logits]).sum()
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=features)
+
+    def example_input(self, batch: int = 1) -> Tensor:
+        """Random ids of at most 128 tokens, as GLUE is trained."""
+        embeddings = cast(Any, self.blocks[0]).embeddings.word_embeddings
+        shape = (batch, min(128, *self.input_shape))
+        return torch.randint(embeddings.num_embeddings, shape, device=embeddings.weight.device)
+
+
+@register_model
+def bert(
+    *,
+    num_classes: int,
+    beta: float,
+    variant: str,
+    reference: bool,
+    exit_gradient: str | None,
+    backend: str | None,
+    config: Any = None,
+    pretrained: str | Path | None = None,
+    device: Any = None,
+    dtype: Any = None,
+) -> MultiExitModel:
+    """Any transformers BERT, with as many exits as layers; num_classes=1 is a regression.
+
+    Args:
+        config: a transformers `BertConfig`, or the folder or file of one; or a dict of what differs from the pretrained
+            model's, or from BERT-base's. None: as that.
+        pretrained: a folder that transformers saved, or an installed package that contains one. Layers, the last exit's
+            pooler and, where it has num_classes, the last classifier start from it, the other exits at random; nothing
+            is read on the meta device.
+    """
+    from transformers import BertForSequenceClassification
+
+    folder = None if pretrained is None else pretrained_folder(pretrained)
+    settings = _read_config(config, folder)
+    settings.num_labels = num_classes
+    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "own", dim=-1, backend=backend)
+    with torch.device("meta") if str(device) == "meta" else contextlib.nullcontext():
+        if folder is None or str(device) == "meta":
+            stock: Any = BertForSequenceClassification(settings)
+        else:
+            stock = BertForSequenceClassification.from_pretrained(
+                folder, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True
+            )
+        exits: list[nn.Module] = [_new_exit(settings) for _ in range(settings.num_hidden_layers - 1)]
+    exits.append(BertExit(stock.bert.pooler.dense, stock.dropout.p, stock.classifier))
+    first, *deeper = stock.bert.encoder.layer
+    model = MultiExitBert(
+        [BertStem(stock.bert.embeddings, first), *(BertBlock(layer) for layer in deeper)],
+        exits,
+        fork,
+        num_classes=num_classes,
+        input_shape=(settings.max_position_embeddings,),
+    )
+    model.options = {"config": {key: getattr(settings, key) for key in _CONFIG_KEYS}}
+    if variant == "dfs":
+        convert_linears(model, backend)
+    return model.to(device=device, dtype=dtype)
+
+
+def _new_exit(settings: Any) -> BertExit:
+    """With transformers' initialisation."""
+    dropout = settings.hidden_dropout_prob if settings.classifier_dropout is None else settings.classifier_dropout
+    pooler = nn.Linear(settings.hidden_size, settings.hidden_size)
+    classifier = nn.Linear(settings.hidden_size, settings.num_labels)
+    for layer in (pooler, classifier):
+        nn.init.normal_(layer.weight, std=settings.initializer_range)
+        nn.init.zeros_(layer.bias)
+    return BertExit(pooler, dropout, classifier)
+
+
+def _read_config(config: Any, folder: Path | None) -> Any:
+    """A `BertConfig` of its own, checked to be one that this file computes."""
+    from transformers import AutoConfig, BertConfig
+
+    if isinstance(config, (str, Path)):
+        source = Path(config).expanduser()
+        source = source if source.is_file() else pretrained_folder(source, "config")
+        settings = AutoConfig.from_pretrained(source, local_files_only=True)
+    elif config is None or isinstance(config, Mapping):
+        settings = BertConfig() if folder is None else AutoConfig.from_pretrained(folder, local_files_only=True)
+        unknown = [key for key in config or () if not hasattr(settings, key)]
+        if unknown:
+            raise ValueError(f"config: expected keys of transformers' BertConfig, got {', '.join(unknown)}.")
+        settings.update(dict(config or {}))
+    else:
+        settings = copy.deepcopy(config)
+    if settings.model_type != "bert":
+        raise ValueError(f"config: expected a BERT, got model_type={settings.model_type!r}.")
+    for key, valid in _SUPPORTED.items():
+        value = getattr(settings, key, valid[0])
+        if value not in valid:
+            raise ValueError(f"config: expected {key} to be {' or '.join(map(repr, valid))}, got {value!r}.")
+    return settings

@@ -1,0 +1,221 @@
+"""ResNet (He et al., CVPR 2016) with an exit after every stage, as in self-distillation (Zhang et al., TPAMI 2021).
+
+Block k is a stage, the first one with the stem in front. Of a split feature the next stage's first residual block reads
+twice, on its main path and in its shortcut, and the exit reads twice, in its gate and in the product with it.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfs_engine.models.multi_exit import Block, MultiExitModel
+from dfs_engine.models.registry import register_model
+from dfs_engine.names import check_choice
+from dfs_engine.nn import (
+    ConcatReading,
+    ExitHead,
+    Fork,
+    Reading,
+    apply_layer,
+    apply_norm_relu,
+    global_avg_pool,
+    multiply,
+    read_like,
+    whole,
+)
+
+# kernel sizes of a residual block's convolutions, width of its last one as a multiple of the others
+_BASIC = ((3, 3), 1)
+_BOTTLENECK = ((1, 3, 1), 4)
+# name -> residual block, residual blocks per stage
+_CONFIGS = {
+    "resnet18": (_BASIC, (2, 2, 2, 2)),
+    "resnet34": (_BASIC, (3, 4, 6, 3)),
+    "resnet50": (_BOTTLENECK, (3, 4, 6, 3)),
+}
+# stem -> image size
+_STEMS = {"cifar": 32, "imagenet": 224}
+
+
+class ConvNormReLU(nn.Module):
+    """Convolution, BN, a residual where one is given, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, **dd: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_channels, **dd)
+
+    def forward(self, input: Reading, residual: Tensor | None = None) -> Reading:
+        return apply_norm_relu(self.bn, apply_layer(self.conv, input), input, residual)
+
+
+class Stem(ConvNormReLU):
+    """3x3, or, for `large` images, 7x7 with stride 2 and a max pool with stride 2 behind it."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, large: bool, **dd: Any) -> None:
+        super().__init__(in_channels, out_channels, *((7, 2) if large else (3, 1)), **dd)
+        self.large = large
+
+    def forward(self, input: Reading, residual: Tensor | None = None) -> Reading:
+        output = super().forward(input, residual)
+        return read_like(F.max_pool2d(whole(output, 1), 3, 2, 1), input) if self.large else output
+
+
+class ResidualBlock(nn.Module):
+    """Convolutions, the last one with the shortcut as its residual: (N, in, H, W) -> (N, out, H / stride, W / stride).
+
+    Args:
+        in_channels: of the input.
+        width: channels behind every convolution but the last, which has `expansion` times as many.
+        kernel_sizes: of the convolutions; the first 3x3 one has the stride.
+    """
+
+    def __init__(
+        self, in_channels: int, width: int, kernel_sizes: tuple[int, ...], expansion: int, stride: int, **dd: Any
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[width] * (len(kernel_sizes) - 1), width * expansion]
+        strides = [1] * len(kernel_sizes)
+        strides[kernel_sizes.index(3)] = stride
+        layers = zip(widths, widths[1:], kernel_sizes, strides, strict=False)
+        self.layers = nn.ModuleList(ConvNormReLU(*layer, **dd) for layer in layers)
+        self.shortcut_conv = self.shortcut_bn = None
+        if stride != 1 or in_channels != widths[-1]:
+            self.shortcut_conv = nn.Conv2d(in_channels, widths[-1], 1, stride, bias=False, **dd)
+            self.shortcut_bn = nn.BatchNorm2d(widths[-1], **dd)
+
+    def forward(self, input: Reading) -> Reading:
+        if self.shortcut_conv is None or self.shortcut_bn is None:
+            shortcut = whole(input, 1)
+        else:
+            shortcut = self.shortcut_bn(apply_layer(self.shortcut_conv, input))
+        *layers, last = self.layers
+        hidden = input
+        for layer in layers:
+            hidden = layer(hidden)
+        return last(hidden, shortcut)
+
+
+class Stage(Block):
+    """The residual blocks of one size, behind the stem if it is the first: the feature that its exit reads."""
+
+    def __init__(self, stem: Stem | None, residual_blocks: list[ResidualBlock]) -> None:
+        super().__init__()
+        self.stem, self.residual_blocks = stem, nn.ModuleList(residual_blocks)
+
+    def forward(self, input: Reading) -> Tensor:
+        hidden = input if self.stem is None else self.stem(input)
+        for block in self.residual_blocks:
+            hidden = block(hidden)
+        return whole(hidden, 1)
+
+    def produce(self, input: Reading, fork: Fork, is_last: bool) -> tuple[Reading, Reading]:
+        if isinstance(input, Tensor) and fork.variant == "dfs":  # the image, as in VGGBlock
+            input = fork.whole(input.contiguous(memory_format=torch.channels_last))
+        return super().produce(input, fork, is_last)
+
+
+class SepConv(nn.Module):
+    """Depthwise 3x3, 1x1, BN, ReLU, twice: (N, in, H, W) -> (N, out, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_channels: int, out_channels: int, **dd: Any) -> None:
+        super().__init__()
+        depthwise: Any = {"padding": 1, "groups": in_channels, "bias": False, **dd}
+        self.depthwise1 = nn.Conv2d(in_channels, in_channels, 3, stride=2, **depthwise)
+        self.pointwise1 = ConvNormReLU(in_channels, in_channels, 1, **dd)
+        self.depthwise2 = nn.Conv2d(in_channels, in_channels, 3, **depthwise)
+        self.pointwise2 = ConvNormReLU(in_channels, out_channels, 1, **dd)
+
+    def forward(self, input: Reading) -> Reading:
+        hidden = self.pointwise1(read_like(apply_layer(self.depthwise1, input), input))
+        return self.pointwise2(read_like(apply_layer(self.depthwise2, hidden), hidden))
+
+
+class AttentionExit(nn.Module):
+    """The feature times a gate made of it, separable convolutions, global average pool, linear.
+
+    Args:
+        in_channels: channels of the feature.
+        num_sep_convs: each halves the size and doubles the channels, up to those of the last stage.
+        num_classes: width of the logits.
+    """
+
+    def __init__(self, in_channels: int, num_sep_convs: int, num_classes: int, **dd: Any) -> None:
+        super().__init__()
+        self.gate, self.gate_bn = SepConv(in_channels, in_channels, **dd), nn.BatchNorm2d(in_channels, **dd)
+        widths = [in_channels << index for index in range(num_sep_convs + 1)]
+        self.sep_convs = nn.Sequential(*(SepConv(*pair, **dd) for pair in pairwise(widths)))
+        self.linear = nn.Linear(widths[-1], num_classes, **dd)
+
+    def forward(self, input: Reading) -> Tensor:
+        """A reading of a feature (N, in_channels, H, W) -> logits (N, num_classes)."""
+        assert not isinstance(input, ConcatReading)  # nothing is concatenated here
+        size = (input if isinstance(input, Tensor) else input.live).shape[2:]
+        gate = whole(apply_norm_relu(self.gate_bn, whole(self.gate(input), 1), input), 1)
+        gate = F.interpolate(gate, size, mode="bilinear").sigmoid()  # twice the size, of an odd one almost
+        gated = read_like(multiply(input, gate, 1), input)
+        return apply_layer(self.linear, global_avg_pool(self.sep_convs(gated)))
+
+
+def _create_resnet(
+    name: str,
+    *,
+    num_classes: int,
+    beta: float,
+    variant: str,
+    reference: bool,
+    exit_gradient: str | None,
+    backend: str | None,
+    stem: str = "cifar",
+    width: int = 64,
+    in_channels: int = 3,
+    device: Any = None,
+    dtype: Any = None,
+) -> MultiExitModel:
+    """`stem`: "cifar" (32 px) or "imagenet" (224 px). `width`: of the first stage. `in_channels`: of the image."""
+    (kernel_sizes, expansion), blocks_per_stage = _CONFIGS[name]
+    image_size = _STEMS[check_choice("stem", stem, _STEMS)]
+    dd = {"device": device, "dtype": dtype}
+    blocks: list[Block] = []
+    exits: list[nn.Module] = []
+    channels, last = width, len(blocks_per_stage) - 1
+    for index, num_blocks in enumerate(blocks_per_stage):
+        residual_blocks = []
+        for position in range(num_blocks):
+            stride = 2 if index > 0 and position == 0 else 1
+            residual_blocks.append(ResidualBlock(channels, width << index, kernel_sizes, expansion, stride, **dd))
+            channels = (width << index) * expansion
+        in_front = Stem(in_channels, width, large=stem == "imagenet", **dd) if index == 0 else None
+        blocks.append(Stage(in_front, residual_blocks))
+        if index < last:
+            exits.append(AttentionExit(channels, last - index, num_classes, **dd))
+        else:
+            exits.append(ExitHead(channels, num_classes, bias=True, **dd))
+    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "own", backend=backend)
+    shape = (in_channels, image_size, image_size)
+    model = MultiExitModel(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+@register_model
+def resnet18(**kwargs: Any) -> MultiExitModel:
+    """4 stages of 2 basic blocks, 4 exits (the paper's comparison with BYOT)."""
+    return _create_resnet("resnet18", **kwargs)
+
+
+@register_model
+def resnet34(**kwargs: Any) -> MultiExitModel:
+    """Stages of 3, 4, 6 and 3 basic blocks, 4 exits."""
+    return _create_resnet("resnet34", **kwargs)
+
+
+@register_model
+def resnet50(**kwargs: Any) -> MultiExitModel:
+    """Stages of 3, 4, 6 and 3 bottlenecks, 4 exits."""
+    return _create_resnet("resnet50", **kwargs)

@@ -1,0 +1,219 @@
+"""Any timm `VisionTransformer` by its own name, with exits at its last blocks.
+
+The model is timm's own, cut behind block `start_block`: what lies before the cut stays one timm model, and each block
+behind it is a block of the chain. An exit is a tail (norm, pool, head) like the timm model's; the last one is its own.
+
+Shapes: N images, T tokens, C embedding channels, the axis on which features are split.
+"""
+
+import contextlib
+import copy
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dfs_engine.models.multi_exit import Block, MultiExitModel
+from dfs_engine.models.registry import register_catalogue
+from dfs_engine.nn import Fork, Reading, add, apply_norm_linear, convert_linears, map_channels, whole
+from dfs_engine.nn.linear import PartitionedLinear
+from dfs_engine.nn.routing import SlicedReading
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class ViTStem(Block):
+    """Embedding and first blocks of a timm model without a tail: images (N, channels, H, W) -> (N, T, C)."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, input: Reading) -> Tensor:
+        return cast(Any, self.vit).forward_features(input)
+
+
+class ViTBlock(Block):
+    """One timm block: a reading of (N, T, C) -> (N, T, C)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, input: Reading) -> Tensor:
+        block: Any = self.block
+        if not isinstance(input, SlicedReading) or not reads_slices(block):
+            return block(whole(input))
+        attended = _attend(block.attn, apply_norm_linear(block.norm1, block.attn.qkv, input))
+        tokens = add(input, block.drop_path1(block.ls1(attended)))
+        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+class ViTExit(nn.Module):
+    """The tail of a timm model: a reading of (N, T, C) -> logits (N, num_classes).
+
+    Args:
+        tail: a timm model of which only norm, pool and head are left.
+    """
+
+    def __init__(self, tail: nn.Module) -> None:
+        super().__init__()
+        self.tail = tail
+
+    def forward(self, input: Reading) -> Tensor:
+        tail: Any = self.tail
+        if tail.global_pool == "token":  # the norm looks at each token alone, so that of the others none is needed
+            input = map_channels(lambda tokens: tokens[:, :1], input)
+        return tail.forward_head(tail.norm(whole(input)))
+
+
+def reads_slices(block: nn.Module) -> bool:
+    """Whether a timm block is of the kind that `ViTBlock` can take apart, to compute a slice's gradient only."""
+    from timm.layers import LayerNorm
+    from timm.models.vision_transformer import Attention
+    from timm.models.vision_transformer import Block as PlainBlock
+
+    if type(block) is not PlainBlock or type(block.attn) is not Attention:
+        return False
+    parts = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
+    has_others = any(name not in parts and type(part) is not nn.Identity for name, part in block.attn.named_children())
+    is_linear = type(block.attn.qkv) in (nn.Linear, PartitionedLinear)
+    return is_linear and type(block.norm1) in (nn.LayerNorm, LayerNorm) and not has_others
+
+
+def _attend(attention: Any, qkv: Tensor) -> Tensor:
+    """What timm's `Attention` does with the output of its `qkv`: (N, T, 3 * width) -> (N, T, C)."""
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    # timm's switch: the fused kernels have no second derivative.
+    with contextlib.nullcontext() if attention.fused_attn else sdpa_kernel(SDPBackend.MATH):
+        mixed = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value, dropout_p=dropout)
+    return attention.proj_drop(attention.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+def list_vits(pattern: str = "*") -> list[str]:
+    """timm's names that match a shell pattern and whose entrypoint says that it makes a `VisionTransformer`.
+
+    A pattern with a dot looks among the names of pretrained weights, e.g. "vit_tiny_patch16_224.*". Empty without timm.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        return []
+    from timm.models.vision_transformer import VisionTransformer
+
+    names = timm.list_models(pattern, pretrained="." in pattern)
+    return [name for name in names if timm.model_entrypoint(name).__annotations__.get("return") is VisionTransformer]
+
+
+def create_vit(
+    name: str,
+    *,
+    num_classes: int,
+    beta: float,
+    variant: str,
+    reference: bool,
+    exit_gradient: str | None,
+    backend: str | None,
+    start_block: int = 6,
+    pretrained: bool | str | Path = False,
+    device: Any = None,
+    dtype: Any = None,
+    **options: Any,
+) -> MultiExitModel:
+    """A timm `VisionTransformer` with an exit after each block from `start_block` on (counted from 0).
+
+    Args:
+        name: one of `list_vits()`.
+        start_block: the first block whose output has an exit.
+        pretrained: True downloads timm's weights; a path reads them from a file or from a folder with one. Only blocks,
+            embedding, last norm and, where it fits, last head have any; nothing is read on the meta device.
+        options: timm's own, e.g. `img_size`, `depth`, `embed_dim`, `drop_path_rate`.
+    """
+    import timm
+
+    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "whole", dim=-1, backend=backend)
+    weights = False if str(device) == "meta" else pretrained
+    vit: Any = timm.create_model(name, num_classes=num_classes, **_source(weights), **options)
+    _check_start_block(start_block, len(vit.blocks))
+    blocks: list[Block] = [ViTStem(vit), *(ViTBlock(block) for block in vit.blocks[start_block + 1 :])]
+    last = _tail(vit)
+    vit.prune_intermediate_layers([start_block], prune_norm=True)
+    tails = [*(_fresh(last) for _ in blocks[1:]), last]
+    model = MultiExitModel(
+        blocks,
+        [ViTExit(tail) for tail in tails],
+        fork,
+        num_classes=num_classes,
+        input_shape=(options.get("in_chans", 3), *vit.patch_embed.img_size),
+    )
+    if variant == "dfs":
+        _warn_of_whole_blocks(name, blocks)
+        convert_linears(model, backend)
+    return model.to(device=device, dtype=dtype)
+
+
+register_catalogue("a timm VisionTransformer such as vit_tiny_patch16_224", list_vits, create_vit)
+
+
+def _tail(vit: nn.Module) -> nn.Module:
+    """A copy of norm, pool and head, which timm calls as the model they belong to: the rest is left out."""
+    left_out = (getattr(vit, name) for name in ("patch_embed", "norm_pre", "blocks"))
+    tail: Any = copy.deepcopy(vit, {id(module): nn.Identity() for module in left_out})
+    tail.cls_token = tail.reg_token = tail.pos_embed = None
+    return tail
+
+
+def _fresh(tail: nn.Module) -> nn.Module:
+    """A tail with weights of its own."""
+    tail = copy.deepcopy(tail)
+    for module in tail.modules():
+        if hasattr(module, "reset_parameters"):
+            cast(Any, module).reset_parameters()
+    return tail
+
+
+def _source(pretrained: bool | str | Path) -> dict[str, Any]:
+    """timm's arguments for where weights come from."""
+    if isinstance(pretrained, bool):
+        return {"pretrained": pretrained}
+    path = Path(pretrained).expanduser()
+    files = [path / name for name in _WEIGHT_FILES] if path.is_dir() else [path]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"pretrained: expected a weight file or a folder with {' or '.join(_WEIGHT_FILES)}, got {pretrained}. "
+            "True downloads timm's weights."
+        )
+    # timm's own loader of these models, for the authors' NumPy files, would take any file for one.
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(found), "custom_load": found.suffix == ".npz"}}
+
+
+def _check_start_block(start_block: int, depth: int) -> None:
+    if isinstance(start_block, bool) or not isinstance(start_block, int):
+        raise TypeError(f"start_block: expected an integer, got {start_block!r}.")
+    if not 0 <= start_block < depth:
+        raise ValueError(
+            f"start_block: expected 0 <= start_block < depth={depth}, got start_block={start_block}. "
+            "It is the first block whose output has an exit."
+        )
+
+
+def _warn_of_whole_blocks(name: str, blocks: list[Block]) -> None:
+    kinds = {
+        type(block.block).__name__ for block in blocks if isinstance(block, ViTBlock) and not reads_slices(block.block)
+    }
+    if kinds:
+        logger.warning(
+            "%s: its %s cannot be taken apart, so they read a split feature as the detach variant does: "
+            "the same gradients, nothing saved.",
+            name,
+            ", ".join(sorted(kinds)),
+        )
