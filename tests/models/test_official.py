@@ -23,6 +23,7 @@ MODELS = {
     "vit_tiny_patch16_224": ("vit_tiny_patch16_224", {"num_classes": 1000}),
     "bert_base": ("bert", {"num_classes": 2}),
 }
+SLOW = pytest.mark.slow  # 110 million weights, four times
 # Of the published training code, and no part of the model.
 EXTRAS = {
     "vgg7_64_cifar100+distill": [f"adaptation_layers.{k}.2.weight" for k in range(5)],
@@ -75,7 +76,11 @@ def test_published_keys_and_shapes(published):
     assert shapes_of(make(published, device="meta")) == expected
 
 
+@pytest.mark.parametrize(
+    "published", [pytest.param(name, marks=SLOW if name == "bert_base" else ()) for name in MODELS]
+)
 def test_there_and_back_is_bitwise(published):
+    need(MODELS[published][0])
     model = make(published)
     checkpoint = random_checkpoint(PUBLISHED[published])
     originals = {key: value.clone() for key, value in checkpoint.items()}

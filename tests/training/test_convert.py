@@ -55,6 +55,30 @@ def test_there_and_back(published, tmp_path, capsys, suffix, output):
     assert "54 tensors of vgg7_64, official format" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {"width": 4}),
+        ("msdnet_cifar", {"growth": 2, "channels": 2}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 3, "embed_dim": 24, "num_heads": 3, "start_block": 1}),
+        ("bert", {"config": {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}}),
+    ],
+)
+def test_every_family(tmp_path, name, options):
+    """num_classes is found in the checkpoint."""
+    model = create_model(name, num_classes=7, **options)
+    tensors = to_official_state_dict(model)
+    torch.save(tensors, tmp_path / "published.pth")
+    flags = ["--model.name", name, "--model.options", json.dumps(options)]
+    assert main(["convert", str(tmp_path / "published.pth"), str(tmp_path / "run"), *flags]) == 0
+    loaded, _ = load_model(tmp_path / "run")
+    assert loaded.get_config() == model.get_config()
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "back.pth")]) == 0
+    back = read(tmp_path / "back.pth")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[key]) for key, value in back.items())
+
+
 def test_a_training_checkpoint_with_adapters(published, tmp_path, capsys):
     _, tensors = published
     tensors["adaptation_layers.0.2.weight"] = torch.zeros(3, 2)
