@@ -173,8 +173,31 @@ def _eval(values: Any, line: list[str]) -> int:
         flags = [f"--data.{name}={value}" for name, value in trained_on.items() if value is not None]
         values = _parse([line[0], *flags, *line[1:]])
         result = evaluate.run(_config(evaluate.EvalConfig, values))
-    model = result["model"]
-    _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {result['epoch']}, on {result['data']}")
+    model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
+    _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
+    _write_json(values.json, result)
+    return 0
+
+
+def _convert_flags(parser: Parser) -> None:
+    from dfs_engine.training.convert import ConvertConfig
+
+    parser.add_argument("source", type=Path, help="A published checkpoint, or a run folder or weight file of dfs.")
+    parser.add_argument("output", type=Path, help="The file or run folder to write.")
+    parser.add_class_arguments(ConvertConfig, skip={"source", "output"})
+    _add_json(parser)
+
+
+def _convert(values: Any, _line: list[str]) -> int:
+    from dfs_engine.training import convert
+
+    with _input_errors(RuntimeError):
+        result = convert.run(_config(convert.ConvertConfig, values))
+    print(
+        f"{result['output']}: {result['num_tensors']} tensors of {result['model']['name']}, {result['format']} format"
+    )
+    if result["left_out"]:
+        print(f"left out, because no part of the model: {', '.join(result['left_out'])}")
     _write_json(values.json, result)
     return 0
 
@@ -300,6 +323,19 @@ _COMMANDS = {
         "  dfs eval runs/first\n  dfs eval model.safetensors --data.root DIR --json result.json",
         _eval_flags,
         _eval,
+    ),
+    "convert": Command(
+        "read and write checkpoints of the published code",
+        "Converts a checkpoint of the published Deep Feature Surgery code (VGG, ResNet18, MSDNet, ViT, BERT) to a run"
+        " folder or weight file of dfs, or a run folder or weight file to a checkpoint that the published code loads;"
+        " SOURCE says which. Every key and shape is checked before anything is written. A published checkpoint does not"
+        " say which model it is of: give the --model flags that it was trained with. Its beta is the dns_ratio in its"
+        " name. Pickled files are read as tensors alone, so that they cannot run code.",
+        "  dfs convert vgg7_64_cifar100-dns_ratio-0.5.pth runs/published --model.name vgg7_64 --model.beta 0.5\n"
+        "  dfs eval runs/published --data.name cifar100 --data.root DIR\n"
+        "  dfs convert runs/published published.pth",
+        _convert_flags,
+        _convert,
     ),
     "validate": Command(
         "compare every fused op with reference PyTorch",

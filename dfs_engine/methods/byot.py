@@ -83,7 +83,9 @@ class BYOT(Method):
 
 
 def _pooled(feature: Tensor) -> Tensor:
-    """The mean over pixels (N, C, H, W) or tokens (N, T, C): (N, C)."""
+    """The mean over pixels (N, C, H, W) or tokens (N, T, C): (N, C), as which a feature may come already."""
+    if feature.dim() == 2:
+        return feature
     return feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1)
 
 

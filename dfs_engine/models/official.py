@@ -208,14 +208,14 @@ def load_official_state_dict(
 
     complete = [line for line in lines if all(key in state_dict for key in line.official)]
     misfits = [text for line in lines for text in _misfits(line, state_dict, model.fork.beta)]
-    problems = _listed("do not fit", misfits)
+    problems = _listed("misfits", misfits)
     if strict:
         ours = {key: line.ours for line in lines for key in line.official}
-        problems += _listed("are missing", [f"{key} (ours: {ours[key]})" for key in missing])
-        problems += _listed("are unexpected", unexpected)
+        problems += _listed("missing keys", [f"{key} (ours: {ours[key]})" for key in missing])
+        problems += _listed("unexpected keys", unexpected)
     if problems:
         raise ValueError(
-            "load_official_state_dict: expected a checkpoint of this model, got one of which "
+            "load_official_state_dict: expected a checkpoint of this model, got one with "
             + "; ".join(problems)
             + ". Create the model with the name, options, num_classes and beta of the checkpoint."
         )
@@ -286,4 +286,4 @@ def _listed(what: str, items: list[str]) -> list[str]:
     if not items:
         return []
     more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-    return [f"{len(items)} {what}: {', '.join(items[:_MAX_LISTED])}{more}"]
+    return [f"{what} ({len(items)}): {', '.join(items[:_MAX_LISTED])}{more}"]

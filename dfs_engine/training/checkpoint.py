@@ -167,6 +167,17 @@ def load_model(path: Path | str) -> tuple[MultiExitModel, dict[str, Any]]:
     return model, description
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether a file is one that `save_weights` wrote, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _METADATA_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
 def weights_path(path: Path | str) -> Path:
     """The weight file that a run folder or a file's own path means."""
     path = Path(path).expanduser()

@@ -57,6 +57,12 @@ def test_tokens_are_averaged_over_their_positions(exits):
     torch.testing.assert_close(method(logits, target, tokens), method(logits, target, features))
 
 
+def test_averages_are_taken_as_they_come(exits):
+    logits, target, features, pooled = exits
+    method = BYOT(WIDTHS).double()
+    torch.testing.assert_close(method(logits, target, pooled), method(logits, target, features))
+
+
 def test_without_lam_there_is_nothing_to_adapt(exits):
     logits, target, *_ = exits
     method = BYOT(WIDTHS, ByotConfig(lam=0.0))

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_engine import attach_exits
 from dfs_engine.compare import assert_close
+from dfs_engine.methods import create_method, feature_widths
 from dfs_engine.models import VARIANTS, MultiExitModel
 from dfs_engine.models.backbone import Consumers
 from dfs_engine.nn import PartitionedConv2d, PartitionedLinear
@@ -110,6 +111,14 @@ class Tokens(nn.Module):
         return self.head(self.norm(tokens).mean(1))
 
 
+class Straight(nn.Sequential):
+    """Each exit's module is a layer that reads the exit's before it."""
+
+    def __init__(self):
+        convs = [nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 6, 3)]
+        super().__init__(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, NUM_CLASSES))
+
+
 class Untraceable(Chain):
     """Its Python code asks for values."""
 
@@ -130,6 +139,7 @@ NETS = {
         },
         (3, 10, 10),
     ),
+    "straight": (Straight, {"0": (("1",), ()), "1": (("2",), ()), "2": ((), ("3",))}, (3, 8, 8)),
     "residual": (
         Residual,
         {"stem": (("conv1",), ("iadd",)), "join": (("conv2", "shortcut"), ())},
@@ -413,7 +423,7 @@ def test_exit_and_reached_parameters(name):
         grads = torch.autograd.grad(logits[index].square().sum(), every, retain_graph=True, allow_unused=True)
         assert {parameter for parameter, grad in zip(every, grads, strict=True) if grad is not None} == reached
     names = {key for key, parameter in model.backbone.named_parameters() if parameter in own}
-    assert names in ({"head.weight", "head.bias"}, {"classifier.weight", "classifier.bias"})
+    assert names in ({"head.weight", "head.bias"}, {"classifier.weight", "classifier.bias"}, {"5.weight", "5.bias"})
     with pytest.raises(IndexError):
         model.exit_parameters(model.num_exits)
 
@@ -635,6 +645,16 @@ def test_a_pass_that_skips_an_exit():
         model(torch.randn(1, 3, 9, 9))
 
 
+def test_training_methods_take_it():
+    model, input, target = make("residual")
+    model.float()
+    for method in ("joint", "byot"):
+        loss = create_method(method, model)
+        logits, features = loss.run(model, input.float())
+        loss(logits, target, features).backward()
+    assert feature_widths(model) == [6, 6, 10]
+
+
 def test_no_config():
     with pytest.raises(NotImplementedError, match="attach the same exits to the same backbone"):
         make("chain")[0].get_config()
@@ -671,7 +691,13 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=[] if name in ("resnet18", "densenet", "timm resnet") else pytest.mark.slow)
+        for name in BACKBONES
+    ],
+)
 def test_backbones_of_other_libraries(backbone):
     build, partitioned, size = BACKBONES[backbone]
     net = build().double()
