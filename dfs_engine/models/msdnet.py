@@ -55,10 +55,24 @@ class _Config(NamedTuple):
     image_size: int
 
 
+_CIFAR = _Config(
+    num_exits=7,
+    base=4,
+    step=2,
+    lin_grow=False,
+    channels=16,
+    growth=16,
+    num_scales=3,
+    head_width=128,
+    large_stem=False,
+    image_size=32,
+)
 _CONFIGS = {
-    "msdnet_cifar": _Config(7, 4, 2, False, 16, 16, 3, 128, False, 32),
-    "msdnet_cifar_lin_grow": _Config(5, 1, 1, True, 16, 6, 3, 128, False, 32),
-    "msdnet_imagenet": _Config(5, 4, 4, False, 32, 16, 4, None, True, 224),
+    "msdnet_cifar": _CIFAR,
+    "msdnet_cifar_lin_grow": _CIFAR._replace(num_exits=5, base=1, step=1, lin_grow=True, growth=6),
+    "msdnet_imagenet": _CIFAR._replace(
+        num_exits=5, step=4, channels=32, num_scales=4, head_width=None, large_stem=True, image_size=224
+    ),
 }
 # Of each scale: its channels as a multiple of the finest one's, and a bottleneck's as a multiple of what follows it.
 _FACTORS = (1, 2, 4, 4)
