@@ -362,7 +362,9 @@ def conv2d_grad_weight(
     if groups == input.size(1) > 1:
         return depthwise_grad_weight(grad_output, input, weight_size, padding, geometry, bias)
     out_channels = weight_size[0] // groups
-    wide = max(_last_offset(grad_output), _last_offset(input)) >= 2**31
+    # The kernel goes to a pixel before the padding takes it back.
+    beyond = sum(along * step for along, step in zip(padding, input.stride()[2:], strict=True))
+    wide = max(_last_offset(grad_output), _last_offset(input) + beyond) >= 2**31
 
     def run(chosen: Config) -> tuple[Tensor, Tensor]:
         def write(grad_weight: Tensor, grad_bias: Tensor, strides: Strides) -> None:
