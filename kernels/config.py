@@ -42,6 +42,10 @@ class Config(NamedTuple):
     split: int = 1
 
 
+# How kernels without a matrix product are launched: nothing to pipeline.
+PLAIN: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+
 class Compilation(NamedTuple):
     """One kernel as it would be launched, for tests that compile without a GPU.
 
@@ -69,12 +73,12 @@ def compilation(
         name: what to call it; the configuration is added.
         kernel: the `@triton.jit` function.
         pointers, constants: by argument name; names that the kernel does not have are left out.
-        config: None: four warps, no pipeline.
+        config: None: launched with PLAIN.
     """
     known = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
     if config is None:
-        return Compilation(name, kernel, signature, known, num_warps=4, num_stages=1)
+        return Compilation(name, kernel, signature, known, PLAIN["num_warps"], PLAIN["num_stages"])
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}-{config.num_warps}w-{config.num_stages}s"
     return Compilation(f"{name}-{tile}", kernel, signature, known, config.num_warps, config.num_stages)
 
@@ -118,17 +122,18 @@ def define(op: str, **configs: tuple[Config, ...]) -> None:
     _defined[op] = {**_MATMUL, **configs}
 
 
-def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "") -> tuple[Config, ...]:
     """Configurations to try, best first: forced ones, or the tuned table's and after it the heuristic's.
 
     Args:
         op: a kernel's name, e.g. "linear_grad_input". Names that end in "grad_weight" may split the reduced axis.
         m, n, k: output rows, output columns, length of the reduced axis; all at least 1.
         dtype: of the inputs.
+        geometry: a convolution's, from `convolution`.
     """
     if op in _forced:
         return _forced[op]
-    entry = _entry(op, m, n, k, dtype)
+    entry = _entry(op, m, n, k, dtype, geometry)
     tuned = () if entry is None else (Config(*entry["config"]),)
     return tuned + tuple(_heuristic(op, m, n, k, _kind(dtype, precision(op))))
 
@@ -157,7 +162,10 @@ def _heuristic(op: str, m: int, n: int, k: int, kind: str) -> list[Config]:
 
 @contextlib.contextmanager
 def forced(op: str, *configs: Config) -> Iterator[None]:
-    """Makes `candidates` give exactly these for an op in the block, process-wide: for tuning and for tests."""
+    """Makes `candidates` give exactly these for an op in the block, process-wide: for tuning and for tests.
+
+    As every explicit request they run or raise NoConfigFits: nothing else computes the op then.
+    """
     previous = _forced.get(op)
     _forced[op] = configs
     try:
@@ -167,6 +175,11 @@ def forced(op: str, *configs: Config) -> Iterator[None]:
             del _forced[op]
         else:
             _forced[op] = previous
+
+
+def is_forced(op: str) -> bool:
+    """Whether a block of `forced` is open for it."""
+    return op in _forced
 
 
 def launch(op: str, configs: Sequence[Config], run: Callable[[Config], Result]) -> Result:
@@ -199,6 +212,8 @@ def variants(op: str) -> Iterator[Variant]:
             yield Variant(TYPE_NAMES[dtype], choice, config)
 
 
+# Of what torch.compile cannot trace it takes the result that it finds; the kernels ask again when they run.
+@torch.compiler.assume_constant_result
 def precision(op: str = "linear") -> str:
     """`input_precision` of `tl.dot` for float32 inputs: "ieee", "tf32" or "tf32x3".
 
@@ -227,6 +242,12 @@ def _kind(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
+@torch.compiler.assume_constant_result
+def _gpu() -> str | None:
+    """The name of the current GPU."""
+    return torch.cuda.get_device_properties().name if torch.cuda.is_available() else None
+
+
 def _num_sms() -> int:
     if not torch.cuda.is_available():
         return _NOMINAL_SMS
@@ -251,27 +272,40 @@ def read_tables() -> dict[str, dict[str, dict[str, Any]]]:
 _tables = read_tables()
 
 
-def table_key(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+def convolution(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> str:
+    """A convolution's geometry as `table_key` spells it, e.g. "3x3s2x2d1x1"."""
+    (height, width), (down, right), (apart_h, apart_w) = kernel, stride, dilation
+    return f"{height}x{width}s{down}x{right}d{apart_h}x{apart_w}"
+
+
+def table_key(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "") -> str:
     """The shape class of a launch: sizes to the nearest power of two, so that a batch size of 100 finds that of 128."""
-    sizes = "x".join(str(2 ** round(math.log2(size))) for size in (m, n, k))
-    return f"{op} {_key(dtype, precision(op))} {sizes}"
+    sizes = "x".join(str(_nearest_power(size)) for size in (m, n, k))
+    return " ".join([op, _key(dtype, precision(op)), sizes, *([geometry] if geometry else [])])
+
+
+def _nearest_power(size: int) -> int:
+    """By comparisons, of which torch.compile makes guards where the size is symbolic: it compiles once a class."""
+    power = 1
+    while size > math.isqrt(2 * power * power):
+        power *= 2
+    return power
 
 
 def _key(dtype: torch.dtype, precision: str) -> str:
     return f"fp32-{precision}" if dtype == torch.float32 else TYPE_NAMES[dtype]
 
 
-def prefers_triton(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+def prefers_triton(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "") -> bool:
     """Whether the tuned table of the current GPU says that the kernel beats `aten` in this shape class.
 
     What `auto` asks on CUDA. False without a table, for a shape class that is not in it, and for other dtypes.
     """
-    entry = _entry(op, m, n, k, dtype)
+    entry = _entry(op, m, n, k, dtype, geometry)
     return entry is not None and entry["triton_us"] < entry["aten_us"]
 
 
-def _entry(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any] | None:
-    if not _tables or dtype not in TYPE_NAMES or min(m, n, k) < 1 or not torch.cuda.is_available():
+def _entry(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str) -> dict[str, Any] | None:
+    if not _tables or dtype not in TYPE_NAMES or min(m, n, k) < 1:
         return None
-    table = _tables.get(torch.cuda.get_device_properties().name, {})
-    return table.get(table_key(op, m, n, k, dtype))
+    return _tables.get(_gpu() or "", {}).get(table_key(op, m, n, k, dtype, geometry))

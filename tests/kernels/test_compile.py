@@ -1,6 +1,8 @@
 """Every kernel compiles in every configuration for sm_80 and sm_90 without a GPU, within limits and without spills.
 
-Spills: a kernel without local arrays needs a stack for nothing else, and `cuobjdump -res-usage` tells its size.
+Spills: a kernel without local arrays needs a stack for nothing else, and `cuobjdump -res-usage` tells its size. Left to
+itself, the assembler also moves a value or two to the stack to get one more block onto a multiprocessor: that is its
+choice, and no spill of a tile that is too large, which given all registers still needs a stack.
 """
 
 import importlib
@@ -23,6 +25,8 @@ from triton.compiler import ASTSource
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 FILES = sorted(path.stem for path in Path(config.__file__).parent.glob("*.py"))
+MOST_REGISTERS = 255  # that a thread can name
+MOVED = 16  # bytes of stack that the assembler may take for occupancy's sake
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -41,13 +45,26 @@ def stack_size(cubin: bytes, folder: Path) -> int:
     return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
 
 
-def compiled(compilation: Compilation, capability: int, aligned: bool) -> triton.compiler.CompiledKernel:
-    """With all pointers and sizes divisible by 16, as Triton specialises them, or none known to be."""
-    arguments = enumerate(compilation.signature.values())
-    divisible = {(index,): [["tt.divisibility", 16]] for index, kind in arguments if aligned and kind != "constexpr"}
+def compiled(
+    compilation: Compilation, capability: int, aligned: bool, **options: int
+) -> triton.compiler.CompiledKernel:
+    """With all pointers and sizes divisible by 16, or none known to be; of what a launch specialises at all."""
+    specialised = [
+        kind.startswith(("*", "i")) and not parameter.do_not_specialize
+        for parameter, kind in zip(compilation.kernel.params, compilation.signature.values(), strict=True)
+    ]
+    divisible = {(index,): [["tt.divisibility", 16]] for index, is_seen in enumerate(specialised) if is_seen and aligned}
     source = ASTSource(compilation.kernel, compilation.signature, compilation.constexprs, divisible)
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, "enable_fp_fusion": True}
+    options |= {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def check_tensor_cores(compilation: Compilation, capability: int, ptx: str) -> None:
+    """They multiply, except in "ieee" float32; what they read is copied to shared memory in the background."""
+    is_ieee = compilation.constexprs["PRECISION"] == "ieee" and "*fp32" == compilation.signature["grad_output"]
+    multiplications = re.findall(r"(wgmma\.mma_async|mma\.sync)\.", ptx)
+    assert set(multiplications) == (set() if is_ieee else {"wgmma.mma_async" if capability >= 90 else "mma.sync"})
+    assert "cp.async" in ptx
 
 
 def representatives() -> set[str]:
@@ -70,7 +87,13 @@ QUICK = representatives()
 def test_it_compiles_within_limits(compilation, capability, tmp_path):
     kernel = compiled(compilation, capability, aligned=True)
     assert kernel.metadata.shared <= SHARED_MEMORY[capability]
-    assert stack_size(kernel.asm["cubin"], tmp_path) == 0
+    stack = stack_size(kernel.asm["cubin"], tmp_path)
+    assert stack <= MOVED
+    if stack:
+        generous = compiled(compilation, capability, aligned=True, maxnreg=MOST_REGISTERS)
+        assert stack_size(generous.asm["cubin"], tmp_path) == 0
+    if "PRECISION" in compilation.constexprs:
+        check_tensor_cores(compilation, capability, kernel.asm["ptx"])
 
 
 @pytest.mark.slow
@@ -87,4 +110,4 @@ def test_the_measures_see_what_they_look_for(tmp_path):
     large = large._replace(num_warps=4, num_stages=6)
     kernel = compiled(large, 80, aligned=True)
     assert kernel.metadata.shared > SHARED_MEMORY[80]
-    assert stack_size(kernel.asm["cubin"], tmp_path) > 0
+    assert stack_size(kernel.asm["cubin"], tmp_path) > MOVED

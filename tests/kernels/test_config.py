@@ -1,9 +1,11 @@
 """Which configurations a launch gets, what happens when one does not fit, and the input precision."""
 
 import json
+import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from triton.runtime.errors import OutOfResources
 
 from dfs_engine.kernels import config
@@ -121,6 +123,32 @@ def test_the_tuned_table_comes_first_and_decides_for_auto(table):
     assert not config.prefers_triton(OPS[0], 0, 60, 70, HALF)
     assert TILE in {variant.config for variant in config.variants(OPS[0]) if variant.dtype == "bf16"}
     assert TILE not in {variant.config for variant in config.variants(OPS[0]) if variant.dtype == "fp16"}
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_the_table_is_read_while_torch_compile_traces(is_dynamic, dtype, monkeypatch):
+    """Symbolic sizes make one graph for each shape class."""
+    entry = {"config": list(TILE), "triton_us": 1.0, "aten_us": 2.0}
+    key = config.table_key("conv2d_grad_input", 128, 64, 64, dtype, "3x3s1x1d1x1")
+    monkeypatch.setattr(config, "_tables", {"GPU": {key: entry}})
+    monkeypatch.setattr(config, "_gpu", torch.compiler.assume_constant_result(lambda: "GPU"))
+
+    def prefers(rows: torch.Tensor) -> torch.Tensor:
+        geometry = config.convolution((3, 3), (1, 1), (1, 1))
+        return rows + config.prefers_triton("conv2d_grad_input", rows.size(0), 64, 64, dtype, geometry)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(prefers, backend=counter, fullgraph=True, dynamic=is_dynamic)
+    for num_rows, expected in ((100, 1), (128, 1), (170, 1), (60, 0), (90, 0)):
+        assert compiled(torch.zeros(num_rows)).eq(expected).all(), num_rows
+    assert counter.frame_count == (2 if is_dynamic else 5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 11, 12, 90, 91, 181, 182, 2**31 - 1, 2**31, 3 * 2**33])
+def test_a_class_is_the_nearest_power_of_two(size):
+    assert config._nearest_power(size) == 2 ** round(math.log2(size))
 
 
 def test_without_a_table_nothing_is_preferred(monkeypatch):

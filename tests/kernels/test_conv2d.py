@@ -258,13 +258,15 @@ def test_nothing_to_do(case, device):
     assert not grad_bias.any()
 
 
-@cases("3x3", "depthwise")
-def test_offsets_beyond_32_bits(case, device):
-    """The second image lies 2**31 elements behind the first; what is between them is never touched."""
+@cases("3x3", "padding>kernel", "depthwise")
+@pytest.mark.parametrize("where", ["beyond", "just-below"])
+def test_offsets_beyond_32_bits(case, where, device):
+    """The second image begins there, or ends there: what pads it lies beyond. Between the two nothing is touched."""
     torch.use_deterministic_algorithms(False)  # nor is it to be filled with NaN
 
     def far(tensor: Tensor) -> Tensor:
-        distance, length = 2**31, tensor[0].numel()
+        length = tensor[0].numel()
+        distance = 2**31 - (length if where == "just-below" else 0)
         storage = torch.empty(distance + length, dtype=tensor.dtype, device=device)
         view = storage.as_strided(tensor.shape, (distance, *tensor.stride()[1:]))
         return view.copy_(tensor)
@@ -273,7 +275,7 @@ def test_offsets_beyond_32_bits(case, device):
     reference, *parameters = expected(case, grad_output, input, weight)
     grad_output = far(grad_output)
     with small_blocks(split=2):
-        check_grad_input(case, grad_output, weight, 1, 4, True, device, reference)
+        check_grad_input(case, grad_output, weight, 1, 3, True, device, reference)
         check_grad_weight(case, grad_output, far(input), True, device, *parameters)
 
 
