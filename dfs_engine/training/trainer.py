@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 # With another value of these a resumed run would be another run.
 _FIXED_ON_RESUME = ("method", "batch_size", "seed")
 # These say where the data are and how they are read, not what they are.
-_FREE_DATA_KEYS = ("root", "num_workers")
+_FREE_DATA_KEYS = ("root", "tokenizer", "num_workers")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def compiled(
         kind.startswith(("*", "i")) and not parameter.do_not_specialize
         for parameter, kind in zip(compilation.kernel.params, compilation.signature.values(), strict=True)
     ]
-    divisible = {(index,): [["tt.divisibility", 16]] for index, is_seen in enumerate(specialised) if is_seen and aligned}
+    divisible = {
+        (index,): [["tt.divisibility", 16]] for index, is_seen in enumerate(specialised) if is_seen and aligned
+    }
     source = ASTSource(compilation.kernel, compilation.signature, compilation.constexprs, divisible)
     options |= {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -3,10 +3,13 @@
 import csv
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from dfs_engine.cli import main
 from dfs_engine.data import DataConfig, load_data
@@ -69,7 +72,7 @@ def assert_same_state(one, other):
 
 @pytest.mark.parametrize("variant", ["dense", "dfs"])
 def test_it_learns(make_config, variant):
-    config = make_config(num_train=120, epochs=4)
+    config = make_config(num_train=160, epochs=5)
     trainer = Trainer(replace(config, model=replace(config.model, variant=variant)))
     result = trainer.fit()
     first, last = result.rows[0], result.rows[-1]
@@ -166,6 +169,37 @@ def test_command_trains_and_evaluates(make_config, tiny_bert, tmp_path, capsys):
     again = json.loads((tmp_path / "eval").read_text())
     assert again["ensemble"] == pytest.approx(result["metrics"]["ensemble"], rel=1e-5)
     assert "top-5" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_two_processes_train_and_measure_as_one(make_config, tmp_path, task):
+    """The test sentences are shared unevenly, 5 and 4, and correlations need all predictions in one place."""
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = make_config(task, run_dir=None, num_threads=1)
+    config = replace(config, model=replace(config.model, options={"config": off}))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    results = []
+    for count in (1, 2):
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "dfs_engine"]
+        line = [
+            "train",
+            "--config",
+            str(file),
+            "--run_dir",
+            str(tmp_path / f"run{count}"),
+            "--json",
+            f"{tmp_path}/{count}",
+        ]
+        command = [sys.executable, "-m", *launcher, *line]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads((tmp_path / str(count)).read_text()))
+    one, two = (result["metrics"] for result in results)
+    assert two["num_samples"] == 9
+    for left, right in zip([*two["exits"], two["ensemble"]], [*one["exits"], one["ensemble"]], strict=True):
+        assert left == pytest.approx(right, rel=1e-3)
 
 
 def test_data_and_model_that_do_not_fit(make_config, tiny_bert):
