@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one run of at most ten minutes: builds, tests, memory checks, benchmarks.
 
-    python benchmarks/gpu_check.py [--quick] [--output DIR]
+    python benchmarks/gpu_check.py [--quick] [--stages tests,ops,tune] [--output DIR]
 
-Needs torch, triton and numpy; runs in a checkout that is not installed. Every stage's results are written when it ends;
-what the time does not allow is left out, and said. Files in DIR: summary.txt, ops.csv, train.csv, and a log of each
-tool that was run.
+Needs torch, triton and numpy; runs in a checkout that is not installed. Without pytest it says so and does the rest.
+Every stage's results are written when it ends; what the time does not allow is left out, and said. Files in DIR:
+summary.txt, ops.csv, train.csv, a log of each tool that was run and, of the stage `tune`, which is run on request
+alone, the GPU's tuned table.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_BEGIN = time.monotonic()  # importing torch is part of the ten minutes
 ROOT = Path(__file__).resolve().parents[1]
 # As a script, this file's folder would come first, and its measure.py, plot.py, train.py hide others of that name.
 if __name__ == "__main__":
@@ -28,16 +31,19 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from dfs_engine.benchmarks import gpu_ops, gpu_problems, gpu_steps  # noqa: E402
+from dfs_engine.benchmarks import gpu_ops, gpu_problems, gpu_steps, tune  # noqa: E402
 from dfs_engine.benchmarks.measure import Environment, append_csv, environment  # noqa: E402
+from dfs_engine.kernels import config as kernels  # noqa: E402
 from dfs_engine.names import split_choices  # noqa: E402
 
-_SECONDS, _QUICK_SECONDS = 590, 175
+# What a stage that is over may still need for its last call and its table is left.
+_SECONDS, _QUICK_SECONDS = 570, 170
 # Stage -> the part of all time that it may take, so that a slow one leaves some for the others; the last one the rest.
 SHARES = {"build": 0.2, "tests": 0.25, "sanitizer": 0.1, "ops": 0.2, "train": 1.0}
+QUICK_SHARES = {"tests": 0.4, "ops": 0.25, "train": 1.0}
+STAGES = (*SHARES, "tune")
 # A stage with less time than this does not start.
 _LEAST = 5.0
-QUICK_SHARES = {"tests": 0.4, "ops": 0.25, "train": 1.0}
 _NO_GPU = (
     "gpu_check: torch sees no CUDA device here; run it on a machine with an NVIDIA GPU (compute capability >= 8.0)."
 )
@@ -50,8 +56,8 @@ class OutOfTimeError(BaseException):
 class Budget:
     """Seconds that are left, for the run and for the stage that runs."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self._end = seconds, time.monotonic() + seconds
+    def __init__(self, seconds: float, begin: float | None = None) -> None:
+        self.seconds, self._end = seconds, (time.monotonic() if begin is None else begin) + seconds
         self._stage_end = self._end
 
     def begin(self, share: float) -> None:
@@ -81,8 +87,8 @@ class Budget:
 class Run:
     """One run: its options, its time, and what it has found so far."""
 
-    def __init__(self, output: Path, quick: bool, seconds: float) -> None:
-        self.output, self.quick, self.budget = output, quick, Budget(seconds)
+    def __init__(self, output: Path, quick: bool, seconds: float, begin: float | None = None) -> None:
+        self.output, self.quick, self.budget = output, quick, Budget(seconds, begin)
         self.lines: list[str] = []
         self.stamp: Environment | None = None
         self.failed = False
@@ -153,10 +159,37 @@ def report_environment(run: Run) -> None:
     torch.cuda.empty_cache()  # the tests run in processes of their own
 
 
+def launches_work(run: Run) -> bool:
+    """Whether Triton can launch anything at all; says why not."""
+    try:
+        ones = torch.ones(16, 16, device="cuda")
+        torch.ops.dfs_engine.linear_grad_input(ones, ones, 0, 16)
+        torch.cuda.synchronize()
+    except Exception as error:
+        run.fail(
+            f"no Triton kernel can be launched here: {type(error).__name__}: {str(error)[:1000]}\nTriton builds its "
+            "launcher with a C compiler and Python's headers: install gcc and python3-dev, or set CC."
+        )
+        return False
+    return True
+
+
+def _cannot_build() -> str | None:
+    """What the C++ extension's build lacks here, or None."""
+    if importlib.util.find_spec("setuptools") is None:
+        return "setuptools is missing"
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "there is no C++ compiler"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python's headers are missing"
+    return None
+
+
 def build(run: Run) -> None:
     """The C++ extension, in place."""
-    if importlib.util.find_spec("setuptools") is None:
-        run.say("not built: setuptools is missing; the CPU's cpp backend is not part of this run")
+    reason = _cannot_build()
+    if reason is not None:
+        run.say(f"skipped: {reason}; the CPU's cpp backend is not part of this run")
         return
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     status, output = run.command("build.log", command, run.budget.left() - 5, MAX_JOBS=str(os.cpu_count()))
@@ -175,9 +208,7 @@ def tests(run: Run) -> None:
         return
     # Compiling kernels takes most of the time; tests that need most of the memory are one group.
     parallel = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") is not None else []
-    # Not the whole of tests/, which needs more packages than this.
-    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    suites = [("tests_gpu.log", ["-m", "gpu", *marked])]
+    suites = [("tests_gpu.log", ["-m", "gpu", *map(str, _marked_files(run))])]
     if not run.quick:
         # Compiling for other GPUs needs none, and is done where there is none.
         suites.append(("tests_kernels.log", ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]))
@@ -191,6 +222,22 @@ def tests(run: Run) -> None:
             run.fail(f"{log}: {last}\n{output[-3000:]}")
         else:
             run.say(f"{log}: {last}")
+
+
+def _marked_files(run: Run) -> list[Path]:
+    """Of tests/, which needs more packages than this as a whole, the files with tests marked `gpu` that can be read."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "mark.gpu" not in path.read_text():
+            continue
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", str(path)]
+        status, output = run.command("collect.log", command, run.budget.left() - 2)
+        if status == 0:
+            found.append(path)
+        else:
+            reason = next((line for line in output.splitlines() if "ModuleNotFoundError" in line), "see collect.log")
+            run.say(f"{path.relative_to(ROOT)} is left out: {reason.strip().removeprefix('E').strip()}")
+    return found
 
 
 def sanitizer(run: Run) -> None:
@@ -236,17 +283,28 @@ def train(run: Run) -> None:
         run.say(gpu_steps.targets(report))
 
 
+def tune_launches(run: Run) -> None:
+    """The table of this GPU, as far as the time allows; what the table in kernels/ has is not measured again."""
+    table = run.output / kernels.table_path(kernels.gpu_name() or "").name
+    found = tune.run(tune.BenchTuneConfig(max_seconds=run.budget.left() - 5, output=str(table), progress=False))
+    run.say(found.table())
+    if found.failed:
+        run.fail(f"{len(found.failed)} shape classes failed, see above")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 when there is no GPU or something failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 minutes: fewer stages, tests and cases; bf16 alone")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu_check", metavar="DIR")
-    parser.add_argument("--stages", default="", help=f"comma-separated, of {', '.join(SHARES)}; default all")
-    parser.add_argument("--seconds", type=float, default=None, help="for everything; default 590, with --quick 175")
+    parser.add_argument("--stages", default="", help=f"of {', '.join(STAGES)}, comma-separated; default all but tune")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help=f"for everything; default {_SECONDS}, with --quick {_QUICK_SECONDS}"
+    )
     parser.add_argument("--one-pass", action="store_true", help="only launch every kernel once, for memcheck")
     options = parser.parse_args(arguments)
     try:
-        named = split_choices("--stages", options.stages, SHARES) if options.stages else []
+        named = split_choices("--stages", options.stages, STAGES) if options.stages else []
     except ValueError as error:
         parser.error(str(error))
     chosen = named or list(QUICK_SHARES if options.quick else SHARES)
@@ -256,14 +314,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one_pass:
         print(f"one pass: {gpu_problems.one_pass()} results, all finite")
         return 0
-    begin = time.monotonic()
-    run = Run(options.output, options.quick, options.seconds or (_QUICK_SECONDS if options.quick else _SECONDS))
+    seconds = options.seconds or (_QUICK_SECONDS if options.quick else _SECONDS)
+    run = Run(options.output, options.quick, seconds, _BEGIN)
     run.output.mkdir(parents=True, exist_ok=True)
     report_environment(run)
-    work = {"build": build, "tests": tests, "sanitizer": sanitizer, "ops": ops, "train": train}
-    for name in chosen:
-        run.stage(name, work[name])
-    run.say(f"\n{'FAILED' if run.failed else 'ok'} after {time.monotonic() - begin:.0f} s; files in {run.output}")
+    work = {
+        "build": build, "tests": tests, "sanitizer": sanitizer, "ops": ops, "train": train, "tune": tune_launches
+    }  # fmt: skip
+    if launches_work(run):
+        for name in chosen:
+            run.stage(name, work[name])
+    run.say(f"\n{'FAILED' if run.failed else 'ok'} after {time.monotonic() - _BEGIN:.0f} s; files in {run.output}")
     return int(run.failed)
 
 

@@ -19,9 +19,13 @@ from dfs_engine.benchmarks.train_report import case_column
 
 _ROUNDS, _QUICK_ROUNDS, _WARMUP = 20, 10, 2
 # Images of a GPU's batch; the largest tensors are some times its L2 cache.
-_BATCHES = {"vgg7": 512, "vgg16": 16, "resnet18": 256, "msdnet": 256, "vit_tiny": 64, "bert": 64}
+BATCHES = {"vgg7": 512, "vgg16": 16, "resnet18": 256, "msdnet": 256, "vit_tiny": 64, "bert": 64}
 # name -> (torch's dtype, whether tf32 is on)
-PRECISIONS = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+PRECISIONS = {
+    "bf16": (torch.bfloat16, False), "fp16": (torch.float16, False), "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False),
+}  # fmt: skip
+_MEASURED = ("bf16", "tf32", "fp32")
 # Cycles that the GPU idles before a call is timed, so that the host is ahead of it: about half a millisecond.
 _HEAD_START = 1_000_000
 _SHAPE_SECONDS = 5.0
@@ -31,6 +35,7 @@ _SHAPE_SECONDS = 5.0
 class GpuRow:
     """One metric of one op on one shape, all ways in one interleaving. `num_bytes`: what it must move, or 0."""
 
+    op: str
     metric: str
     shape: Shape
     precision: str
@@ -51,7 +56,7 @@ class GpuRow:
         for way, stats in self.timings.items():
             key = {
                 "suite": "gpu_ops", "case": case_column("channels_last", None if way.variant == "dense" else BETA),
-                "model": self.shape.family, "op": self.shape.op, **way._asdict(), "dtype": self.precision,
+                "model": self.shape.family, "op": self.op, **way._asdict(), "dtype": self.precision,
                 "shape": str(self.shape), "start": 0, "stop": self.num_live,
             }  # fmt: skip
             rows.append(key | {"metric": self.metric, "unit": "s"} | asdict(stats))
@@ -76,7 +81,7 @@ def precision(name: str) -> Iterator[torch.dtype]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def measure_device(calls: Calls, rounds: int, left: Callable[[], float]) -> dict[Way, Stats]:
+def measure_device(calls: Calls, rounds: int, left: Callable[[], float] = lambda: 1.0) -> dict[Any, Stats]:
     """Seconds of device time of each call, taking turns, the L2 cache flushed before each.
 
     Args:
@@ -87,7 +92,7 @@ def measure_device(calls: Calls, rounds: int, left: Callable[[], float]) -> dict
         for _ in range(_WARMUP):
             call()
     ways = list(calls)
-    times: dict[Way, list[float]] = {way: [] for way in ways}
+    times: dict[Any, list[float]] = {way: [] for way in ways}
     for turn in range(rounds):
         pairs = []
         for offset in range(len(ways)):
@@ -111,10 +116,10 @@ def machine_rates() -> dict[str, str]:
     """What stock calls reach: copy bandwidth and square matrix products."""
     num_bytes = 4 * 2**30
     rates = {"copy": f"{num_bytes / copy_seconds(num_bytes) / 1e9:.0f} GB/s"}
-    for name in PRECISIONS:
+    for name in _MEASURED:
         with precision(name) as dtype:
             left, right = (torch.randn(4096, 4096, device="cuda").to(dtype) for _ in range(2))
-            seconds = measure_device({DENSE: functools.partial(torch.mm, left, right)}, 10, lambda: 1.0)[DENSE].median
+            seconds = measure_device({DENSE: functools.partial(torch.mm, left, right)}, 10)[DENSE].median
             rates[name] = f"{2 * 4096**3 / seconds / 1e12:.0f} TFLOP/s"
     return rates
 
@@ -123,7 +128,7 @@ def copy_seconds(num_bytes: int) -> float:
     """Device time of a copy that reads and writes `num_bytes` together."""
     source = torch.zeros(max(num_bytes // 2, 1), dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return measure_device({DENSE: lambda: target.copy_(source)}, 10, lambda: 1.0)[DENSE].median
+    return measure_device({DENSE: lambda: target.copy_(source)}, 10)[DENSE].median
 
 
 def run(quick: bool, left: Callable[[], float], say: Callable[[str], None]) -> Iterator[GpuRow]:
@@ -137,12 +142,12 @@ def run(quick: bool, left: Callable[[], float], say: Callable[[str], None]) -> I
         firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
         shapes = [shape for shape in shapes if shape in firsts.values()]
     failed = 0
-    for name in ["bf16"] if quick else PRECISIONS:
+    for name in _MEASURED[:1] if quick else _MEASURED:
         for index, shape in enumerate(shapes):
             if left() < _SHAPE_SECONDS:
                 say(f"time is over: {len(shapes) - index} of {len(shapes)} shapes were not measured in {name}")
                 break
-            shape = dataclasses.replace(shape, batch=_BATCHES[shape.family])
+            shape = dataclasses.replace(shape, batch=BATCHES[shape.family])
             try:
                 yield from _measure(shape, name, _QUICK_ROUNDS if quick else _ROUNDS, left)
             except Exception as error:
@@ -158,7 +163,9 @@ def _measure(shape: Shape, name: str, rounds: int, left: Callable[[], float]) ->
         for problem in problems(shape, dtype):
             problem.check()
             timings = measure_device(problem.calls, rounds, left)
-            yield GpuRow(problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops)
+            yield GpuRow(
+                problem.op, problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops
+            )
 
 
 def table(rows: list[GpuRow]) -> str:
@@ -177,7 +184,7 @@ def table(rows: list[GpuRow]) -> str:
         flops = row.flops.get(TRITON, 0)
         rate = f"{flops / row.timings[TRITON].median / 1e12:.0f}" if flops else "-"
         share = copy_seconds(row.num_bytes) / row.timings[TRITON].median if row.num_bytes else None
-        cells = [row.shape.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times]
+        cells = [row.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times]
         cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         cells += [rate, "-" if share is None else f"{share:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""What gpu_ops.py measures: every op's calls on one shape, and what they must give."""
+"""What gpu_ops.py and tune.py measure: every op's calls on one shape, and what they must give."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +11,11 @@ from torch import Tensor
 from dfs_engine import reference
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape, Shape
 from dfs_engine.compare import TOLERANCES, Tolerance, compare
-from dfs_engine.ops import conv_block
+from dfs_engine.kernels import config
+from dfs_engine.ops import conv_block, norm_linear
 from dfs_engine.ops.conv2d import aten_grad_input as conv_grad_input
 from dfs_engine.ops.conv2d import aten_grad_weight as conv_grad_weight
+from dfs_engine.ops.conv_block import table_name
 from dfs_engine.ops.linear import aten_grad_input as linear_grad_input
 from dfs_engine.ops.linear import aten_grad_weight as linear_grad_weight
 from dfs_engine.partition import Partition
@@ -36,7 +38,54 @@ class Way(NamedTuple):
 
 DENSE, COMPILED = Way("dense", "stock"), Way("dense", "stock", "compile")
 ATEN, TRITON = Way("dfs", "aten"), Way("dfs", "triton")
-Calls = dict[Way, Callable[[], Any]]
+# By `Way`, or by whatever else is to be told apart.
+Calls = dict[Any, Callable[[], Any]]
+
+
+class Launch(NamedTuple):
+    """What a tuned table calls one metric of one shape: the arguments of `kernels.config.candidates`, but the dtype."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    geometry: str = ""
+
+    def key(self, dtype: torch.dtype) -> str:
+        return config.table_key(self.op, self.m, self.n, self.k, dtype, self.geometry)
+
+
+def launches(shape: Shape, beta: float = BETA) -> dict[tuple[str, str], Launch]:
+    """(op, metric) of a shape's problems -> their launch, of those that a table can have."""
+    live = Partition(shape.channels, beta).num_shared
+    if isinstance(shape, BlockShape):
+        pixels = shape.batch * shape.size**2
+        return {("conv_block", "step"): Launch(table_name(shape.pool), pixels, shape.channels, 1)}
+    if isinstance(shape, LinearShape):
+        rows = shape.batch * shape.tokens
+        found = {
+            ("linear", "grad_input"): Launch("linear_grad_input", rows, live, shape.out_channels),
+            ("linear", "grad_weight"): Launch("linear_grad_weight", shape.out_channels, shape.channels, rows),
+        }
+        if _is_normed(shape):
+            normed = Launch("norm_linear_grad_input", rows, live, shape.out_channels)
+            found["norm_linear", "grad_input"] = normed
+        return found
+    if shape.groups > 1:
+        return {}
+    pixels, out_pixels, taps = shape.batch * shape.size**2, shape.batch * shape.out_size**2, shape.kernel**2
+    geometry = config.convolution(*((size, size) for size in (shape.kernel, shape.stride, 1)))
+    return {
+        ("conv2d", "grad_input"): Launch("conv2d_grad_input", pixels, live, shape.out_channels * taps, geometry),
+        ("conv2d", "grad_weight"): Launch(
+            "conv2d_grad_weight", shape.out_channels, shape.channels * taps, out_pixels, geometry
+        ),
+    }
+
+
+def _is_normed(shape: LinearShape) -> bool:
+    """Whether a LayerNorm precedes the layer; those of post-norm models read the feature itself."""
+    return shape.family == "vit_tiny"
 
 
 @dataclass(slots=True)
@@ -50,6 +99,7 @@ class Problem:
         num_bytes: what a call must move; 0 where that is not told.
     """
 
+    op: str
     metric: str
     num_live: int
     calls: Calls
@@ -74,19 +124,22 @@ class Problem:
             for index, (value, truth) in enumerate(zip(values, expected, strict=True)):
                 noise = compare("stock", stock[index], truth).rms_ratio
                 bound = max(TOLERANCES[value.dtype].rms_ratio, _NOISE_MARGIN * noise, self.least)
-                comparison = compare(f"{self.metric} {index}", value, truth, Tolerance(float("inf"), bound))
+                comparison = compare(f"{self.op} {self.metric} {index}", value, truth, Tolerance(float("inf"), bound))
                 if not comparison.ok:
                     raise RuntimeError(f"{way}: {comparison}. It was not timed; run `dfs validate` to find the op.")
 
 
-def problems(shape: Shape, dtype: torch.dtype) -> Iterator[Problem]:
-    """Everything that is measured on one shape, on operands of its own."""
+def problems(shape: Shape, dtype: torch.dtype, beta: float = BETA) -> Iterator[Problem]:
+    """Everything that is measured on one shape, on operands of its own; `beta` of the channels are live."""
+    live = Partition(shape.channels, beta).num_shared
     if isinstance(shape, ConvShape):
-        yield from _conv_problems(shape, dtype)
+        yield from _conv_problems(shape, dtype, live)
     elif isinstance(shape, LinearShape):
-        yield from _linear_problems(shape, dtype)
+        yield from _linear_problems(shape, dtype, live)
+        if _is_normed(shape):
+            yield _norm_linear_problem(shape, dtype, live)
     else:
-        yield from _block_problems(shape, dtype)
+        yield from _block_problems(shape, dtype, live)
 
 
 def _random(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -94,8 +147,8 @@ def _random(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def _conv_problems(shape: ConvShape, dtype: torch.dtype) -> Iterator[Problem]:
-    fan_in, live = shape.channels // shape.groups, Partition(shape.channels, BETA).num_shared
+def _conv_problems(shape: ConvShape, dtype: torch.dtype, live: int) -> Iterator[Problem]:
+    fan_in = shape.channels // shape.groups
     input = _random(shape.batch, shape.channels, shape.size, shape.size, dtype=dtype)
     grad = _random(shape.batch, shape.out_channels, shape.out_size, shape.out_size, dtype=dtype)
     weight = _random(shape.out_channels, fan_in, shape.kernel, shape.kernel, dtype=dtype, scale=0.1)
@@ -111,6 +164,7 @@ def _conv_problems(shape: ConvShape, dtype: torch.dtype) -> Iterator[Problem]:
         return compute(*given, list(weight.shape), *geometry, False)[0]
 
     yield Problem(
+        "conv2d",
         "grad_input",
         live,
         {
@@ -123,6 +177,7 @@ def _conv_problems(shape: ConvShape, dtype: torch.dtype) -> Iterator[Problem]:
         flops=_flops(shape, live),
     )
     yield Problem(
+        "conv2d",
         "grad_weight",
         shape.channels,
         {
@@ -143,12 +198,12 @@ def _flops(shape: ConvShape | LinearShape, live: int) -> dict[Way, int]:
     }
 
 
-def _linear_problems(shape: LinearShape, dtype: torch.dtype) -> Iterator[Problem]:
-    live = Partition(shape.channels, BETA).num_shared
+def _linear_problems(shape: LinearShape, dtype: torch.dtype, live: int) -> Iterator[Problem]:
     input = _random(shape.batch, shape.tokens, shape.channels, dtype=dtype)
     grad = _random(shape.batch, shape.tokens, shape.out_channels, dtype=dtype)
     weight = _random(shape.out_channels, shape.channels, dtype=dtype, scale=0.1)
     yield Problem(
+        "linear",
         "grad_input",
         live,
         {
@@ -161,6 +216,7 @@ def _linear_problems(shape: LinearShape, dtype: torch.dtype) -> Iterator[Problem
         flops=_flops(shape, live),
     )
     yield Problem(
+        "linear",
         "grad_weight",
         shape.channels,
         {
@@ -172,15 +228,49 @@ def _linear_problems(shape: LinearShape, dtype: torch.dtype) -> Iterator[Problem
     )
 
 
+def _norm_linear_problem(shape: LinearShape, dtype: torch.dtype, live: int) -> Problem:
+    """As under autocast: the normalisation and its input in float32."""
+    input = _random(shape.batch, shape.tokens, shape.channels, dtype=torch.float32)
+    gain, shift = (_random(shape.channels, dtype=torch.float32) for _ in range(2))
+    grad = _random(shape.batch, shape.tokens, shape.out_channels, dtype=dtype)
+    weight = _random(shape.out_channels, shape.channels, dtype=dtype, scale=0.1)
+    normalized, mean, rstd = torch.native_layer_norm(input, (shape.channels,), gain, shift, 1e-5)
+    output = F.linear(normalized.to(dtype), weight)
+
+    def dense() -> Tensor:
+        wide = linear_grad_input(grad, weight, 0, shape.channels).float()
+        saved = (input, [shape.channels], mean, rstd, gain, shift)
+        return torch.ops.aten.native_layer_norm_backward(wide, *saved, [True, False, False])[0]
+
+    def sliced(compute: Any, wide: bool = False) -> Tensor:
+        given = (grad, output, input, mean, rstd, gain, shift, weight)
+        return compute(*(tensor.double() if wide else tensor for tensor in given), None, 0, live)
+
+    return Problem(
+        "norm_linear",
+        "grad_input",
+        live,
+        {
+            DENSE: dense,
+            ATEN: lambda: sliced(norm_linear.aten_grad_input),
+            TRITON: lambda: sliced(_OPS.norm_linear_grad_input),
+        },
+        lambda: [sliced(norm_linear.aten_grad_input, wide=True)],
+        lambda result: [result[..., :live]],
+        # What it multiplies in is as rounded as the dtype, whatever the result's.
+        least=TOLERANCES[dtype].rms_ratio,
+        flops=_flops(shape, live),
+    )
+
+
 def _dense_block(z: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> list[Tensor]:
     feature = F.batch_norm(F.relu(z), None, None, weight, bias, training=True)
     feature = F.max_pool2d(feature, 2) if pool else feature
     return [feature, feature.mean((2, 3))]
 
 
-def _block_problems(shape: BlockShape, dtype: torch.dtype) -> Iterator[Problem]:
+def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterator[Problem]:
     channels, size = shape.channels, shape.size // 2 if shape.pool else shape.size
-    live = Partition(channels, BETA).num_shared
     z = _random(shape.batch, channels, shape.size, shape.size, dtype=dtype).requires_grad_()
     weight, bias = (_random(channels, dtype=torch.float32).requires_grad_() for _ in range(2))
     leaves = [z, weight, bias]
@@ -206,11 +296,11 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype) -> Iterator[Problem]:
         return list(torch.autograd.grad([first, second], wide, [grad.double() for grad in narrow]))
 
     fused: Calls = {ATEN: lambda: of_dfs("aten"), TRITON: lambda: of_dfs("triton")}
-    Problem("step", live, fused, exact, least=_FLIPS).check()
+    Problem("conv_block", "step", live, fused, exact, least=_FLIPS).check()
     # `dense` computes other gradients on purpose, so that only its time can be compared.
     compiled = torch.compile(_dense_block, dynamic=False)
     stock: Calls = {DENSE: lambda: of_dense(_dense_block), COMPILED: lambda: of_dense(compiled)}
-    yield Problem("step", live, stock | fused)
+    yield Problem("conv_block", "step", live, stock | fused)
     plain = [leaf.detach() for leaf in leaves]
     modes = (shape.pool, True)
 
@@ -232,13 +322,13 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype) -> Iterator[Problem]:
     }
     for metric, call in calls.items():
         num_bytes = moved[metric] * z.element_size()
-        yield Problem(metric, live, {TRITON: call}, num_bytes=num_bytes)
+        yield Problem("conv_block", metric, live, {TRITON: call}, num_bytes=num_bytes)
 
 
-def one_pass() -> int:
+def one_pass(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> int:
     """Launches every kernel once on small odd shapes, without stock kernels; returns how many results it looked at."""
     results: list[Tensor] = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
 
         def random(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             tensor = torch.randn(size).to(dtype)

@@ -13,6 +13,7 @@ from dfs_engine.benchmarks.gpu_problems import BETA
 from dfs_engine.benchmarks.measure import TOTAL, Environment, measure_phases, peak_memory
 from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
+from dfs_engine.kernels import config as kernels
 
 _ROUNDS, _WARMUP = 20, 1
 _MODELS = (("vgg16_64", 256), ("vgg7_64", 512))
@@ -21,12 +22,14 @@ _RUNS = [(*model, name) for name in ("bf16", "tf32", "fp32") for model in _MODEL
 _GATE_BATCH = 8
 # Seconds that a case may take to compile and warm up, and all cases of an interleaving to be timed.
 _COMPILE, _TIMING = 45.0, 25.0
-STOCK, FUSED = "aten", "triton"
+STOCK, FUSED, AUTO = "aten", "triton", "auto"
 
 
 def cases(quick: bool) -> list[tuple[Case, str]]:
-    """(case, backend of dfs), most wanted first."""
-    variants = [("dense", STOCK), ("dfs", FUSED), ("dfs", "aten"), ("detach", STOCK), ("split", STOCK)]
+    """(case, backend of dfs), most wanted first; `auto` where a tuned table can make it something of its own."""
+    variants = [("dense", STOCK), ("dfs", FUSED), ("dfs", STOCK), ("detach", STOCK), ("split", STOCK)]
+    if kernels.gpu_name() in kernels.read_tables():
+        variants.insert(2, ("dfs", AUTO))
     found = [
         (Case(variant, layout, compiled, None if variant == "dense" else BETA), backend)
         for layout, compiled in (("channels_last", "off"), ("channels_last", "on"), ("nchw", "off"))
@@ -57,22 +60,26 @@ def run(
     Raises:
         RuntimeError: at the end, if something failed, e.g. gradients that must agree do not; that was not timed.
     """
-    failed = 0
+    failed: list[str] = []
     for model, batch_size, name in _RUNS[:2] if quick else _RUNS:
         if left() < 30:
             say(f"no time is left for {model} in {name}")
             continue
+
+        def fail(what: str, error: Exception) -> None:
+            failed.append(what)
+            say(f"FAILED: {what}: {type(error).__name__}: {str(error)[:1000]}")
+
         # All compiled cases share the models' code; past dynamo's default limit it would refuse the ninth.
         try:
             with precision(name), torch._dynamo.config.patch(recompile_limit=64):
-                yield _time(stamp, model, batch_size, name, cases(quick), left, say)
+                yield _time(stamp, model, batch_size, name, cases(quick), left, say, fail)
         except Exception as error:
-            failed += 1
-            say(f"FAILED: {model} {name}: {type(error).__name__}: {str(error)[:1000]}")
+            fail(f"{model} {name}", error)
         torch.compiler.reset()
         torch.cuda.empty_cache()
     if failed:
-        raise RuntimeError(f"{failed} of the models and precisions failed, see above")
+        raise RuntimeError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 
 
 def _time(
@@ -83,11 +90,13 @@ def _time(
     wanted: list[tuple[Case, str]],
     left: Callable[[], float],
     say: Callable[[str], None],
+    fail: Callable[[str, Exception], None],
 ) -> TrainReport:
     """One interleaving: compares on few images, then times all."""
     dtype = "fp32" if name == "tf32" else name
     report = TrainReport(config=_config(model, STOCK), stamp=stamp)
-    builders = {backend: StepBuilder(_config(model, backend), batch_size) for backend in (STOCK, FUSED)}
+    backends = dict.fromkeys(backend for _, backend in wanted)
+    builders = {backend: StepBuilder(_config(model, backend), batch_size) for backend in backends}
     for backend in builders:
         small = StepBuilder(_config(model, backend), _GATE_BATCH)
         gated = list(dict.fromkeys(case._replace(compile="off") for case, own in wanted if own == backend))
@@ -104,6 +113,9 @@ def _time(
         except torch.OutOfMemoryError:
             say(f"{model} {name}: {case}/{backend} does not fit the GPU's memory")
             continue
+        except Exception as error:  # e.g. of torch.compile; the other cases still are worth timing
+            fail(f"{model} {name} {case}/{backend}", error)
+            continue
         steps[f"{case}/{backend}"] = case, step, backend
     timings = measure_phases(
         {key: step.phases for key, (_, step, _) in steps.items()},
@@ -118,7 +130,7 @@ def _time(
                 dtype=name,
                 case=case,
                 shape=(batch_size, *builders[backend].shape),
-                backend_used=step.backend_used,
+                backend_used=AUTO if backend == AUTO else step.backend_used,
                 timings=timings[key],
                 peak_bytes=peak_memory(step.run, gpu_problems.DEVICE),
                 flops=builders[backend].count_flops(case),

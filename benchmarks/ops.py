@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES, Comparison, Tolerance, compare
@@ -17,6 +16,7 @@ from .measure import append_csv, environment, measure_phases
 from .op_cases import OP_NAMES, STOCK, OpCase, Operands, TimedOp
 from .ops_report import OpRow, OpsReport
 from .options import LAYOUTS, check_least
+from .progress import progress_bar
 from .shapes import SHAPES, LinearShape, Shape
 
 # Sums over all pixels are rounded in another order than stock's, whose own error varies by several times with layout
@@ -129,7 +129,7 @@ def _run(config: BenchOpsConfig) -> OpsReport:
     report.bandwidth = copy_bandwidth()
     report.peaks = {dtype: matmul_peak(DTYPES[dtype]) for dtype in dtypes}
     _append(config, report, report.machine_csv_rows())
-    with tqdm(total=len(shapes) * len(dtypes), unit="shape", disable=not config.progress) as bar:
+    with progress_bar(len(shapes) * len(dtypes), "shape", config.progress) as bar:
         for shape in shapes:
             for dtype in dtypes:
                 bar.set_description(f"{shape.op} {shape.family} {shape} {dtype}")

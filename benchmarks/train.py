@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from tqdm import tqdm
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES
+from dfs_engine.machine import check_device
 from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.names import check_choice, split_betas, split_choices
 
 from .breakdown import profile_step
 from .measure import append_csv, environment, measure_phases, peak_memory
 from .options import LAYOUTS, check_least, split_ints
+from .progress import progress_bar
 from .train_report import Case, TrainReport, TrainRow
 from .train_step import UNSPLIT, StepBuilder
 
@@ -95,9 +96,10 @@ def run(config: BenchTrainConfig) -> TrainReport:
     """Times everything that `config` asks for.
 
     Raises:
-        RuntimeError: the gradients of two variants that must agree do not (nothing is timed then), or the backend named
-            in `config.backend` is not usable.
+        RuntimeError: the gradients of two variants that must agree do not (nothing is timed then), the backend named
+            in `config.backend` is not usable, or there is no CUDA device.
     """
+    check_device("bench train", config.device)
     num_threads_before = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or num_threads_before)
     try:
@@ -113,7 +115,7 @@ def _run(config: BenchTrainConfig) -> TrainReport:
     batch_sizes = split_ints("batch_size", config.batch_size)
     dtypes = split_choices("dtypes", config.dtypes, DTYPES)
     turns = config.warmup + config.rounds
-    with tqdm(total=len(batch_sizes) * len(dtypes) * turns, unit="round", disable=not config.progress) as bar:
+    with progress_bar(len(batch_sizes) * len(dtypes) * turns, "round", config.progress) as bar:
         for batch_size, dtype in product(batch_sizes, dtypes):
             rows = _time_cases(config, StepBuilder(config, batch_size), dtype, bar)
             report.rows += rows
@@ -125,7 +127,7 @@ def _run(config: BenchTrainConfig) -> TrainReport:
     return report
 
 
-def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar: "tqdm[Any]") -> list[TrainRow]:
+def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar: Any) -> list[TrainRow]:
     """One interleaving: compares, then times, then looks at memory and kernels."""
     name = f"{dtype}, batch {builder.batch_size}"
     bar.set_description(f"{name}: building, compiling, comparing")

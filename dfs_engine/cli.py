@@ -259,6 +259,7 @@ def _bench_flags(parser: Parser) -> None:
     from dfs_engine.benchmarks.ops import BenchOpsConfig
     from dfs_engine.benchmarks.plot import BenchPlotConfig
     from dfs_engine.benchmarks.train import BenchTrainConfig
+    from dfs_engine.benchmarks.tune import BenchTuneConfig
 
     subcommands = parser.add_subcommands()
     for name, config_class, summary, description, examples in (
@@ -284,6 +285,15 @@ def _bench_flags(parser: Parser) -> None:
             "draw the measurements",
             "Draws what `dfs bench train` and `dfs bench ops` measured, from their CSV files.",
             "  dfs bench plot\n  dfs bench plot --results train.csv",
+        ),
+        (
+            "tune",
+            BenchTuneConfig,
+            "choose the Triton kernels' launches for this GPU",
+            "Measures, on the GPU at hand, every launch of the Triton kernels against stock operators, and writes the"
+            " table by which `auto` decides on it. Training never measures. Interrupted, it goes on where it was.",
+            "  dfs bench tune --dry_run\n  dfs bench tune --dtypes bf16 --shapes 'vgg16/*' --batch_size 256\n"
+            "  dfs bench tune --max_seconds 600 --output h100.json",
         ),
     ):
         subparser = Parser(description=description, epilog=f"examples:\n{examples}")
@@ -366,7 +376,7 @@ _COMMANDS = {
         "benchmark on this machine",
         "Benchmarks. Variants are timed in turns, so that a busy machine is unfair to none.",
         "  dfs bench train --model vgg7_64 --batch-size 100 --variants dense,detach,split,dfs\n"
-        "  dfs bench ops --quick\n  dfs bench plot",
+        "  dfs bench ops --quick\n  dfs bench plot\n  dfs bench tune --dry_run",
         _bench_flags,
         _bench,
     ),

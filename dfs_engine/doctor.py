@@ -97,7 +97,8 @@ def _triton() -> dict[str, str]:
     return {
         "version": version_of("triton") or "not installed",
         "interpreter": "on: kernels run on the CPU" if kernels.INTERPRETED else "off: kernels need a CUDA device",
-        "tuned for": ", ".join(kernels.read_tables()) or "no GPU; auto takes aten on CUDA",
+        "tested": "in the interpreter, and compiled for sm_80 and sm_90; never run on a GPU",
+        "tuned for": ", ".join(kernels.read_tables()) or "no GPU; auto takes aten on CUDA (see dfs bench tune)",
     }
 
 
@@ -114,9 +115,11 @@ def _gpu(index: int) -> dict[str, Any]:
 def _automatic(op: str, device: str) -> str:
     """The backend that serves `op` when no argument asks for one; DFS_BACKEND counts."""
     try:
-        return backend.select(op, torch.device(device), torch.float32)
+        chosen = backend.select(op, torch.device(device), torch.float32)
     except (RuntimeError, ValueError) as error:
         return f"none: {error}"
+    is_tuned = device == "cuda" and backend.requested() is None and kernels.gpu_name() in kernels.read_tables()
+    return "triton where this GPU's tuned table says that it wins, else aten" if is_tuned else chosen
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+import torch
+
 
 def cpu_model() -> str:
     """The CPU's marketing name where the system tells it, else its architecture."""
@@ -18,3 +20,12 @@ def cpu_model() -> str:
 def num_cores() -> int:
     """Cores that this process may run on: fewer than the machine's inside a container or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_device(owner: str, device: str) -> None:
+    """Raises RuntimeError, in the name of a command, where `device` is "cuda" and torch sees none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"{owner}: expected a CUDA device, got device='cuda' where torch sees none. "
+            "Run it on a machine with an NVIDIA GPU and a CUDA build of torch, or with device='cpu'."
+        )

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dfs_engine import backend as backends
 from dfs_engine import ops, reference
 from dfs_engine.compare import DTYPES, EXACT, TOLERANCES, Comparison, compare, failure
+from dfs_engine.machine import check_device
 from dfs_engine.names import check_choice, split_choices
 from dfs_engine.validate_cases import Case, MakeGrad, Problem
 from dfs_engine.validate_problems import PROBLEMS, winograd_problem
@@ -59,8 +60,9 @@ def run(config: ValidateConfig) -> ValidateReport:
     """Compares everything that `config` asks for; never raises because of a wrong or a crashing kernel.
 
     Raises:
-        RuntimeError: a backend named in `config.backends` is not usable here.
+        RuntimeError: a backend named in `config.backends` is not usable here, or there is no CUDA device.
     """
+    check_device("validate", config.device)
     report = ValidateReport(config)
     names = _usable_backends(config, report)
     op_names = list(PROBLEMS) if config.ops == "all" else split_choices("ops", config.ops, PROBLEMS)
@@ -97,7 +99,9 @@ def _usable_backends(config: ValidateConfig, report: ValidateReport) -> list[str
     names = split_choices("backends", config.backends, backends.BACKENDS)
     for name in names:
         if reasons[name] is not None:
-            raise RuntimeError(f"backends: expected usable backends, got {name!r}, but {reasons[name]}.")
+            on_gpu = config.device == "cpu" and backends.unavailable_reason(name, "cuda") is None
+            hint = " Add --device cuda." if on_gpu else ""
+            raise RuntimeError(f"backends: expected usable backends, got {name!r}, but {reasons[name]}.{hint}")
     return names
 
 

@@ -19,10 +19,14 @@ import torch
 from dfs_engine.names import check_choice
 
 Result = TypeVar("Result")
+Entries = dict[str, dict[str, Any]]  # of a tuned table, by `table_key`
 
 TABLES = Path(__file__).parent / "tables"
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# What Triton looks for in pointers (bytes) and strides (elements) before it loads several elements at once.
+ALIGNMENT = 16
 
 # Triton decides when a kernel is decorated, hence at import. It runs kernels on the CPU then, slowly, one by one.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -141,23 +145,46 @@ def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: st
 def _heuristic(op: str, m: int, n: int, k: int, kind: str) -> list[Config]:
     """The largest tile that neither sticks out far nor leaves multiprocessors idle, then the smaller ones."""
 
-    def num_tiles(config: Config) -> int:
-        return math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
-
-    def most_splits(config: Config) -> int:
-        # Each partial sum takes at least four steps, or writing it out would cost more than it gives.
-        return max(1, k // (4 * config.block_k)) if op.endswith("grad_weight") else 1
-
     def is_good(config: Config) -> bool:
         fits = config.block_m < 2 * m and config.block_n < 2 * n
-        return fits and num_tiles(config) * most_splits(config) >= sms
+        return fits and _num_tiles(config, m, n) * _most_splits(config, op, k) >= sms
 
     sms = _num_sms()
     configs = _defined.get(op, _MATMUL)[kind]
     first = next((index for index, config in enumerate(configs) if is_good(config)), len(configs) - 1)
-    return [
-        config._replace(split=min(most_splits(config), max(1, sms // num_tiles(config)))) for config in configs[first:]
-    ]
+    return [config._replace(split=_split(config, op, m, n, k)) for config in configs[first:]]
+
+
+def tunable(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> list[Config]:
+    """What `dfs bench tune` tries: all of the heuristic's configurations, with more and with fewer partial sums too.
+
+    Args: as `candidates`.
+    """
+    found = []
+    for config in _defined.get(op, _MATMUL)[_kind(dtype, precision(op))]:
+        split, most = _split(config, op, m, n, k), _most_splits(config, op, k)
+        splits = {1, max(split // 2, 1), split, min(2 * split, most)}
+        found += [config._replace(split=number) for number in sorted(splits)]
+    return found
+
+
+def _num_tiles(config: Config, m: int, n: int) -> int:
+    return math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
+
+
+def _most_splits(config: Config, op: str, k: int) -> int:
+    # Each partial sum takes at least four steps, or writing it out would cost more than it gives.
+    return max(1, k // (4 * config.block_k)) if op.endswith("grad_weight") else 1
+
+
+def _split(config: Config, op: str, m: int, n: int, k: int) -> int:
+    """As many partial sums as there are idle multiprocessors."""
+    return min(_most_splits(config, op, k), max(1, _num_sms() // _num_tiles(config, m, n)))
+
+
+def aligned(start: int, stop: int) -> tuple[int, int]:
+    """The slice widened to multiples of ALIGNMENT: reading a little more at once is faster than one by one."""
+    return start // ALIGNMENT * ALIGNMENT, math.ceil(stop / ALIGNMENT) * ALIGNMENT
 
 
 @contextlib.contextmanager
@@ -243,8 +270,8 @@ def _kind(dtype: torch.dtype, precision: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _gpu() -> str | None:
-    """The name of the current GPU."""
+def gpu_name() -> str | None:
+    """The current GPU's, None without one: whose tuned table counts."""
     return torch.cuda.get_device_properties().name if torch.cuda.is_available() else None
 
 
@@ -257,12 +284,13 @@ def _num_sms() -> int:
 def table_path(gpu: str) -> Path:
     """Where `dfs bench tune` writes the table of a GPU, of the name that torch gives it.
 
-    JSON: {"gpu": name, "entries": {table_key: {"config": [...], "triton_us": t, "aten_us": t}}}.
+    JSON: {"gpu": name, "entries": {table_key: {"config": [...], "triton_us": t, "aten_us": t}}}; further keys beside
+    "entries" say what it was measured with. "config" is null for kernels that have but one way to be launched.
     """
     return TABLES / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
 
 
-def read_tables() -> dict[str, dict[str, dict[str, Any]]]:
+def read_tables() -> dict[str, Entries]:
     """The tuned tables that come with this version: entries by GPU."""
     tables = [json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json"))]
     return {table["gpu"]: table["entries"] for table in tables}
@@ -308,4 +336,4 @@ def prefers_triton(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry
 def _entry(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str) -> dict[str, Any] | None:
     if not _tables or dtype not in TYPE_NAMES or min(m, n, k) < 1:
         return None
-    return _tables.get(_gpu() or "", {}).get(table_key(op, m, n, k, dtype, geometry))
+    return _tables.get(gpu_name() or "", {}).get(table_key(op, m, n, k, dtype, geometry))

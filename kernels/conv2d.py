@@ -1,6 +1,7 @@
 """Gradients of a 2-D convolution as implicit matrix products: nothing is unfolded, tiles are gathered in place.
 
-Any strides; fast where channels are adjacent (channels_last). float32, float16 and bfloat16, accumulated in float32.
+Any strides; what does not have its channels side by side (channels_last) is copied first. float32, float16 and
+bfloat16, accumulated in float32.
 """
 
 import math
@@ -20,7 +21,6 @@ from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, compilation,
 Pair = tuple[int, int]
 
 _MAX_TAPS = 31  # one bit of an integer each, rows and columns apart
-_ALIGNMENT = 16  # what Triton looks for in pointers (bytes) and strides (elements) before it loads several at once
 
 # Rows are pixels, mostly without end; columns are the slice's channels, often few. tf32 by three products keeps so many
 # parts of the operands that a tile of 64 x 128 needs eight warps; so does one of 64 x 64 without tensor cores.
@@ -238,14 +238,21 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _candidates(op: str, m: int, n: int, k: int, *operands: Tensor) -> tuple[Config, ...]:
+def _adjacent(tensor: Tensor) -> Tensor:
+    """Channels side by side: a copy if they are not, as gathering them one by one for every tap would cost more."""
+    is_adjacent = tensor.stride(1) == 1 or tensor.size(1) == 1
+    return tensor if is_adjacent else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _candidates(op: str, m: int, n: int, k: int, geometry: dict[str, int], *operands: Tensor) -> tuple[Config, ...]:
     """Of operands that have to be loaded one element at a time, a large tile needs more registers than there are."""
 
     def is_wide(tensor: Tensor) -> bool:
         rows, channels, *columns = _strides(tensor)
-        return channels == 1 and all(step % _ALIGNMENT == 0 for step in (rows, *columns, tensor.data_ptr()))
+        return channels == 1 and all(step % config.ALIGNMENT == 0 for step in (rows, *columns, tensor.data_ptr()))
 
-    configs = config.candidates(op, m, n, k, operands[0].dtype)
+    sizes = list(geometry.values())
+    configs = config.candidates(op, m, n, k, operands[0].dtype, config.convolution(sizes[:2], sizes[2:4], sizes[4:]))
     return configs if all(map(is_wide, operands)) else configs[-1:]
 
 
@@ -295,16 +302,17 @@ def conv2d_grad_input(
         return grad_input
     num_pixels = num_images * height * width
     check_pixels(op, num_pixels)
-    geometry = _geometry(weight.shape, stride, dilation)
+    geometry, num_live = _geometry(weight.shape, stride, dilation), stop - start
+    grad_output = _adjacent(grad_output)
     if groups == in_channels > 1:
         multiplier = weight.size(0) // in_channels
         rows = slice(start * multiplier, stop * multiplier)
         depthwise_grad_input(grad_output[:, rows], weight[rows], grad_input, padding, geometry)
         return grad_input
     if groups == 1:
-        # Read from one multiple of the alignment to another; only the slice is stored.
-        first, last = start // _ALIGNMENT * _ALIGNMENT, triton.cdiv(stop, _ALIGNMENT) * _ALIGNMENT
+        first, last = config.aligned(start, stop)  # read; only the slice is stored
         weight, start, stop = weight[:, first:last], start - first, stop - first
+    weight = _adjacent(weight)
     out_channels, channels = weight.size(0) // groups, weight.size(1)
     if max(weight.shape[2:]) > _MAX_TAPS:
         raise NoConfigFits(f"{op}: a kernel of {tuple(weight.shape[2:])} has more rows or columns than {_MAX_TAPS}.")
@@ -321,8 +329,8 @@ def conv2d_grad_input(
             PRECISION=config.precision(op), **_options(chosen),
         )  # fmt: skip
 
-    configs = _candidates(op, num_pixels, channels, out_channels * num_taps, grad_output, weight)
     with torch.cuda.device_of(grad_output):
+        configs = _candidates(op, num_pixels, num_live, out_channels * num_taps, geometry, grad_output, weight)
         config.launch(op, configs, run)
     return grad_input
 
@@ -359,6 +367,7 @@ def conv2d_grad_weight(
         return grad_output.new_zeros(weight_size), grad_output.new_zeros(weight_size[0] if bias else 0)
     check_pixels(op, num_pixels)
     geometry = _geometry(weight_size, stride, dilation)
+    grad_output, input = _adjacent(grad_output), _adjacent(input)
     if groups == input.size(1) > 1:
         return depthwise_grad_weight(grad_output, input, weight_size, padding, geometry, bias)
     out_channels = weight_size[0] // groups
@@ -378,8 +387,8 @@ def conv2d_grad_weight(
 
         return sum_splits(grad_output, weight_size, bias, chosen.split, write)
 
-    configs = _candidates(op, out_channels, num_columns, num_pixels, grad_output, input)
     with torch.cuda.device_of(grad_output):
+        configs = _candidates(op, out_channels, num_columns, num_pixels, geometry, grad_output, input)
         return config.launch(op, configs, run)
 
 

@@ -57,7 +57,7 @@ def divide(dividend, factor, digits):
 
 @triton.jit
 def _sum_kernel(partial, total, num_splits, size, channels, taps, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source = partial + index
     result = tl.zeros((BLOCK,), tl.float32)
     for _ in range(num_splits):

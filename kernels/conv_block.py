@@ -104,12 +104,13 @@ def conv_block(
     z = _rows_of(z)
     num_images, num_channels, height, width = z.shape
     out_height, out_width = (height // 2, width // 2) if pool else (height, width)
-    average = torch.zeros((num_images, num_channels), dtype=z.dtype, device=z.device)
-    average_hat, passed = (torch.zeros_like(average, dtype=torch.float32) for _ in range(2))
+    average = z.new_empty((num_images, num_channels))
+    average_hat, passed = (z.new_empty(average.shape, dtype=torch.float32) for _ in range(2))
     feature = _empty_rows(z, out_height, out_width)
     if z.numel() == 0:
         zeros = z.new_zeros(num_channels, dtype=torch.float32)
-        return feature, average, average_hat, zeros.double(), zeros.clone(), zeros, passed
+        per_image = (average.zero_(), average_hat.zero_())
+        return feature, *per_image, zeros.double(), zeros.clone(), zeros, passed.zero_()
     with torch.cuda.device_of(z):
         if running_mean is None or running_var is None:
             mean, inverse_std, variance = _statistics(z, eps, relu_first)

@@ -18,8 +18,8 @@ from dfs_engine.kernels.config import Compilation, Config
 
 # Tiles in a column of this many share their columns of the second operand while those are still in the L2 cache.
 _GROUP = 8
-# Outputs of the kernel that adds up partial sums, per program.
-_REDUCE_BLOCK = 1024
+# Of the kernel that adds up partial sums: outputs of a program, and its launch.
+_REDUCE = {"BLOCK": 1024, **config.PLAIN}
 
 # The column sums take registers that the matrix product's largest tile does not leave.
 config.define(
@@ -53,10 +53,12 @@ def _step(stride, BLOCK: tl.constexpr):
 @triton.jit
 def _grad_input_kernel(
     grad_output,  # (rows, out)
-    weight,  # (out, columns): the slice's
-    grad_input,  # (rows, columns), contiguous
+    weight,  # (out, columns): the slice's and, before and behind them, others
+    grad_input,  # (rows, stop - start), contiguous
     rows,
     columns,
+    start,  # the slice of the columns
+    stop,
     out,
     stride_gm,
     stride_go,
@@ -84,7 +86,8 @@ def _grad_input_kernel(
         b_sum = tl.dot(b_grad, b_weight, b_sum, input_precision=PRECISION, out_dtype=tl.float32)
         p_grad += step_grad
         p_weight += step_weight
-    p_sum = grad_input + o_m[:, None] * columns + o_n[None, :]
+    p_sum = grad_input + o_m[:, None] * (stop - start) + (o_n - start)[None, :]
+    m_n = ((o_n >= start) & (o_n < stop))[None, :]
     tl.store(p_sum, b_sum.to(grad_input.dtype.element_ty), mask=m_m & m_n)
 
 
@@ -188,12 +191,12 @@ def linear_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int
     Raises:
         NoConfigFits: none of the configurations fits the GPU.
     """
-    columns = weight[:, start:stop]
     grad_input = grad_output.new_empty((*grad_output.shape[:-1], stop - start))
     if grad_input.numel() == 0 or grad_output.numel() == 0:
         return grad_input.zero_()
-    grad_output = _rows(grad_output)
-    (num_rows, out), num_columns = grad_output.shape, stop - start
+    first, last = config.aligned(start, stop)
+    grad_output, columns = _rows(grad_output), weight[:, first:last]
+    (num_rows, out), num_columns = grad_output.shape, columns.size(1)
 
     def run(chosen: Config) -> None:
         tiles = triton.cdiv(num_rows, chosen.block_m) * triton.cdiv(num_columns, chosen.block_n)
@@ -203,6 +206,8 @@ def linear_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int
             grad_input,
             num_rows,
             num_columns,
+            start - first,
+            stop - first,
             out,
             *grad_output.stride(),
             *columns.stride(),
@@ -211,7 +216,7 @@ def linear_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int
 
     op = "linear_grad_input"
     with torch.cuda.device_of(grad_output):
-        config.launch(op, config.candidates(op, num_rows, num_columns, out, grad_output.dtype), run)
+        config.launch(op, config.candidates(op, num_rows, stop - start, out, grad_output.dtype), run)
     return grad_input
 
 
@@ -263,8 +268,8 @@ def linear_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[
             **_constants(op, chosen),
         )
         if splits > 1:
-            _reduce_kernel[(triton.cdiv(size, _REDUCE_BLOCK),)](
-                workspace, grad_weight, grad_bias, grad_weight.numel(), size, splits, BLOCK=_REDUCE_BLOCK
+            _reduce_kernel[(triton.cdiv(size, _REDUCE["BLOCK"]),)](
+                workspace, grad_weight, grad_bias, grad_weight.numel(), size, splits, **_REDUCE
             )
 
     op = "linear_grad_weight"
@@ -298,4 +303,4 @@ def compilations() -> Iterator[Compilation]:
             yield config.compilation(f"{op}-{dtype}-{precision}", kernel, pointers, constants, chosen)
     for dtype in config.TYPE_NAMES.values():
         pointers = {"workspace": "*fp32", "grad_weight": f"*{dtype}", "grad_bias": f"*{dtype}"}
-        yield config.compilation(f"linear_reduce-{dtype}", _reduce_kernel, pointers, {"BLOCK": _REDUCE_BLOCK})
+        yield config.compilation(f"linear_reduce-{dtype}", _reduce_kernel, pointers, _REDUCE)

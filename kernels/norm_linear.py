@@ -23,7 +23,7 @@ from dfs_engine.kernels.linear import _constants, _rows, _step, _tile, linear_gr
 
 _OP = "norm_linear_grad_input"
 # Of the kernels that are bound by memory: rows and columns of a tile.
-_TILE = {"BLOCK_M": 16, "BLOCK_N": 128, "enable_fp_fusion": True}
+_TILE = {"BLOCK_M": 16, "BLOCK_N": 128, **config.PLAIN}
 
 # The input's tile takes registers that a matrix product's tile of 128 x 128 does not leave on sm_90.
 config.define(
@@ -109,15 +109,17 @@ def _row_sums_kernel(
 @triton.jit
 def _grad_input_kernel(
     grad_output,  # (rows, out)
-    weight,  # (out, columns): the slice's, as all that follows
+    weight,  # (out, columns): the slice's and, before and behind them, others, as in the next two
     input,  # (rows, columns)
     norm_weight,  # (columns,) or None
     mean,  # (rows,) float32
     rstd,  # (rows,) float32
     sums,  # (2, rows) float32: m1 and m2
-    grad_input,  # (rows, columns), contiguous
+    grad_input,  # (rows, stop - start), contiguous
     rows,
     columns,
+    start,  # the slice of the columns
+    stop,
     out,
     stride_gm,
     stride_go,
@@ -157,8 +159,9 @@ def _grad_input_kernel(
     b_input = tl.load(p_input, mask=m_tile, other=0.0).to(tl.float32)
     b_sum -= b_1[:, None] + (b_input - b_mean[:, None]) * (b_rstd * b_2)[:, None]
     b_sum *= b_rstd[:, None]
-    p_sum = grad_input + o_m[:, None] * columns + o_n[None, :]
-    tl.store(p_sum, b_sum.to(grad_input.dtype.element_ty), mask=m_tile)
+    p_sum = grad_input + o_m[:, None] * (stop - start) + (o_n - start)[None, :]
+    m_n = (o_n >= start) & (o_n < stop)
+    tl.store(p_sum, b_sum.to(grad_input.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -219,15 +222,17 @@ def norm_linear_grad_input(
     if grad_input.numel() == 0 or grad_output.numel() == 0:
         return grad_input.zero_()
     grad_output, output, input = _rows(grad_output), _rows(output), _rows(input)
-    (num_rows, out), num_channels, num_columns = grad_output.shape, input.size(1), stop - start
+    (num_rows, out), num_channels = grad_output.shape, input.size(1)
     weight_sums, row_sums = mean.new_empty((2, out)), mean.new_empty((2, num_rows))
-    columns, live = weight[:, start:stop], input[:, start:stop]
-    gain = None if norm_weight is None else norm_weight[start:stop]
+    first, last = config.aligned(start, stop)
+    columns, live = weight[:, first:last], input[:, first:last]
+    gain, num_columns = None if norm_weight is None else norm_weight[first:last], columns.size(1)
 
     def run(chosen: Config) -> None:
         tiles = triton.cdiv(num_rows, chosen.block_m) * triton.cdiv(num_columns, chosen.block_n)
         _grad_input_kernel[(tiles,)](
-            grad_output, columns, live, gain, mean, rstd, row_sums, grad_input, num_rows, num_columns, out,
+            grad_output, columns, live, gain, mean, rstd, row_sums, grad_input,
+            num_rows, num_columns, start - first, stop - first, out,
             *grad_output.stride(), *columns.stride(), *live.stride(), _stride(gain), **_constants(_OP, chosen),
         )  # fmt: skip
 
@@ -240,7 +245,7 @@ def norm_linear_grad_input(
             grad_output, output, weight_sums, row_sums, num_rows, out, num_channels,
             *grad_output.stride(), *output.stride(), **_TILE,
         )  # fmt: skip
-        config.launch(_OP, config.candidates(_OP, num_rows, num_columns, out, grad_output.dtype), run)
+        config.launch(_OP, config.candidates(_OP, num_rows, stop - start, out, grad_output.dtype), run)
     return grad_input
 
 

@@ -55,7 +55,18 @@ def test_the_triton_kernels_tell_version_interpreter_and_tables(monkeypatch):
     monkeypatch.setattr(doctor.kernels, "read_tables", lambda: {"NVIDIA H100": {}, "NVIDIA A100": {}})
     assert "  tuned for      NVIDIA H100, NVIDIA A100\n" in doctor.format_report(doctor.report())
     monkeypatch.setattr(doctor.kernels, "read_tables", dict)
-    assert "  tuned for      no GPU; auto takes aten on CUDA\n" in doctor.format_report(doctor.report())
+    text = doctor.format_report(doctor.report())
+    assert "  tuned for      no GPU; auto takes aten on CUDA" in text
+    assert "never run on a GPU" in text
+
+
+def test_auto_on_cuda_goes_by_the_tuned_table(monkeypatch):
+    assert doctor._automatic("conv_block", "cuda") == "aten"
+    monkeypatch.setattr(doctor.kernels, "gpu_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(doctor.kernels, "read_tables", lambda: {"NVIDIA H100": {}})
+    assert doctor._automatic("conv_block", "cuda").startswith("triton where this GPU's tuned table says")
+    with backend.use_backend("aten"):
+        assert doctor._automatic("conv_block", "cuda") == "aten"
 
 
 def test_every_environment_variable_of_the_project_is_documented():

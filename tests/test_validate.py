@@ -211,6 +211,20 @@ def test_report_is_strict_json_even_with_infinite_errors(monkeypatch):
     assert not json.loads(json.dumps(report.to_json(), allow_nan=False))["ok"]
 
 
+def test_without_a_gpu_its_device_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match="validate: expected a CUDA device, got device='cuda' where torch sees none"):
+        quick(device="cuda")
+
+
+def test_on_a_machine_with_a_gpu_the_error_says_how_to_use_it(monkeypatch):
+    reason = backends.unavailable_reason
+    monkeypatch.setattr(backends, "unavailable_reason", lambda name, device: reason(name) if device == "cpu" else None)
+    with pytest.raises(RuntimeError, match=r"'triton', but .* cuda tensors.*Add --device cuda\.$"):
+        quick(backends="triton")
+
+
 def test_a_backend_that_is_not_there_is_an_error_when_named_and_skipped_otherwise():
     with pytest.raises(RuntimeError, match="backends: expected usable backends, got 'triton'"):
         quick(backends="aten,triton")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import backend as backends
-from dfs_engine.kernels.config import INTERPRETED, NoConfigFits
+from dfs_engine.kernels.config import INTERPRETED, NoConfigFits, is_forced
 from dfs_engine.ops import _common, conv2d, linear, norm_linear
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def _implementation(op: str, file: str, aten: Callable | None) -> Callable:
 
     Raises:
         RuntimeError: a dtype that the interpreter would compute wrongly.
+        NoConfigFits: a forced configuration does not fit.
     """
 
     def run(*args: Any) -> Any:
@@ -52,7 +53,7 @@ def _implementation(op: str, file: str, aten: Callable | None) -> Callable:
         try:
             return kernel(*args)
         except NoConfigFits as error:
-            if aten is None:
+            if aten is None or is_forced(op):
                 raise
             if op not in _said:
                 _said.add(op)

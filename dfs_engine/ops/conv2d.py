@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dfs_engine import backend as backends
 from dfs_engine import calibration
 from dfs_engine import reference as oracle
-from dfs_engine.kernels.config import prefers_triton
+from dfs_engine.kernels.config import convolution, prefers_triton
 from dfs_engine.ops import _common
 from dfs_engine.partition import dense_memory_format
 
@@ -225,25 +225,26 @@ def _grad_input(compute, ctx, grad_output: Tensor, weight: Tensor) -> Tensor:
 
 
 def _triton_wins(
-    data_shape: torch.Size,
-    weight_shape: torch.Size,
-    geometry: tuple[Pair, Pair, Pair, int],
-    num_live: int,
-    dtype: torch.dtype,
+    data: Tensor, weight_shape: torch.Size, geometry: tuple[Pair, Pair, Pair, int], num_live: int, num_read: int
 ) -> bool:
-    """Whether the GPU's tuned table prefers both gradients' kernels on these sizes; it has those of one group alone."""
+    """Whether the GPU's tuned table prefers both gradients' kernels here.
+
+    The table has one group and channels_last alone: rearranging first costs what the kernels gain.
+    """
     stride, padding, dilation, groups = geometry
-    num_images, _, height, width = data_shape
-    out_channels, in_channels, kernel_height, kernel_width = weight_shape
-    taps = kernel_height * kernel_width
-    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_height - 1) - 1) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_width - 1) - 1) // stride[1] + 1
-    pixels, out_pixels = num_images * height * width, num_images * out_height * out_width
-    return (
-        groups == 1
-        and prefers_triton("conv2d_grad_input", pixels, num_live, out_channels * taps, dtype)
-        and prefers_triton("conv2d_grad_weight", out_channels, in_channels * taps, out_pixels, dtype)
+    if groups != 1 or dense_memory_format(data) is not torch.channels_last:
+        return False
+    num_images, _, height, width = data.shape
+    out_channels, _, *kernel = weight_shape
+    taps, key = kernel[0] * kernel[1], convolution(kernel, stride, dilation)
+    out_height, out_width = (
+        (size + 2 * pad - apart * (along - 1) - 1) // step + 1
+        for size, pad, apart, along, step in zip((height, width), padding, dilation, kernel, stride, strict=True)
     )
+    pixels, out_pixels = num_images * height * width, num_images * out_height * out_width
+    return prefers_triton(
+        "conv2d_grad_input", pixels, num_live, out_channels * taps, data.dtype, key
+    ) and prefers_triton("conv2d_grad_weight", out_channels, num_read * taps, out_pixels, data.dtype, key)
 
 
 def _own_grad_weight_wins(data: Tensor, weight: Tensor, groups: int) -> bool:
@@ -360,7 +361,8 @@ def partitioned_conv2d(
             # Half precision: ATen emulates it slowly where the CPU lacks it.
             own = weight.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, weight.dtype)
             return own or _own_grad_weight_wins(data, weight, groups)
-        return _triton_wins(data.shape, weight.shape, geometry, stop - start, weight.dtype)
+        num_live = stop - start
+        return _triton_wins(data, weight.shape, geometry, num_live, data.size(1) if reference else num_live)
 
     kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
     if kernels == "cpp":

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dfs_engine import backend as backends
 from dfs_engine import reference as oracle
+from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common
-from dfs_engine.partition import fork_gradient
+from dfs_engine.partition import dense_memory_format, fork_gradient
 
 NAME = "conv_block"
 # backend -> the dtypes that its kernels store; the others run the stock operators.
@@ -156,7 +157,9 @@ def conv_block(
         num_shared: channels [0, num_shared) carry the deeper path's gradient.
         exit_start: the averages of channels [exit_start, C) carry the exit's gradient; at most num_shared.
         backend: "aten" or "reference" (stock PyTorch), "cpp" (fused for fp32 and bf16, with sums in fp32 and fp64) or
-            "triton" (fused for fp16 too); other dtypes run the stock operators; None picks.
+            "triton" (fused for fp16 too); other dtypes run the stock operators; None or "auto" picks: on the CPU cpp,
+            unless rearranging an NCHW input would cost more than it gains; on CUDA triton where the tuned table of the
+            GPU says that it wins on this shape; else aten.
 
     Raises:
         ValueError: shapes or channel numbers that do not match, one value per channel when training, several devices,
@@ -269,10 +272,19 @@ def _fused(
     return ProducedFeature(*produced)
 
 
+def table_name(pool: bool) -> str:
+    """What the tuned tables call forward and backward together; their sizes are (pixels, channels, 1)."""
+    return f"{NAME}_pool" if pool else NAME
+
+
 def _wins(z: Tensor, residual: Tensor | None, pool: bool, kernels: str) -> bool:
-    """As measured on the CPU: rearranging a dense NCHW input pays with a pool, or in float32 without a residual."""
-    if kernels != "cpp":
-        return False
+    """On CUDA as the tuned table says, which knows channels_last without a residual alone.
+
+    On the CPU as measured: rearranging a dense NCHW input pays with a pool, or in float32 without a residual.
+    """
+    if kernels == "triton":
+        num_rows, is_last = z.numel() // max(z.size(1), 1), dense_memory_format(z) is torch.channels_last
+        return residual is None and is_last and prefers_triton(table_name(pool), num_rows, z.size(1), 1, z.dtype)
     rearranged = z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last)
     return not rearranged or pool or (z.dtype == torch.float32 and residual is None)
 

@@ -1,10 +1,13 @@
 """What of the GPU script can be tested without a GPU: arguments, time, files, and that its calls compute one thing."""
 
 import csv
+import importlib.util
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -12,13 +15,16 @@ import pytest
 import torch
 
 from dfs_engine import backend as backends
-from dfs_engine.benchmarks import gpu_check, gpu_ops, gpu_problems, gpu_steps
+from dfs_engine.benchmarks import gpu_check, gpu_ops, gpu_problems, gpu_steps, tune
 from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
-SHAPES = [ConvShape("a", 2, 6, 5, 7, 3, 2), ConvShape("a", 2, 6, 6, 5, 3, 1, 6), LinearShape("b", 2, 3, 7, 5)]
+SHAPES = [
+    ConvShape("a", 2, 6, 5, 7, 3, 2), ConvShape("a", 2, 6, 6, 5, 3, 1, 6), LinearShape("b", 2, 3, 7, 5),
+    LinearShape("vit_tiny", 2, 3, 17, 5),
+]  # fmt: skip
 
 
 def test_without_a_gpu_it_says_so_at_once(tmp_path):
@@ -65,12 +71,139 @@ def test_commands_leave_a_log_and_are_stopped(tmp_path):
     assert status is None
 
 
+@pytest.fixture
+def run(tmp_path) -> gpu_check.Run:
+    run = gpu_check.Run(tmp_path, False, 60.0)
+    run.budget.begin(1.0)
+    return run
+
+
+def test_without_pytest_only_its_stage_is_left_out(run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else find_spec(name))
+    run.stage("tests", gpu_check.tests)
+    assert "skipped: pytest is missing" in run.lines[-2]
+    assert not run.failed
+
+
+def test_a_test_file_that_needs_more_packages_is_left_out(run, monkeypatch):
+    tests = run.output / "tests"
+    tests.mkdir()
+    (tests / "test_a.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_one(): pass\n")
+    (tests / "test_b.py").write_text("import no_such_package\n# pytest.mark.gpu\n")
+    (tests / "test_c.py").write_text("def test_three(): pass\n")
+    monkeypatch.setattr(gpu_check, "ROOT", run.output)
+    assert gpu_check._marked_files(run) == [tests / "test_a.py"]
+    (line,) = run.lines
+    assert line == "tests/test_b.py is left out: ModuleNotFoundError: No module named 'no_such_package'"
+
+
+@pytest.mark.parametrize("missing", ["setuptools", "compiler", "headers"])
+def test_without_the_means_to_build_it_says_which(missing, run, monkeypatch, tmp_path):
+    if missing == "setuptools":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif missing == "compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        monkeypatch.setattr(shutil, "which", lambda name: name)
+    run.stage("build", gpu_check.build)
+    assert f"skipped: {'there is no C++ ' * (missing == 'compiler')}" in run.lines[-2]
+    assert missing in run.lines[-2]
+    assert not run.failed
+
+
+def test_without_compute_sanitizer_it_says_so(run, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    run.stage("sanitizer", gpu_check.sanitizer)
+    assert "skipped: compute-sanitizer is not on this machine" in run.lines
+    assert not run.failed
+
+
+@pytest.mark.parametrize("status", [0, 9])
+def test_what_compute_sanitizer_finds_is_told(status, run, monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho \"one pass: 9 results, $*\"\necho '== ERROR SUMMARY: 3 errors'\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run.stage("sanitizer", gpu_check.sanitizer)
+    assert run.failed is bool(status)
+    said = "\n".join(run.lines)
+    assert "ERROR SUMMARY: 3 errors" in said
+    assert "--tool memcheck" in said
+    assert "--one-pass" in said
+
+
+def test_where_triton_cannot_launch_nothing_else_is_tried(run):
+    """Here it cannot: there is no GPU."""
+    assert not gpu_check.launches_work(run)
+    assert run.failed
+    assert "install gcc" in run.lines[-1]
+
+
+def test_the_tuning_stage_writes_this_gpus_table(run, monkeypatch):
+    monkeypatch.setattr(gpu_check.kernels, "gpu_name", lambda: "NVIDIA Made Up")
+    asked = []
+    report = tune.TuneReport(tune.BenchTuneConfig(), run.output / "a.json", [], {}, {}, ["a class: too slow"])
+    monkeypatch.setattr(tune, "run", lambda config: asked.append(config) or report)
+    run.stage("tune", gpu_check.tune_launches)
+    (config,) = asked
+    assert config.output == str(run.output / "nvidia-made-up.json")
+    assert config.max_seconds < 60
+    assert run.failed
+    assert "FAILED: a class: too slow" in "\n".join(run.lines)
+
+
+WITHOUT = """
+import pathlib, sys
+from importlib.machinery import PathFinder
+class Missing:
+    names = {"torchvision", "timm", "transformers", "accelerate", "jsonargparse", "safetensors", "sklearn", "pyarrow",
+             "PIL", "matplotlib", "tensorboard", "tqdm", "rich", "yaml", "pytest", "pandas"}
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in cls.names else PathFinder.find_spec(name, path, target)
+sys.meta_path = [Missing if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def run_without_packages(code: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WITHOUT + code, *flags]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[1])
+
+
+def test_all_benchmarks_and_the_script_import_with_torch_numpy_and_triton_alone():
+    code = """
+import importlib
+for path in sorted(pathlib.Path("benchmarks").glob("[a-z]*.py")):
+    importlib.import_module(f"dfs_engine.benchmarks.{path.stem}")
+sys.exit(importlib.import_module("dfs_engine.benchmarks.gpu_check").main(["--quick"]))
+"""
+    done = run_without_packages(code)
+    assert done.returncode == 1
+    assert done.stderr.strip() == gpu_check._NO_GPU
+
+
+def test_tuning_runs_with_torch_numpy_and_triton_alone():
+    code = """
+from dfs_engine.benchmarks import tune
+print(tune.run(tune.BenchTuneConfig(dry_run=True, shapes="vit_tiny/*")).table())
+"""
+    done = run_without_packages(code)
+    assert done.returncode == 0, done.stderr
+    assert "norm_linear_grad_input bf16" in done.stdout
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_computes_the_same(shape, monkeypatch):
     """The dispatcher's CPU kernels stand in for Triton's."""
     monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
     problems = list(gpu_problems.problems(shape, torch.float32))
-    assert [problem.metric for problem in problems] == ["grad_input", "grad_weight"]
+    normed = [("norm_linear", "grad_input")] * (shape.family == "vit_tiny")
+    named = [(problem.op, problem.metric) for problem in problems]
+    assert named == [(shape.op, "grad_input"), (shape.op, "grad_weight"), *normed]
+    assert set(gpu_problems.launches(shape)) == (set(named) if getattr(shape, "groups", 1) == 1 else set())
     for problem in problems:
         problem.check()
         assert problem.flops[TRITON] <= shape.flops
@@ -87,10 +220,11 @@ def test_a_wrong_result_is_refused(monkeypatch):
 
 def rows() -> list[gpu_ops.GpuRow]:
     timings = {way: Stats.of([seconds]) for way, seconds in ((DENSE, 4e-3), (ATEN, 2e-3), (TRITON, 1e-3))}
-    conv = gpu_ops.GpuRow("grad_input", SHAPES[0], "bf16", 3, timings, flops=dict.fromkeys(timings, 10**9))
+    conv = gpu_ops.GpuRow("conv2d", "grad_input", SHAPES[0], "bf16", 3, timings, flops=dict.fromkeys(timings, 10**9))
     block = BlockShape("vgg7", 2, 8, 4, True)
-    step = gpu_ops.GpuRow("step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
-    return [conv, step, gpu_ops.GpuRow("forward", block, "bf16", 4, {TRITON: Stats.of([1e-3])}, num_bytes=1000)]
+    step = gpu_ops.GpuRow("conv_block", "step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
+    alone = {TRITON: Stats.of([1e-3])}
+    return [conv, step, gpu_ops.GpuRow("conv_block", "forward", block, "bf16", 4, alone, num_bytes=1000)]
 
 
 def test_rows_go_into_the_results_format(tmp_path):

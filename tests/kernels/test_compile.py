@@ -49,12 +49,11 @@ def compiled(
     compilation: Compilation, capability: int, aligned: bool, **options: int
 ) -> triton.compiler.CompiledKernel:
     """With all pointers and sizes divisible by 16, or none known to be; of what a launch specialises at all."""
-    specialised = [
-        kind.startswith(("*", "i")) and not parameter.do_not_specialize
-        for parameter, kind in zip(compilation.kernel.params, compilation.signature.values(), strict=True)
-    ]
+    parameters = zip(compilation.kernel.params, compilation.signature.values(), strict=True)
     divisible = {
-        (index,): [["tt.divisibility", 16]] for index, is_seen in enumerate(specialised) if is_seen and aligned
+        (index,): [["tt.divisibility", 16]]
+        for index, (parameter, kind) in enumerate(parameters)
+        if aligned and kind.startswith(("*", "i")) and not parameter.do_not_specialize
     }
     source = ASTSource(compilation.kernel, compilation.signature, compilation.constexprs, divisible)
     options |= {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, "enable_fp_fusion": True}
@@ -63,7 +62,7 @@ def compiled(
 
 def check_tensor_cores(compilation: Compilation, capability: int, ptx: str) -> None:
     """They multiply, except in "ieee" float32; what they read is copied to shared memory in the background."""
-    is_ieee = compilation.constexprs["PRECISION"] == "ieee" and "*fp32" == compilation.signature["grad_output"]
+    is_ieee = compilation.constexprs["PRECISION"] == "ieee" and compilation.signature["grad_output"] == "*fp32"
     multiplications = re.findall(r"(wgmma\.mma_async|mma\.sync)\.", ptx)
     assert set(multiplications) == (set() if is_ieee else {"wgmma.mma_async" if capability >= 90 else "mma.sync"})
     assert "cp.async" in ptx

@@ -132,7 +132,7 @@ def test_the_table_is_read_while_torch_compile_traces(is_dynamic, dtype, monkeyp
     entry = {"config": list(TILE), "triton_us": 1.0, "aten_us": 2.0}
     key = config.table_key("conv2d_grad_input", 128, 64, 64, dtype, "3x3s1x1d1x1")
     monkeypatch.setattr(config, "_tables", {"GPU": {key: entry}})
-    monkeypatch.setattr(config, "_gpu", torch.compiler.assume_constant_result(lambda: "GPU"))
+    monkeypatch.setattr(config, "gpu_name", torch.compiler.assume_constant_result(lambda: "GPU"))
 
     def prefers(rows: torch.Tensor) -> torch.Tensor:
         geometry = config.convolution((3, 3), (1, 1), (1, 1))

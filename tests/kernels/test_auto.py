@@ -1,0 +1,109 @@
+"""What `auto` asks the tuned table on CUDA is what the kernels are then launched for, and tuning writes under."""
+
+import contextlib
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfs_engine import backend as backends
+from dfs_engine import ops
+from dfs_engine.kernels import config
+
+CALLS = {
+    "partitioned_linear": lambda: ops.partitioned_linear(leaf(9, 5, 40), leaf(23, 40), start=3, stop=19),
+    "partitioned_norm_linear": lambda: ops.partitioned_norm_linear(
+        leaf(9, 40), leaf(40), leaf(40), leaf(23, 40), start=3, stop=19
+    ),
+    "partitioned_conv2d": lambda: ops.partitioned_conv2d(
+        last(leaf(2, 20, 9, 7)), leaf(6, 20, 3, 1), None, (2, 1), (1, 0), start=3, stop=19
+    ),
+}
+ASKERS = {"partitioned_linear": "linear", "partitioned_norm_linear": "norm_linear", "partitioned_conv2d": "conv2d"}
+
+
+def leaf(*size: int) -> Tensor:
+    return torch.randn(size).requires_grad_()
+
+
+def last(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+@contextlib.contextmanager
+def table(monkeypatch, *modules: str, answer: bool = True):
+    """`auto` on this device is as on CUDA, and its table says `answer`; gives what it was asked."""
+    asked: set[tuple] = set()
+
+    def prefers(*question) -> bool:
+        asked.add(question)
+        return answer
+
+    with monkeypatch.context() as patch:
+        for module in modules:
+            patch.setattr(importlib.import_module(f"dfs_engine.ops.{module}"), "prefers_triton", prefers)
+        patch.setattr(backends, "_automatic", lambda _, wins: "triton" if wins("triton") else "aten")
+        yield asked
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
+def test_it_asks_about_what_is_launched(op, referencing, device, monkeypatch):
+    if op == "partitioned_norm_linear" and not referencing:
+        pytest.skip("its normalisation runs over all channels")
+    launched: set[tuple] = set()
+    candidates = config.candidates
+
+    def record(*question) -> tuple:
+        launched.add(question)
+        return candidates(*question)
+
+    monkeypatch.setattr(config, "candidates", record)
+    call = CALLS[op]
+    if not referencing:
+        function = getattr(ops, op)
+        monkeypatch.setattr(ops, op, lambda *arguments, **options: function(*arguments, **options, reference=False))
+    with torch.device(device), table(monkeypatch, ASKERS[op]) as asked:
+        call().sum().backward()
+    assert backends.last_used(op) == "triton"
+    assert asked == launched
+
+
+def test_a_slower_kernel_is_not_taken(monkeypatch):
+    for op, call in CALLS.items():
+        with table(monkeypatch, ASKERS[op], answer=False) as asked:
+            call()
+        assert asked
+        assert backends.last_used(op) == "aten"
+
+
+def convolve(input: Tensor, groups: int = 1) -> None:
+    ops.partitioned_conv2d(input, leaf(4, 4 // groups, 3, 3), groups=groups, start=0, stop=2)
+
+
+def produce(z: Tensor, **options) -> None:
+    ops.conv_block(z, leaf(4), leaf(4), None, None, num_shared=2, exit_start=2, **options)
+
+
+def test_the_table_knows_channels_last_and_one_group_alone(monkeypatch):
+    image = leaf(2, 4, 6, 6)
+    # For `aten` whatever it answers; what it is not asked, it does not decide.
+    for call, is_asked in (
+        (lambda: convolve(last(image)), True),
+        (lambda: convolve(image), False),
+        (lambda: convolve(last(image), groups=2), False),
+        (lambda: produce(last(image)), True),
+        (lambda: produce(image), False),
+        (lambda: produce(last(image), residual=last(image), relu_first=False), False),
+    ):
+        with table(monkeypatch, "conv2d", "conv_block", answer=False) as asked:
+            call()
+        assert bool(asked) is is_asked
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_producer_asks_for_its_own_class(pool, monkeypatch):
+    with table(monkeypatch, "conv_block", answer=False) as asked:
+        produce(last(leaf(2, 4, 6, 5)), pool=pool)
+    assert asked == {("conv_block_pool" if pool else "conv_block", 60, 4, 1, torch.float32)}
