@@ -13,11 +13,11 @@ train: $(VENV)/.built
 # GPU tests skip themselves where there is no GPU; `slow` ones run with `make test-all`. Without a GPU the Triton kernels
 # run in its interpreter, which is chosen before Python starts.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests/kernels
 
 test-all: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, in a copy of the tree.
