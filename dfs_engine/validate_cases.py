@@ -205,8 +205,10 @@ class ProducedCase(NamedTuple):
     def compare(
         self, problem: Problem, results: Results, oracle: Results, tolerance: Tolerance
     ) -> Iterator[Comparison]:
+        # The averages of the exit's channels may be few, and all near zero: they are as good as those of all channels.
+        scale = oracle["average"].double().square().mean().sqrt().item()
         for name, expected in oracle.items():
-            yield compare(name, results[name], expected, tolerance)
+            yield compare(name, results[name], expected, tolerance, scale=scale if name == "exit" else 0.0)
 
 
 def produced_cases(problem: Problem) -> list[Case]:

@@ -19,6 +19,7 @@ import torch
 from dfs_engine.names import check_choice
 
 Result = TypeVar("Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 Entries = dict[str, dict[str, Any]]  # of a tuned table, by `table_key`
 
 TABLES = Path(__file__).parent / "tables"
@@ -239,8 +240,16 @@ def variants(op: str) -> Iterator[Variant]:
             yield Variant(TYPE_NAMES[dtype], choice, config)
 
 
-# Of what torch.compile cannot trace it takes the result that it finds; the kernels ask again when they run.
-@torch.compiler.assume_constant_result
+def _constant_to_compile(function: _Function) -> _Function:
+    """Of what it cannot trace, torch.compile takes the result that it finds; the kernels ask again when they run.
+
+    As `torch.compiler.assume_constant_result`, which would import all of dynamo with this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_to_compile
 def precision(op: str = "linear") -> str:
     """`input_precision` of `tl.dot` for float32 inputs: "ieee", "tf32" or "tf32x3".
 
@@ -269,7 +278,7 @@ def _kind(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compile
 def gpu_name() -> str | None:
     """The current GPU's, None without one: whose tuned table counts."""
     return torch.cuda.get_device_properties().name if torch.cuda.is_available() else None

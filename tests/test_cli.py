@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,11 +111,6 @@ def test_config_file_and_override(tmp_path, capsys):
 )
 def test_wrong_input_is_one_line_and_status_2(capsys, line, message):
     assert message in fails(capsys, *line)
-
-
-@pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_complete_but_for_the_data(capsys, recipe):
-    assert "data.root: expected a folder" in fails(capsys, "train", "--config", str(recipe), "--data.name", "cifar10")
 
 
 @pytest.mark.parametrize(
