@@ -9,18 +9,8 @@ from torch import Tensor
 
 from dfs_engine import backend as backends
 from dfs_engine import ops
+from dfs_engine.compare import assert_close
 from dfs_engine.kernels import config
-
-CALLS = {
-    "partitioned_linear": lambda: ops.partitioned_linear(leaf(9, 5, 40), leaf(23, 40), start=3, stop=19),
-    "partitioned_norm_linear": lambda: ops.partitioned_norm_linear(
-        leaf(9, 40), leaf(40), leaf(40), leaf(23, 40), start=3, stop=19
-    ),
-    "partitioned_conv2d": lambda: ops.partitioned_conv2d(
-        last(leaf(2, 20, 9, 7)), leaf(6, 20, 3, 1), None, (2, 1), (1, 0), start=3, stop=19
-    ),
-}
-ASKERS = {"partitioned_linear": "linear", "partitioned_norm_linear": "norm_linear", "partitioned_conv2d": "conv2d"}
 
 
 def leaf(*size: int) -> Tensor:
@@ -29,6 +19,19 @@ def leaf(*size: int) -> Tensor:
 
 def last(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+# op -> its file in ops/, and its leaves
+CALLS = {
+    "partitioned_linear": ("linear", lambda: [leaf(9, 5, 40), leaf(23, 40)]),
+    "partitioned_norm_linear": ("norm_linear", lambda: [leaf(9, 40), leaf(40), leaf(40), leaf(23, 40)]),
+    "partitioned_conv2d": ("conv2d", lambda: [last(leaf(2, 20, 9, 7)), leaf(6, 20, 3, 1)]),
+}
+
+
+def call(op: str, leaves: list[Tensor], **options) -> Tensor:
+    geometry = {"stride": (2, 1), "padding": (1, 0)} if op == "partitioned_conv2d" else {}
+    return getattr(ops, op)(*leaves, start=3, stop=19, **geometry, **options)
 
 
 @contextlib.contextmanager
@@ -50,8 +53,6 @@ def table(monkeypatch, *modules: str, answer: bool = True):
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
 def test_it_asks_about_what_is_launched(op, referencing, device, monkeypatch):
-    if op == "partitioned_norm_linear" and not referencing:
-        pytest.skip("its normalisation runs over all channels")
     launched: set[tuple] = set()
     candidates = config.candidates
 
@@ -60,22 +61,43 @@ def test_it_asks_about_what_is_launched(op, referencing, device, monkeypatch):
         return candidates(*question)
 
     monkeypatch.setattr(config, "candidates", record)
-    call = CALLS[op]
-    if not referencing:
-        function = getattr(ops, op)
-        monkeypatch.setattr(ops, op, lambda *arguments, **options: function(*arguments, **options, reference=False))
-    with torch.device(device), table(monkeypatch, ASKERS[op]) as asked:
-        call().sum().backward()
+    file, make = CALLS[op]
+    with torch.device(device), table(monkeypatch, file) as asked:
+        call(op, make(), reference=referencing).sum().backward()
     assert backends.last_used(op) == "triton"
     assert asked == launched
 
 
-def test_a_slower_kernel_is_not_taken(monkeypatch):
-    for op, call in CALLS.items():
-        with table(monkeypatch, ASKERS[op], answer=False) as asked:
-            call()
-        assert asked
-        assert backends.last_used(op) == "aten"
+@pytest.mark.parametrize("op", CALLS)
+def test_a_slower_kernel_is_not_taken(op, monkeypatch):
+    file, make = CALLS[op]
+    with table(monkeypatch, file, answer=False) as asked:
+        call(op, make())
+    assert asked
+    assert backends.last_used(op) == "aten"
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("wins", [True, False])
+def test_it_asks_while_torch_compile_traces(op, wins, monkeypatch):
+    """On the CPU, whose kernels stand in for Triton's."""
+    if config.INTERPRETED:
+        pytest.skip("torch.compile does not trace kernels that the interpreter runs")
+    file, make = CALLS[op]
+    leaves = make()
+    with table(monkeypatch, file) as asked:
+        expected = call(op, leaves)
+    entry = {"config": [16, 16, 16, 4, 1, 1], "triton_us": 1.0, "aten_us": 2.0 if wins else 0.5}
+    monkeypatch.setattr(config, "_tables", {"GPU": {config.table_key(*question): entry for question in asked}})
+    monkeypatch.setattr(config, "gpu_name", torch.compiler.assume_constant_result(lambda: "GPU"))
+    monkeypatch.setattr(backends, "_automatic", lambda _, wins: "triton" if wins("triton") else "aten")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *leaves: call(op, leaves), fullgraph=True, backend="aot_eager")
+    found = compiled(*leaves)
+    grad_output = torch.randn_like(expected)
+    assert_close("output", found, expected)
+    for one, other in zip(*(torch.autograd.grad(out, leaves, grad_output) for out in (found, expected)), strict=True):
+        assert_close("gradient", one, other)
 
 
 def convolve(input: Tensor, groups: int = 1) -> None:
@@ -89,7 +111,7 @@ def produce(z: Tensor, **options) -> None:
 def test_the_table_knows_channels_last_and_one_group_alone(monkeypatch):
     image = leaf(2, 4, 6, 6)
     # For `aten` whatever it answers; what it is not asked, it does not decide.
-    for call, is_asked in (
+    for run, is_asked in (
         (lambda: convolve(last(image)), True),
         (lambda: convolve(image), False),
         (lambda: convolve(last(image), groups=2), False),
@@ -98,7 +120,7 @@ def test_the_table_knows_channels_last_and_one_group_alone(monkeypatch):
         (lambda: produce(last(image), residual=last(image), relu_first=False), False),
     ):
         with table(monkeypatch, "conv2d", "conv_block", answer=False) as asked:
-            call()
+            run()
         assert bool(asked) is is_asked
 
 
