@@ -61,6 +61,9 @@ SMALL: dict[str, tuple[dict, int, int]] = {
     "bert": ({"config": TINY_BERT}, 4, 6),
 }  # fmt: skip
 
+# Small and narrow, these are chaotic: two runs of stock `detach` that differ by one rounding part, too.
+CHAOTIC = ("resnet34", "resnet50")
+
 
 def make(name: str, state: dict | None = None, dtype: torch.dtype = torch.float64, **options):
     model = create_model(name, num_classes=5, dtype=dtype, **SMALL[name][0], **options)
@@ -149,7 +152,9 @@ def test_dfs_split_and_detach_are_one(shallow, beta, reference, exit_gradient, b
     [(0.5, True, "own"), (0.3, False, "own"), (0.7, True, "whole"), (0, True, "own"), (1, True, "own")],
 )
 def test_deep_dfs_split_and_detach_are_one(deep, beta, reference, exit_gradient, backend):
-    compare_variants(deep, beta, reference, exit_gradient, backend)
+    # Over so many batch norms of few values rounding grows: of two stock formulations, too.
+    tolerance = Tolerance(1e-8, 1e-8) if deep in CHAOTIC else None
+    compare_variants(deep, beta, reference, exit_gradient, backend, tolerance)
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
@@ -167,13 +172,13 @@ def test_other_msdnets_dfs_split_and_detach_are_one(msdnet, beta, reference, exi
     compare_variants(msdnet, beta, reference, exit_gradient, backend)
 
 
-def compare_variants(name, beta, reference, exit_gradient, backend):
+def compare_variants(name, beta, reference, exit_gradient, backend, tolerance=None):
     options = {"beta": beta, "reference": reference, "exit_gradient": exit_gradient}
     detach = make(name, variant="detach", **options)
     state, images = copy.deepcopy(detach.state_dict()), batch(name)
     expected = step(detach, *images)
     for others in ({"variant": "split"}, {"variant": "dfs", "backend": backend}):
-        assert_same(step(make(name, state, **others, **options), *images), expected)
+        assert_same(step(make(name, state, **others, **options), *images), expected, tolerance)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -252,9 +257,6 @@ def test_which_loss_reaches_which_channels(name, variant, reference, exit_gradie
 
 # At which twenty steps lower the loss without leaving the region where two runs stay together.
 LEARNING_RATES = dict.fromkeys(SMALL, 0.003) | {"vit_tiny_patch16_224": 0.05, "bert": 0.1}
-
-# Small and narrow, these are chaotic: two runs of stock `detach` that differ by one rounding part, too.
-CHAOTIC = ("resnet34", "resnet50")
 
 
 def train(model, batches, lr: float, num_steps: int = 20) -> list[float]:
