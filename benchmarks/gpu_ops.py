@@ -73,12 +73,16 @@ class GpuRow:
 def precision(name: str) -> Iterator[torch.dtype]:
     """Sets tf32 for a block; gives the storage dtype."""
     dtype, allowed = PRECISIONS[name]
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    # Not `allow_tf32`: reading that one raises where the settings were made through the newer names.
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners:
+        owner.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield dtype
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for owner, value in zip(owners, before, strict=True):
+            owner.fp32_precision = value
 
 
 def measure_device(calls: Calls, rounds: int, left: Callable[[], float] = lambda: 1.0) -> dict[Any, Stats]:

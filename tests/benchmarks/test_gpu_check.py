@@ -249,12 +249,13 @@ def test_table_tells_ratios_and_bandwidth(monkeypatch):
 
 
 def test_precision_is_put_back():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [owner.fp32_precision for owner in owners]
     for name, (dtype, allowed) in gpu_ops.PRECISIONS.items():
         with gpu_ops.precision(name) as given:
             assert given == dtype
-            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+            assert {owner.fp32_precision for owner in owners} == {"tf32" if allowed else "ieee"}
+    assert [owner.fp32_precision for owner in owners] == before
 
 
 def test_steps_of_a_model(monkeypatch, tmp_path):
