@@ -74,7 +74,7 @@ def precision(name: str) -> Iterator[torch.dtype]:
     """Sets tf32 for a block; gives the storage dtype."""
     dtype, allowed = PRECISIONS[name]
     # Not `allow_tf32`: reading that one raises where the settings were made through the newer names.
-    owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = [owner.fp32_precision for owner in owners]
     for owner in owners:
         owner.fp32_precision = "tf32" if allowed else "ieee"
