@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "common.h"
+#include "depthwise.h"
 #include "gemm.h"
 #include "winograd.h"
 
@@ -42,6 +43,10 @@ at::Tensor conv2d_cpu(
     const auto result = winograd_conv2d(image, weight.to(at::kFloat), float_bias, padding, /*flipped=*/false);
     return dense(result, input.scalar_type(), channels_last);
   }
+  if (input.numel() > 0 && has_output && has_adjacent_channels(input) &&
+      depthwise_applies(input.scalar_type(), weight.sizes(), groups)) {
+    return depthwise_conv2d(input, weight, bias, stride, padding, dilation);
+  }
   const auto output = at::conv2d(
       narrow ? input.to(dtype) : input, narrow ? weight.to(dtype) : weight, wide_bias, stride, padding, dilation, groups);
   return narrow ? output.to(input.scalar_type()) : output;
@@ -77,6 +82,10 @@ at::Tensor conv2d_grad_input_cpu(
     const auto gradient = winograd_conv2d(
         dense(grad_output, *winograd_dtype(grad_output.scalar_type()), true), columns, std::nullopt, {2 - padding[0], 2 - padding[1]}, /*flipped=*/true);
     return dense(gradient, grad_output.scalar_type(), channels_last);
+  }
+  if (channels_last && grad_output.numel() > 0 && depthwise_applies(grad_output.scalar_type(), weight.sizes(), groups)) {
+    const auto gradient = has_adjacent_channels(grad_output) ? grad_output : dense(grad_output, grad_output.scalar_type(), true);
+    return depthwise_grad_input(gradient, weight, input_size, stride, padding, dilation, start, stop);
   }
   const auto columns = single ? weight.narrow(1, start, stop - start) : weight;
   const int64_t channels = single ? stop - start : input_size[1];
@@ -115,14 +124,18 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
   }
   const bool winograd = winograd_applies(
       grad_output.scalar_type(), input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups);
-  const auto dtype = winograd ? *winograd_dtype(grad_output.scalar_type()) : compute_dtype(grad_output.scalar_type());
+  const bool depthwise = has_adjacent_channels(input) && depthwise_applies(input.scalar_type(), weight_size, groups);
+  const auto dtype = winograd ? *winograd_dtype(grad_output.scalar_type())
+      : depthwise             ? grad_output.scalar_type()
+                              : compute_dtype(grad_output.scalar_type());
   // With few channels the panels would be mostly empty, and one tap reads too little to pay for packing.
   const bool own = !winograd && own_grad_weight && dtype == at::kFloat && groups == 1 && weight_size[0] >= 16 &&
       weight_size[1] >= 16 && weight_size[2] * weight_size[3] > 1;
-  const bool channels_last = winograd || own || is_channels_last(input) || is_channels_last(grad_output);
+  const bool channels_last = winograd || own || depthwise || is_channels_last(input) || is_channels_last(grad_output);
   const auto output_gradient = dense(grad_output, dtype, channels_last);
-  const auto dense_input = dense(input, dtype, channels_last);
+  const auto dense_input = depthwise ? input : dense(input, dtype, channels_last);
   const auto gradient = winograd ? winograd_grad_weight(output_gradient, dense_input, padding)
+      : depthwise ? depthwise_grad_weight(output_gradient, dense_input, weight_size, stride, padding, dilation)
       : own ? gemm_grad_weight(output_gradient, dense_input, weight_size, stride, padding, dilation)
       : std::get<1>(at::convolution_backward(
             output_gradient,

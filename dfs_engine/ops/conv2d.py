@@ -259,6 +259,13 @@ def _own_grad_weight_wins(data: Tensor, weight: Tensor, groups: int) -> bool:
     return applies and dense_memory_format(data) is torch.channels_last and calibration.settle().conv_grad_weight
 
 
+def _depthwise_applies(data: Tensor, weight_shape: torch.Size, groups: int) -> bool:
+    """Whether csrc/depthwise.cpp takes the convolution: one filter per channel, channels_last."""
+    out_channels, per_group, *_ = weight_shape
+    is_depthwise = per_group == 1 and out_channels == groups > 1
+    return is_depthwise and data.dtype == torch.float32 and dense_memory_format(data) is torch.channels_last
+
+
 def winograd_applies(
     weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int, dtype: torch.dtype
 ) -> bool:
@@ -310,9 +317,9 @@ def partitioned_conv2d(
         full: (N, in_channels, H, W), the data of all channels; never receives gradient. Then grad_input is narrow,
             (N, stop - start, H, W), and nothing is zero-filled.
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: on the CPU cpp where Winograd's algorithm
-            applies (3x3, stride 1, float32), where a calibration of this machine found its weight gradient faster than
-            ATen's, and in half precision; on CUDA triton where the tuned table of the GPU says that it wins on this
-            shape; else aten.
+            applies (3x3, stride 1, float32), for depthwise convolutions in channels_last, where a calibration of this
+            machine found its weight gradient faster than ATen's, and in half precision; on CUDA triton where the tuned
+            table of the GPU says that it wins on this shape; else aten.
 
     Returns:
         (N, out_channels, H', W'), dtype of input (of autocast, where that is on).
@@ -360,6 +367,7 @@ def partitioned_conv2d(
         if kernels == "cpp":
             # Half precision: ATen emulates it slowly where the CPU lacks it.
             own = weight.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, weight.dtype)
+            own = own or _depthwise_applies(data, weight.shape, groups)
             return own or _own_grad_weight_wins(data, weight, groups)
         num_live = stop - start
         return _triton_wins(data, weight.shape, geometry, num_live, data.size(1) if reference else num_live)

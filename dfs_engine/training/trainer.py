@@ -296,7 +296,7 @@ class Trainer:
         checkpoint.write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
         is_fused = self.raw_model.get_config()["variant"] == "dfs"
-        op = "partitioned_linear" if len(self.raw_model.input_shape) == 1 else "partitioned_conv2d"
+        op = "partitioned_conv2d" if self.raw_model.fork.dim == 1 else "partitioned_linear"
         environment = {
             **report.environment(accelerator.device, accelerator.num_processes),
             "backend": select(op, accelerator.device, dtype, config.model.backend) if is_fused else "stock",

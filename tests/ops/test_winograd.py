@@ -232,6 +232,12 @@ results = {"output": ops.conv2d(tensors["input"], tensors["weight"], tensors["bi
 grad_output, input, weight = tensors["grad_output"], tensors["input"], tensors["weight"]
 results["grad_input"] = ops.conv2d_grad_input(grad_output, weight, input.shape, *geometry, 1, 30, False)
 results["grad_weight"] = ops.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, False)[0]
+filters = weight[:, :1].repeat(2, 1, 1, 1)[:33]
+image, around = input.contiguous(memory_format=torch.channels_last), ((2, 2), (1, 1), (1, 1), 33)
+results["depthwise"] = ops.conv2d(image, filters, None, *around)
+found = results["depthwise"].flip(0).contiguous(memory_format=torch.channels_last)
+results["depthwise grad_input"] = ops.conv2d_grad_input(found, filters, image.shape, *around, 1, 30, True)
+results["depthwise grad_weight"] = ops.conv2d_grad_weight(found, image, filters.shape, *around, False)[0]
 for label, residual, pool, relu_first in (("pool", None, True, True), ("residual", input.flip(0), False, False)):
     produced = ops.conv_block(input, tensors["gamma"], tensors["beta"], residual, None, None, 1e-5, pool, relu_first)
     results |= {f"conv_block {index} {label}": value for index, value in enumerate(produced)}
@@ -299,4 +305,4 @@ def test_the_environment_switches_it_off(in_process):
     fast, direct = in_process(DFS_WINOGRAD="1")[1], in_process(DFS_WINOGRAD="0")[1]
     for name, value in fast.items():
         assert_close(name, direct[name], value)
-        assert torch.equal(direct[name], value) == name.startswith("conv_block"), name
+        assert torch.equal(direct[name], value) == name.startswith(("conv_block", "depthwise")), name
