@@ -4,6 +4,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
@@ -18,13 +19,14 @@ template <typename T>
 struct Tap {
   const T* row;
   const int64_t* source;
-  const float* weight;  // not read by reductions
+  const float* weight;  // what a convolution multiplies with
+  double* sum;          // where a weight gradient adds
 };
 
 template <typename T>
 struct Kernels {
   void (*gather_row)(const Tap<T>*, int64_t, const float*, int64_t, int64_t, T*);
-  void (*reduce_row)(const Tap<T>*, int64_t, const T*, int64_t, int64_t, int64_t, double* const*);
+  void (*reduce_row)(const Tap<T>*, int64_t, const T*, int64_t, int64_t, int64_t, float*);
 };
 
 namespace baseline {
@@ -117,7 +119,7 @@ struct Filter {
         x(kernel[1], output[1], input[1], stride[1], padding[1], dilation[1], adjoint) {}
 };
 
-// The taps that row `y` of an image's output needs; `indices` says which ones of the filter's they are.
+// The taps that row `y` of an image's output needs, with their weights or sums, both (taps, channels).
 template <typename T>
 void taps_of_row(
     const Filter& filter,
@@ -125,19 +127,19 @@ void taps_of_row(
     const Images<T>& images,
     int64_t index,
     int64_t y,
-    const float* weight,
     int64_t channels,
-    std::vector<Tap<T>>& taps,
-    std::vector<int64_t>& indices) {
+    const float* weights,
+    double* sums,
+    std::vector<Tap<T>>& taps) {
   taps.clear();
-  indices.clear();
   for (int64_t ky = 0; ky < filter.y.taps(); ++ky) {
     const int64_t source = filter.y.source(ky, y);
     if (source < 0) continue;
     for (int64_t kx = 0; kx < filter.x.taps(); ++kx) {
-      const int64_t tap = ky * filter.x.taps() + kx;
-      taps.push_back({images.row_of(index, source), offsets.sources(kx), weight == nullptr ? nullptr : weight + tap * channels});
-      indices.push_back(tap);
+      const int64_t offset = (ky * filter.x.taps() + kx) * channels;
+      taps.push_back(
+          {images.row_of(index, source), offsets.sources(kx), weights == nullptr ? nullptr : weights + offset,
+           sums == nullptr ? nullptr : sums + offset});
     }
   }
 }
@@ -155,9 +157,8 @@ void gather(const at::Tensor& input, const at::Tensor& weight, const float* bias
   const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width * channels));
   at::parallel_for(0, output.size(0) * height, grain, [&](int64_t begin, int64_t end) {
     std::vector<Tap<T>> taps;
-    std::vector<int64_t> indices;
     for (int64_t row = begin; row < end; ++row) {
-      taps_of_row(filter, offsets, images, row / height, row % height, weights, channels, taps, indices);
+      taps_of_row(filter, offsets, images, row / height, row % height, channels, weights, nullptr, taps);
       k.gather_row(taps.data(), taps.size(), bias, width, channels, to + row * width * channels);
     }
   });
@@ -177,16 +178,13 @@ at::Tensor reduce(const at::Tensor& grad_output, const at::Tensor& input, at::In
   double* to = sums.mutable_data_ptr<double>();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Tap<T>> taps;
-    std::vector<int64_t> indices;
-    std::vector<double*> sums_of_taps;
+    std::vector<float> row_sums(num_taps * channels);
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t row = block * per_block; row < std::min(rows, (block + 1) * per_block); ++row) {
-        taps_of_row(filter, offsets, images, row / height, row % height, nullptr, channels, taps, indices);
-        sums_of_taps.clear();
-        for (const int64_t tap : indices) sums_of_taps.push_back(to + (block * num_taps + tap) * channels);
+        const int64_t index = row / height, y = row % height;
+        taps_of_row<T>(filter, offsets, images, index, y, channels, nullptr, to + block * num_taps * channels, taps);
         k.reduce_row(
-            taps.data(), taps.size(), gradients.row_of(row / height, row % height), gradients.pixel, width, channels,
-            sums_of_taps.data());
+            taps.data(), taps.size(), gradients.row_of(index, y), gradients.pixel, width, channels, row_sums.data());
       }
     }
   });
