@@ -129,7 +129,7 @@ def _time(
             TrainRow(
                 dtype=name,
                 case=case,
-                shape=(batch_size, *builders[backend].shape),
+                shape=tuple(builders[backend].inputs.shape),
                 backend_used=AUTO if backend == AUTO else step.backend_used,
                 timings=timings[key],
                 peak_bytes=peak_memory(step.run, gpu_problems.DEVICE),

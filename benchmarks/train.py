@@ -1,6 +1,6 @@
 """`dfs bench train`: a training step of every variant, layout and compile setting, taking turns, on synthetic data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ from .train_step import UNSPLIT, StepBuilder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchTrainConfig:
-    """What `dfs bench train` times. Lists are comma-separated; data is synthetic (normal images, random labels).
+    """What `dfs bench train` times. Lists are comma-separated; data is synthetic: normal images or random tokens,
+    random labels.
+
+    Dropout is off, so that the variants can be compared.
 
     Attributes:
         model: a name of `list_models("*")`.
-        batch_size: images per step; several: one interleaving each.
+        options: the family's own options, for example {config: {num_hidden_layers: 6}} of a BERT.
+        batch_size: images (or texts of 128 tokens) per step; several: one interleaving each.
         variants: of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
-        layouts: of nchw, channels_last.
+        layouts: of nchw, channels_last; one is enough for a model of linear layers.
         compile: of off, on (torch.compile, whole graph).
         dtypes: of fp32, bf16, fp16 (autocast, float32 parameters), fp64. One interleaving each.
         beta: shares of channels that deeper exits train, in the same interleaving.
@@ -49,6 +53,7 @@ class BenchTrainConfig:
     """
 
     model: str = "vgg7_64"
+    options: dict[str, Any] = field(default_factory=dict)
     batch_size: str = "100"
     variants: str = "dense,detach,split,dfs"
     layouts: str = "nchw,channels_last"
@@ -147,7 +152,7 @@ def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar:
         TrainRow(
             dtype=dtype,
             case=case,
-            shape=(builder.batch_size, *builder.shape),
+            shape=tuple(builder.inputs.shape),
             backend_used=step.backend_used,
             timings=timings[str(case)],
             peak_bytes=peak_memory(step.run, config.device),

@@ -35,18 +35,18 @@ class Step:
         self,
         model: torch.nn.Module,
         method: Method,
-        images: Tensor,
+        inputs: Tensor,
         target: Tensor,
         *,
         compiled: bool,
         autocast: torch.dtype | None,
         backend_used: str,
     ) -> None:
-        self.images, self.target, self.method, self.backend_used = images, target, method, backend_used
+        self.inputs, self.target, self.method, self.backend_used = inputs, target, method, backend_used
         trained = torch.nn.ModuleDict({"model": model, "method": method})
         self.parameters = {name.removeprefix("model."): value for name, value in trained.named_parameters()}
         self.model: Any = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-        self.autocast = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
+        self.autocast = torch.autocast(inputs.device.type, autocast, enabled=autocast is not None)
         # The smallest learning rate that still is work: random labels must not drive the weights to infinity.
         self.optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True)
         self.phases: Phases = {
@@ -55,11 +55,12 @@ class Step:
 
     def forward(self) -> None:
         with self.autocast:
-            self.logits, self.features = self.method.run(self.model, self.images)
+            self.logits, self.features = self.method.run(self.model, self.inputs)
 
     def compute_loss(self) -> None:
         with self.autocast:
-            logits = [exit_logits.to(self.images.dtype) for exit_logits in self.logits]  # as trainers do, off bf16
+            held = next(iter(self.parameters.values())).dtype
+            logits = [exit_logits.to(held) for exit_logits in self.logits]  # as trainers do, off bf16
             self.loss = self.method(logits, self.target, self.features)
 
     def backward(self) -> None:
@@ -101,25 +102,34 @@ class StepBuilder:
         self.config, self.batch_size = config, batch_size
         torch.manual_seed(config.seed)
         model = self._model("dense", None)
-        channels, *size = model.input_shape
-        self.shape = (channels, *([config.image_size] * 2 if config.image_size else size))
         self.weights = model.state_dict()
         self.byot = BYOT(feature_widths(model)) if "byot" in config.variants else None
-        self.images = torch.randn(batch_size, *self.shape)
+        self.inputs: Tensor = model.example_input(batch_size)
+        if config.image_size:
+            if self.inputs.dim() != 4:
+                raise ValueError(
+                    f"image_size: expected None for {config.model}, which reads no images, got {config.image_size}."
+                )
+            self.inputs = torch.randn(*self.inputs.shape[:2], config.image_size, config.image_size)
         self.target = torch.randint(config.num_classes, (batch_size,))
 
     def _model(self, variant: str, beta: float | None) -> MultiExitModel:
         config = self.config
-        return create_model(
+        model = create_model(
             config.model,
             num_classes=config.num_classes,
             beta=0.5 if beta is None else beta,
             variant="dense" if variant == "byot" else variant,
             backend=config.backend,
+            **config.options,
         )
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # what is drawn anew each time cannot be compared
+        return model
 
     def build(self, case: Case, dtype: str, batch_size: int | None = None) -> Step:
-        """The step of `case`; its first `batch_size` images, default all."""
+        """The step of `case`; on the first `batch_size` inputs, default all."""
         torch_dtype, device = DTYPES[dtype], self.config.device
         # As in mixed-precision training, parameters stay float32.
         held = torch.float64 if dtype == "fp64" else torch.float32
@@ -127,11 +137,13 @@ class StepBuilder:
         model.load_state_dict(self.weights)
         model.to(device=device, dtype=held).to(memory_format=LAYOUTS[case.layout])
         method = copy.deepcopy(self.byot) if case.variant == "byot" else None
-        images = self.images[:batch_size].to(device, held).to(memory_format=LAYOUTS[case.layout])
+        inputs = self.inputs[:batch_size].to(device)
+        if inputs.is_floating_point():  # images, no tokens
+            inputs = inputs.to(held).to(memory_format=LAYOUTS[case.layout])
         return Step(
             model,
             (method or Joint()).to(device=device, dtype=held),
-            images,
+            inputs,
             self.target[:batch_size].to(device),
             compiled=case.compile == "on",
             autocast=None if torch_dtype == held else torch_dtype,
@@ -143,9 +155,9 @@ class StepBuilder:
         return "+".join(dict.fromkeys(backends.select(op, device, dtype, self.config.backend) for op in backends.OPS))
 
     def count_flops(self, case: Case) -> FlopCount:
-        """Of the whole batch, counted on two images: all of it is proportional to the batch."""
+        """Of the whole batch, counted on two samples: all of it is proportional to the batch."""
         model = self._model(case.variant, case.beta).to(self.config.device)
-        two = count_flops(model, self.images[:1].expand(2, *self.shape).to(self.config.device))
+        two = count_flops(model, self.inputs[:1].repeat(2, *[1] * (self.inputs.dim() - 1)).to(self.config.device))
         per_two = self.batch_size / 2
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
 
@@ -163,7 +175,7 @@ class StepBuilder:
     def check_kernels(self, dtype: str, steps: dict[Case, Step]) -> None:
         """As they will be timed, they are about as near to float64 as the stock formulation is in that dtype.
 
-        A rounding that flips a ReLU or a max pool changes a gradient at once, in stock PyTorch as here. On other images
+        A rounding that flips a ReLU or a max pool changes a gradient at once, in stock PyTorch as here. On other inputs
         it flips another or none, while a wrong kernel stays wrong: a case is refused if it fails on every draw.
         """
         for truth in dict.fromkeys(map(_truth, steps)):
@@ -173,7 +185,7 @@ class StepBuilder:
                 pending = {case: pending[case] for case in breaches}
                 if not pending:
                     break
-                self._redraw_images(steps.values())
+                self._redraw_inputs(steps.values())
             else:
                 raise RuntimeError(next(iter(breaches.values())))
 
@@ -190,10 +202,11 @@ class StepBuilder:
         judged = ((case, _breach(case, dtype, step.results(), expected, bound)) for case, step in steps.items())
         return {case: breach for case, breach in judged if breach}
 
-    def _redraw_images(self, steps: Iterable[Step]) -> None:
-        self.images = torch.randn_like(self.images)
+    def _redraw_inputs(self, steps: Iterable[Step]) -> None:
+        order = torch.randperm(self.inputs.numel())  # others of the same kind, images or tokens
+        self.inputs = self.inputs.flatten()[order].view_as(self.inputs)
         for step in steps:
-            step.images.copy_(self.images)
+            step.inputs.copy_(self.inputs)
 
 
 def _breach(
