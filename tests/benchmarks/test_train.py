@@ -167,8 +167,8 @@ def test_a_kink_on_some_images_is_no_defect_and_one_on_all_is(monkeypatch, tiny,
     seen = []
 
     def breaches(builder, dtype, truth, steps):
-        seen.append(builder.images.clone())
-        assert all(torch.equal(step.images.float(), builder.images) for step in steps.values())
+        seen.append(builder.inputs.clone())
+        assert all(torch.equal(step.inputs.float(), builder.inputs) for step in steps.values())
         return dict.fromkeys(steps, "too far") if len(seen) == 1 or not is_kink else {}
 
     monkeypatch.setattr(train_step.StepBuilder, "_breaches", breaches)
