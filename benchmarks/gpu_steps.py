@@ -47,8 +47,8 @@ def _is_quick(case: Case) -> bool:
 def _config(model: str, backend: str) -> Any:
     """What `StepBuilder` and `TrainReport` read of a configuration."""
     return SimpleNamespace(
-        model=model, options={}, backend=backend, variants="", num_classes=1000 if model == "vgg16_64" else 10, image_size=None,
-        device=gpu_problems.DEVICE, seed=0,
+        model=model, options={}, backend=backend, variants="", num_classes=1000 if model == "vgg16_64" else 10,
+        image_size=None, device=gpu_problems.DEVICE, seed=0,
     )  # fmt: skip
 
 
