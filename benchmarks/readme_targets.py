@@ -16,10 +16,10 @@ COMMANDS = {
         "dfs bench train --variants dense,byot,dfs --batch-size 25,50,100,200,400 --dtypes fp32 --compile off "
         "--layouts channels_last"
     ),
-    "ops_fp32.csv": "dfs bench ops --max_seconds 60",
+    "ops_fp32.csv": "dfs bench ops --max_seconds 8",
     "ops_beta.csv": (
-        "dfs bench ops --ops conv2d,linear --shapes 'vgg7/*,msdnet/*,vit_tiny/*,bert/*' --backends aten,cpp "
-        "--layouts channels_last --beta .1,.3,.5,.7,.9"
+        "dfs bench ops --ops conv2d,linear --shapes 'vgg7/*,msdnet/*,vit_tiny/*,bert/*' --backends dense,aten,cpp "
+        "--layouts channels_last --beta .1,.3,.5,.7,.9 --max_seconds 10"
     ),
 }
 
