@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from dfs_engine import backend as backends
 from dfs_engine import calibration
@@ -22,6 +22,28 @@ class FlopCount:
     @property
     def total(self) -> int:
         return self.forward + self.backward
+
+
+def _conv_backward_flops(
+    grad_output_shape: Any,
+    input_shape: Any,
+    weight_shape: Any,
+    bias_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Any,
+    out_shape: Any = None,
+) -> int:
+    """Either gradient costs what the forward does; torch takes a grouped weight gradient for a dense one."""
+    forward = conv_flop_count(input_shape, weight_shape, grad_output_shape, transposed)
+    return forward * sum(output_mask[:2])
+
+
+_FORMULAS = {torch.ops.aten.convolution_backward: _conv_backward_flops}
 
 
 def count_flops(model: nn.Module, input: Any) -> FlopCount:
@@ -43,6 +65,6 @@ def count_flops(model: nn.Module, input: Any) -> FlopCount:
             logits = model(input)
         total = logits.sum() if isinstance(logits, Tensor) else torch.stack([exit.sum() for exit in logits]).sum()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with FlopCounterMode(display=False) as backward:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as backward:
             torch.autograd.grad(total, parameters, allow_unused=True)
     return FlopCount(forward.get_total_flops(), backward.get_total_flops())

@@ -67,3 +67,16 @@ def test_attention_counts_as_its_products_on_every_device(device):
     linear, products = 2 * batch * tokens * 8 * 24, 2 * (2 * batch * 2 * tokens * tokens * 4)
     assert count.forward == linear + products
     assert count.backward == linear + 2 * products  # nobody asks for the input's gradient
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_a_grouped_convolution_is_not_a_dense_one(groups, transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    first = nn.Conv2d(3, 6, 1, bias=False)
+    layer = kind(6, 12, 3, groups=groups, bias=False)
+    count = count_flops(nn.Sequential(first, layer), torch.randn(2, 3, 8, 7))
+    pixels = 8 * 7 if transposed else 6 * 5  # a transposed one multiplies at each pixel that it reads
+    once, first_once = 2 * 2 * pixels * (6 // groups) * 12 * 9, 2 * 2 * 8 * 7 * 3 * 6
+    assert count.forward == once + first_once
+    assert count.backward == 2 * once + first_once  # the image needs no gradient
