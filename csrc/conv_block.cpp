@@ -135,7 +135,7 @@ int64_t num_tasks(const Shape& s) { return s.images * ceil_div(s.out_height(), r
 template <typename T>
 void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<double>& mean, std::vector<double>& variance) {
   const int64_t pixels = s.images * s.pixels(), channels = s.channels;
-  const int64_t per_block = std::max<int64_t>(16, 8192 / channels), blocks = ceil_div(pixels, per_block);
+  const int64_t per_block = std::max<int64_t>(64, 8192 / channels), blocks = ceil_div(pixels, per_block);
   std::vector<double> means(blocks * channels), deviations(blocks * channels);
   at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -148,13 +148,13 @@ void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<dou
   variance.assign(channels, 0);
   double seen = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const double count = std::min(per_block, pixels - block * per_block), total = seen + count;
+    const double count = std::min(per_block, pixels - block * per_block), share = count / (seen + count);
     for (int64_t c = 0; c < channels; ++c) {
       const double delta = means[block * channels + c] - mean[c];
-      mean[c] += delta * count / total;
-      variance[c] += deviations[block * channels + c] + delta * delta * seen * count / total;
+      mean[c] += delta * share;
+      variance[c] += deviations[block * channels + c] + delta * delta * (seen * share);
     }
-    seen = total;
+    seen += count;
   }
   for (auto& value : variance) value /= seen;
 }
