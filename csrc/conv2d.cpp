@@ -34,7 +34,10 @@ at::Tensor conv2d_cpu(
   const auto wide_bias = bias.has_value() && narrow ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
   // An image smaller than the kernel is an error, which is for ATen to word.
-  const bool has_output = input.size(2) + 2 * padding[0] >= weight.size(2) && input.size(3) + 2 * padding[1] >= weight.size(3);
+  const auto fits = [&](int axis) {
+    return input.size(2 + axis) + 2 * padding[axis] > dilation[axis] * (weight.size(2 + axis) - 1);
+  };
+  const bool has_output = fits(0) && fits(1);
   if (input.numel() > 0 && has_output &&
       winograd_applies(
           input.scalar_type(), input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups)) {

@@ -119,3 +119,9 @@ def test_it_is_used_for_one_filter_per_channel_alone(multiplier, evaluate):
         evaluate(partitioned_conv2d, tensors, groups=33, padding=1, start=0, stop=16, backend=None)
     stock = {event.name for event in seen.events()} & {"aten::conv2d", "aten::convolution_backward"}
     assert stock == (set() if multiplier == 1 else {"aten::conv2d", "aten::convolution_backward"})
+
+
+@pytest.mark.parametrize("options", [{}, {"dilation": 3, "padding": 1}, {"dilation": (1, 4), "stride": 2}], ids=str)
+def test_a_filter_larger_than_the_image_is_refused_as_stock_does(options):
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        output_of(make(size=(4, 4) if options else (2, 2)), **options)
