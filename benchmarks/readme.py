@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .readme_data import Case, cases, conditions, latest, link
+from .readme_data import Case, best_of, cases, conditions, latest, link
 from .readme_targets import losses_section, ops_section, targets_section
 
 RESULTS = Path("benchmarks/results")
@@ -17,22 +17,24 @@ README = Path("README.md")
 
 def train_table(found: list[Case]) -> Iterator[str]:
     """Every case, its ratios to the best `dense` and the best stock one, and the ceiling that FLOPs allow."""
-    stock = [case for case in found if case.variant not in ("dfs", "byot")]
-    dense = min((case for case in stock if case.variant == "dense"), key=lambda case: case.value("step"))
-    best = min(stock, key=lambda case: case.value("step"))
+    dense, best = best_of(found, ("dense",)), best_of(found)
+    if dense is None or best is None:
+        raise ValueError("README: expected dense on stock memory among the training steps of a table.")
     yield (
         "| variant | layout | mode | forward ms | backward ms | step ms, median (min) "
-        "| vs best `dense` (FLOP ceiling) | vs best stock | peak MB | n |"
+        "| vs best `dense` (FLOP ceiling) | vs best stock | the same on one allocator | peak MB | n |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for case in found:
         name = f"**dfs** ({case.backend})" if case.variant == "dfs" else case.variant
+        same = best_of(found, allocator=case.allocator) or best
         milliseconds = [f"{case.value(phase) * 1e3:.0f}" for phase in ("forward", "backward", "step")]
         cells = [
             *(name, case.layout, case.mode, *milliseconds[:2]),
             f"{milliseconds[2]} ({case.value('step', 'min') * 1e3:.0f})",
             f"{dense.value('step') / case.value('step'):.2f} ({dense.flops / case.flops:.2f})",
             f"{best.value('step') / case.value('step'):.2f}",
+            f"{same.value('step') / case.value('step'):.2f}",
             *(f"{case.value('peak_memory') / 1e6:.0f}", case.metrics["step"]["n"]),
         ]
         yield f"| {' | '.join(cells)} |"
@@ -88,7 +90,6 @@ def headline_section(path: Path) -> Iterator[str]:
     rows = latest(path)
     found = cases(rows, "fp32")
     ours = next(case for case in found if case.variant == "dfs")
-    stock = [case for case in found if case.variant not in ("dfs", "byot")]
     yield "| one training step | best form | ms, median | dfs_engine is faster by |"
     yield "|---|---|---|---|"
     yield f"| **dfs_engine** | {ours.layout}, {ours.mode} | **{ours.value('step') * 1e3:.0f}** | |"
@@ -98,9 +99,7 @@ def headline_section(path: Path) -> Iterator[str]:
         "split": "two calls a layer (`split`)",
     }
     for variant, name in names.items():
-        best = min(
-            (case for case in stock if case.variant == variant), key=lambda case: case.value("step"), default=None
-        )
+        best = best_of(found, (variant,))
         if best:
             ratio = best.value("step") / ours.value("step")
             yield f"| {name} | {best.layout}, {best.mode} | {best.value('step') * 1e3:.0f} | {ratio:.2f} x |"

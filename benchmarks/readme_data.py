@@ -4,6 +4,8 @@ import csv
 from pathlib import Path
 
 Row = dict[str, str]
+# Multi-exit training in stock PyTorch: without surgery, and two formulations of it.
+STOCK = ("dense", "detach", "split")
 
 
 def latest(path: Path) -> list[Row]:
@@ -45,6 +47,10 @@ class Case:
         return float(self.metrics[metric][statistic])
 
     @property
+    def allocator(self) -> str:
+        return "caching" if self.mode.endswith(", caching") else "stock"
+
+    @property
     def flops(self) -> float:
         return self.value("flops_forward") + self.value("flops_backward")
 
@@ -59,3 +65,8 @@ def cases(rows: list[Row], dtype: str) -> list[Case]:
             )
     found = [Case(group) for group in groups.values()]
     return sorted((case for case in found if "step" in case.metrics), key=lambda case: case.value("step"))
+
+
+def best_of(found: list[Case], variants: tuple[str, ...] = STOCK, allocator: str = "stock") -> Case | None:
+    """The fastest form of `variants` on the memory of `allocator`; `found` is sorted."""
+    return next((case for case in found if case.variant in variants and case.allocator == allocator), None)

@@ -1,11 +1,11 @@
 """README's table of targets and of losses, from the files that the commands in `COMMANDS` write."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .readme_data import Case, Row, cases, latest, link
+from .readme_data import Row, best_of, cases, latest, link
 
 # What regenerates each file; on a quiet machine, one after another.
 COMMANDS = {
@@ -99,20 +99,23 @@ class Line(NamedTuple):
 
 
 def _step(results: Path, file: str, what: str, against: str, rivals: tuple[str, ...], least: float, aim: float,
-          is_rival: Callable[[Case], bool] = lambda case: True, dtype: str = "fp32") -> Iterator[Line]:  # fmt: skip
+          dtype: str = "fp32") -> Iterator[Line]:  # fmt: skip
     path = results / file
     if not path.exists():
         return
     found = cases(latest(path), dtype)
     largest = [case for case in found if case.batch == 100] or found
     own = next((case for case in largest if case.variant == "dfs"), None)
-    others = [case for case in largest if case.variant in rivals and is_rival(case)]
-    if own is None or not others:
+    best = best_of(largest, rivals)
+    if own is None or best is None:
         return
-    median = others[0].value("step") / own.value("step")
+    others = [case for case in largest if case.variant in rivals and case.allocator == "stock"]
+    median = best.value("step") / own.value("step")
     fastest = min(case.value("step", "min") for case in others) / own.value("step", "min")
-    ceiling = others[0].flops / own.flops
-    text = f"{median:.2f} ({fastest:.2f}); FLOPs alone {ceiling:.2f}"
+    text = f"{median:.2f} ({fastest:.2f}); FLOPs alone {best.flops / own.flops:.2f}"
+    same = best_of(largest, rivals, own.allocator)
+    if same and same is not best:
+        text += f"; both on the caching allocator {same.value('step') / own.value('step'):.2f}"
     yield Line(what, against, f"{least:g}", f"{aim:g}", text, median >= least, file)
 
 
@@ -164,7 +167,7 @@ def _memory_line(results: Path) -> Iterator[Line]:
         return
     found = cases(latest(path), "fp32")
     own = next((case for case in found if case.variant == "dfs"), None)
-    dense = [case.value("peak_memory") for case in found if case.variant == "dense" and case.mode == "eager"]
+    dense = [case.value("peak_memory") for case in found if case.variant == "dense" and case.mode.startswith("eager")]
     if own and dense:
         ratio = own.value("peak_memory") / min(dense)
         yield Line("peak memory of the step", "`dense` eager", "0.8", "0.6", f"{ratio:.2f}", ratio <= 0.8, path.name)
@@ -174,7 +177,8 @@ def _batch_line(results: Path) -> Iterator[Line]:
     path = results / "train_batch.csv"
     if not path.exists():
         return
-    found = {case.batch: case for case in cases(latest(path), "fp32") if case.variant == "dfs"}
+    # Of each batch size the fastest form, which comes first.
+    found = {case.batch: case for case in reversed(cases(latest(path), "fp32")) if case.variant == "dfs"}
     per_image = {batch: case.value("step") / batch for batch, case in sorted(found.items())}
     middle = statistics.median(per_image.values())
     worst = max(abs(value / middle - 1) for value in per_image.values())

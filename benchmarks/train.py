@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 
 from dfs_engine import backend as backends
+from dfs_engine import memory
 from dfs_engine.compare import DTYPES
 from dfs_engine.machine import check_device
 from dfs_engine.models import VARIANTS, check_model
@@ -36,6 +37,8 @@ class BenchTrainConfig:
         variants: of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
         layouts: of nchw, channels_last; one is enough for a model of linear layers.
         compile: of off, on (torch.compile, whole graph).
+        allocators: of stock, caching (dfs_engine.memory, with which `dfs train` runs); "auto": both where it is there,
+            on the CPU with the C++ extension.
         dtypes: of fp32, bf16, fp16 (autocast, float32 parameters), fp64. One interleaving each.
         beta: shares of channels that deeper exits train, in the same interleaving.
         backend: of the dfs variant; "auto" picks.
@@ -58,6 +61,7 @@ class BenchTrainConfig:
     variants: str = "dense,detach,split,dfs"
     layouts: str = "nchw,channels_last"
     compile: str = "off,on"
+    allocators: str = "auto"
     dtypes: str = "fp32,bf16"
     beta: str = "0.5"
     backend: str = "auto"
@@ -79,6 +83,11 @@ class BenchTrainConfig:
         split_choices("variants", self.variants, (*VARIANTS, "byot"))
         split_choices("layouts", self.layouts, LAYOUTS)
         split_choices("compile", self.compile, ("off", "on"))
+        if "caching" in self._allocators and not self._has_caching:
+            raise ValueError(
+                f"allocators: expected stock with device {self.device}, got {self.allocators}: the caching allocator "
+                "is one of CPU memory and part of the C++ extension."
+            )
         split_choices("dtypes", self.dtypes, DTYPES)
         split_betas("beta", self.beta)
         check_choice("backend", self.backend, ("auto", *backends.BACKENDS))
@@ -86,14 +95,25 @@ class BenchTrainConfig:
         check_least(self, dict.fromkeys(("rounds", "warmup", "num_threads", "image_size"), 1))
 
     @property
+    def _has_caching(self) -> bool:
+        return self.device == "cpu" and memory.is_available()
+
+    @property
+    def _allocators(self) -> list[str]:
+        if self.allocators == "auto":
+            return ["stock", "caching"] if self._has_caching else ["stock"]
+        return split_choices("allocators", self.allocators, ("stock", "caching"))
+
+    @property
     def cases(self) -> list[Case]:
         """One interleaving: what is timed for each batch size and dtype."""
         return [
-            Case(variant, layout, compiled, beta)
+            Case(variant, layout, compiled, beta, allocator)
             for variant in split_choices("variants", self.variants, (*VARIANTS, "byot"))
             for beta in ([None] if variant in UNSPLIT else split_betas("beta", self.beta))
             for layout in split_choices("layouts", self.layouts, LAYOUTS)
             for compiled in split_choices("compile", self.compile, ("off", "on"))
+            for allocator in self._allocators
         ]
 
 
@@ -128,8 +148,14 @@ def _run(config: BenchTrainConfig) -> TrainReport:
                 append_csv(Path(config.output), report.stamp, report.csv_rows(rows))
             # Compiled graphs of this interleaving are not needed again, and guards are checked one after another.
             torch.compiler.reset()
+            if "caching" in config._allocators:
+                memory.empty_cache()
     report.finish()
     return report
+
+
+def _on_stock(case: Case) -> Case:
+    return case._replace(allocator="stock")
 
 
 def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar: Any) -> list[TrainRow]:
@@ -137,7 +163,9 @@ def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar:
     name = f"{dtype}, batch {builder.batch_size}"
     bar.set_description(f"{name}: building, compiling, comparing")
     builder.check_formulation(config.cases)
-    steps = {case: builder.build(case, dtype) for case in config.cases}
+    # One model serves all allocators: it would only be compiled again.
+    models = {case: builder.build(case, dtype) for case in dict.fromkeys(map(_on_stock, config.cases))}
+    steps = {case: models[_on_stock(case)].on(case.allocator) for case in config.cases}
     builder.check_kernels(dtype, steps)
     bar.set_description(f"{name}: timing {len(steps)} cases")
     timings = measure_phases(

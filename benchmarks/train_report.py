@@ -12,12 +12,21 @@ from .measure import TOTAL, Environment, Stats
 if TYPE_CHECKING:
     from .train import BenchTrainConfig
 
-# What a ratio is against: the fastest case of these variants, whatever its layout and compile setting.
+
+class Baseline(NamedTuple):
+    """What a ratio is against: the fastest case of these variants, whatever its layout and compile setting."""
+
+    variants: tuple[str, ...]
+    same_allocator: bool = False
+    """False: on torch's own memory, as stock forms are run. True: the row's allocator serves them too."""
+
+
 BASELINES = {
-    "dense": ("dense",),
-    "detach, split": ("detach", "split"),
-    "best stock": ("dense", "detach", "split"),
-    "byot": ("byot",),
+    "dense": Baseline(("dense",)),
+    "detach, split": Baseline(("detach", "split")),
+    "best stock": Baseline(("dense", "detach", "split")),
+    "best stock, same allocator": Baseline(("dense", "detach", "split"), same_allocator=True),
+    "byot": Baseline(("byot",)),
 }
 _PHASES = ("forward", "loss", "backward", "update", TOTAL)
 
@@ -29,10 +38,12 @@ class Case(NamedTuple):
     layout: str
     compile: str
     beta: float | None = None
+    allocator: str = "stock"
 
     @property
     def mode(self) -> str:
-        return "compile" if self.compile == "on" else "eager"
+        mode = "compile" if self.compile == "on" else "eager"
+        return mode if self.allocator == "stock" else f"{mode}, {self.allocator}"
 
     def __str__(self) -> str:
         beta = "" if self.beta is None else f"/beta={self.beta:g}"
@@ -89,8 +100,13 @@ class TrainReport:
     def ratios(self, row: TrainRow) -> list[Ratio | None]:
         """Against each of `BASELINES`; None where this run has no case of it."""
         result: list[Ratio | None] = []
-        for variants in BASELINES.values():
-            rivals = [rival for rival in self.rows if row.is_comparable(rival) and rival.case.variant in variants]
+        for variants, same_allocator in BASELINES.values():
+            allocator = row.case.allocator if same_allocator else "stock"
+            rivals = [
+                rival
+                for rival in self.rows
+                if row.is_comparable(rival) and rival.case.variant in variants and rival.case.allocator == allocator
+            ]
             if not rivals:
                 result.append(None)
                 continue

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfs_engine import backend as backends
+from dfs_engine import memory
 from dfs_engine.compare import DTYPES, TOLERANCES, Tolerance, compare, gradient_scale
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.methods import BYOT, Joint, Method, feature_widths
@@ -49,11 +50,24 @@ class Step:
         self.autocast = torch.autocast(inputs.device.type, autocast, enabled=autocast is not None)
         # The smallest learning rate that still is work: random labels must not drive the weights to infinity.
         self.optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True)
-        self.phases: Phases = {
+        self.caching = False
+
+    def on(self, allocator: str) -> "Step":
+        """The same step, model and all, on the memory of `allocator`."""
+        step = copy.copy(self)
+        step.caching = allocator == "caching"
+        return step
+
+    @property
+    def phases(self) -> Phases:
+        """In order; the allocator is switched on with the first and off with the last."""
+        return {
             "forward": self.forward, "loss": self.compute_loss, "backward": self.backward, "update": self.update,
         }  # fmt: skip
 
     def forward(self) -> None:
+        if self.caching:
+            memory.caching_allocator_enable()
         with self.autocast:
             self.logits, self.features = self.method.run(self.model, self.inputs)
 
@@ -93,6 +107,8 @@ class Step:
     def _drop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         del self.logits, self.features, self.loss
+        if self.caching:
+            memory.caching_allocator_enable(False)
 
 
 class StepBuilder:
@@ -164,7 +180,7 @@ class StepBuilder:
     def check_formulation(self, cases: Iterable[Case]) -> None:
         """In float64, where rounding hides nothing, every variant computes what its plain formulation computes."""
         batch_size = min(self.batch_size, _GATE_BATCH)
-        cases = dict.fromkeys(case._replace(compile="off") for case in cases)
+        cases = dict.fromkeys(case._replace(compile="off", allocator="stock") for case in cases)
         expected = {truth: self.build(truth, "fp64", batch_size).results() for truth in map(_truth, cases)}
         for case in cases:
             results = self.build(case, "fp64", batch_size).results()

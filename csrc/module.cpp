@@ -9,6 +9,7 @@
 #include <string>
 
 #include "gemm.h"
+#include "memory.h"
 #include "winograd.h"
 
 namespace {
@@ -63,5 +64,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_half_winograd", &dfs_engine::set_half_winograd,
       "Switches Winograd on bfloat16 images, where the CPU has bfloat16 instructions, on or off; returns what it was.");
+  m.def(
+      "caching_allocator_enable", &dfs_engine::caching_allocator_enable,
+      "Switches the caching allocator of CPU tensors; returns what it was.");
+  m.def("empty_cache", &dfs_engine::empty_cache, "Frees what the caching allocator holds for later.");
+  m.def("memory_allocated", &dfs_engine::memory_allocated, "Bytes of live tensors that the caching allocator serves.");
+  m.def("memory_reserved", &dfs_engine::memory_reserved, "Bytes of those and of cached blocks.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");
 }

@@ -193,7 +193,8 @@ at::Tensor winograd_conv2d(
   int64_t block = std::max<int64_t>(2, (1 << 17) / floats_per_tile / k.rows) * k.rows;
   block = std::min(block, ceil_div(ceil_div(tiling.count(), at::get_num_threads()), k.rows) * k.rows);
   at::parallel_for(0, ceil_div(tiling.count(), block), 1, [&](int64_t begin, int64_t end) {
-    auto data = at::zeros({36 * in_panels * block * k.vector}, weights.options());
+    // Of a last block that is not full the rest holds anything: products of tiles are apart, and those are never read.
+    auto data = at::empty({36 * in_panels * block * k.vector}, weights.options());
     auto products = at::empty({36 * out_panels * block * k.vector}, weights.options());
     float* values = data.mutable_data_ptr<float>();
     float* sums = products.mutable_data_ptr<float>();
@@ -231,8 +232,10 @@ at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor&
   const int64_t floats_per_tile = 36 * k.vector * (in_panels + out_panels);
   const int64_t chunk = std::clamp<int64_t>((1 << 20) / floats_per_tile, 32, 1024);
   const auto options = input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-  // Zeros, because the last pair may have a panel without channels, which has to be finite.
-  auto data = at::zeros({36 * in_panels * chunk * k.vector}, options);
+  auto data = at::empty({36, in_panels, chunk * k.vector}, options);
+  // The last pair may have a panel without channels: nobody reads its sums, but denormals in it would cost time.
+  const int64_t filled = ceil_div(in_channels, k.vector);
+  data.narrow(1, filled, in_panels - filled).zero_();
   auto grads = at::empty({36 * out_panels * chunk * k.vector}, options);
   auto sums = at::empty({36 * pairs * rows * k.pair()}, options);
   float* values = data.mutable_data_ptr<float>();

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import dfs_engine._checkout  # noqa: F401
+from dfs_engine import memory
 from dfs_engine.models import (
     MultiExitModel,
     attach_exits,
@@ -27,6 +28,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_official_state_dict",
+    "memory",
     "partition",
     "to_official_state_dict",
 ]

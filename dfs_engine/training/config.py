@@ -138,6 +138,8 @@ class TrainConfig:
     """fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     channels_last: bool = True
     """Keep images and convolution weights in channels-last memory order, the faster one for convolutions."""
+    caching_allocator: bool = True
+    """On the CPU, keep freed memory for the next step instead of asking the system again (needs the C++ extension)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     device: str = "auto"

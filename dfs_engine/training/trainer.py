@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dfs_engine import memory
 from dfs_engine.backend import select
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.metrics import TITLES
@@ -155,7 +156,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._describe_run()
         metrics: dict[str, Any] | None = None
-        with self._tensorboard() as self._writer:
+        caches = config.caching_allocator and self.accelerator.device.type == "cpu" and memory.is_available()
+        with self._tensorboard() as self._writer, memory.caching_allocator(caches):
             while progress.epoch < config.epochs:
                 self._train_epoch()
                 metrics = self._finish_epoch()

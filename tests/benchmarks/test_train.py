@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from dfs_engine import memory
 from dfs_engine.benchmarks import train, train_step
 from dfs_engine.benchmarks.train import BenchTrainConfig
-from dfs_engine.benchmarks.train_report import Case
+from dfs_engine.benchmarks.train_report import BASELINES, Case
 from dfs_engine.ops import conv2d
 
 
@@ -21,7 +22,7 @@ def tiny(monkeypatch):
         return train.run(
             BenchTrainConfig(
                 **{"batch_size": "4", "image_size": 16, "rounds": 2, "warmup": 1, "compile": "off", "progress": False}
-                | {"dtypes": "fp32"}
+                | {"dtypes": "fp32", "allocators": "stock"}
                 | options
             )
         )
@@ -33,7 +34,7 @@ def test_every_case_is_timed_equally_often_and_stays_in_the_table(tiny, tmp_path
     report = tiny(dtypes="fp32,bf16", output=str(tmp_path / "train.csv"))
     cases = {(row.dtype, *row.case) for row in report.rows}
     assert cases == {
-        (dtype, variant, layout, "off", None if variant == "dense" else 0.5)
+        (dtype, variant, layout, "off", None if variant == "dense" else 0.5, "stock")
         for dtype in ("fp32", "bf16")
         for variant in ("dense", "detach", "split", "dfs")
         for layout in ("nchw", "channels_last")
@@ -62,9 +63,24 @@ def test_ceilings_follow_from_the_flops(tiny):
 
 def test_ratios_without_a_baseline_are_absent(tiny):
     report = tiny(variants="dfs", layouts="nchw", backend="aten")
-    assert report.ratios(report.rows[0]) == [None] * 4
-    assert "| - | - | - | - |" in report.table()
+    assert report.ratios(report.rows[0]) == [None] * 5
+    assert "| - | - | - | - | - |" in report.table()
     assert report.rows[0].backend_used == "aten"
+
+
+@pytest.mark.skipif(not memory.is_available(), reason="needs the C++ extension")
+def test_stock_forms_are_those_on_torchs_own_memory(tiny):
+    report = tiny(variants="dense,dfs", layouts="nchw", allocators="auto")
+    steps = {(row.case.variant, row.case.allocator): row for row in report.rows}
+    assert [row.case.mode for row in report.rows] == ["eager", "eager, caching"] * 2
+    ours = steps["dfs", "caching"]
+    by_name = dict(zip(BASELINES, report.ratios(ours), strict=True))
+    for name, allocator in (("best stock", "stock"), ("best stock, same allocator", "caching")):
+        rival = steps["dense", allocator]
+        assert by_name[name].baseline == str(rival.case)
+        assert by_name[name].median == rival.timings["step"].median / ours.timings["step"].median
+    assert not memory.caching_allocator_enable(False)
+    assert memory.memory_reserved() == memory.memory_allocated(), "what it cached is given back"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -98,7 +114,7 @@ def test_sweeps_compare_like_with_like(tiny):
     ratios = report.ratios(last)
     assert ratios[0].median == dense.timings["step"].median / last.timings["step"].median
     assert ratios[1] is None
-    assert ratios[3].median == byot.timings["step"].median / last.timings["step"].median
+    assert ratios[list(BASELINES).index("byot")].median == byot.timings["step"].median / last.timings["step"].median
     cases = {row["case"] for row in report.csv_rows(report.rows)}
     assert cases == {"channels_last", "beta=0.3/channels_last", "beta=0.7/channels_last"}
 
@@ -124,6 +140,13 @@ def test_the_number_of_threads_is_restored(tiny):
     assert torch.get_num_threads() == before
 
 
+def test_the_caching_allocator_is_refused_where_it_is_not(monkeypatch):
+    monkeypatch.setattr(memory, "is_available", lambda: False)
+    assert {case.allocator for case in BenchTrainConfig().cases} == {"stock"}
+    with pytest.raises(ValueError, match="allocators: expected stock with device cpu, got caching"):
+        BenchTrainConfig(allocators="caching")
+
+
 def test_a_step_moves_the_weights_and_results_do_not():
     config = BenchTrainConfig(image_size=16)
     step = train_step.StepBuilder(config, 2).build(Case("dfs", "nchw", "off", 0.5), "fp32")
@@ -142,6 +165,7 @@ def test_a_step_moves_the_weights_and_results_do_not():
         ("variants", "dense,dsf", "Did you mean 'dfs'"),
         ("layouts", "nhwc", "expected one of nchw, channels_last"),
         ("compile", "yes", "expected one of off, on"),
+        ("allocators", "jemalloc", "expected one of stock, caching"),
         ("dtypes", "float", "expected one of fp64, fp32, bf16, fp16"),
         ("backend", "cp", "Did you mean 'cpp'"),
         ("beta", "0.5,1.5", "beta: expected comma-separated numbers in"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from dfs_engine import memory
 from dfs_engine.backend import BACKENDS
 from dfs_engine.data import DataConfig
 from dfs_engine.training import checkpoint
@@ -89,6 +90,21 @@ def test_first_step_is_sgd_on_the_sum_of_cross_entropies(make_config, make_model
         torch.testing.assert_close(
             trainer.raw_model.get_parameter(name), updated, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+@pytest.mark.skipif(not memory.is_available(), reason="needs the C++ extension")
+@pytest.mark.parametrize("wanted", [True, False])
+def test_memory_is_cached_while_training_and_as_asked(make_config, make_model, monkeypatch, wanted):
+    seen, step = set(), Trainer.train_step
+
+    def observed(self, *batch):
+        seen.add(memory.caching_allocator_enable(wanted))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", observed)
+    Trainer(make_config(caching_allocator=wanted, epochs=1), model=make_model()).fit()
+    assert seen == {wanted}
+    assert not memory.caching_allocator_enable(False), "switched back after training"
 
 
 def test_weight_decay_can_spare_norms_and_biases(make_config, make_model):
