@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def build_model(config: ModelConfig, num_classes: int) -> MultiExitModel:
-    """The model that `config` names."""
-    return create_model(num_classes=num_classes, **_model_arguments(config))
+def build_model(config: ModelConfig, num_classes: int, device: str | None = None) -> MultiExitModel:
+    """The model that `config` names; on device "meta" without values, and pretrained ones are not read."""
+    return create_model(num_classes=num_classes, device=device, **_model_arguments(config))
 
 
 def input_shape(config: ModelConfig) -> tuple[int, ...]:

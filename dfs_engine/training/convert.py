@@ -141,8 +141,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
 
 def _num_classes(tensors: dict[str, Tensor], config: ModelConfig) -> int:
     """Rows of the last classifier's weight."""
-    with torch.device("meta"):
-        shapes = to_official_state_dict(build_model(config, 1))
+    shapes = to_official_state_dict(build_model(config, 1, device="meta"))
     last = [key for key, value in shapes.items() if key.endswith("weight") and value.dim() == 2][-1]
     if last not in tensors:
         raise ValueError(

@@ -247,7 +247,11 @@ def test_timm_models_of_another_class_are_refused(name):
 def test_every_listed_vit_builds(name):
     """Whatever else timm puts into a model, stem, blocks and tail together hold all of it."""
     with torch.device("meta"):
-        model, plain = create_model(name, num_classes=5, start_block=0), timm.create_model(name, num_classes=5)
+        try:
+            plain = timm.create_model(name, num_classes=5)
+        except RuntimeError as error:  # timm 1.0.20 and before read values while they build
+            pytest.skip(f"timm {timm.__version__} itself cannot: {error}")
+        model = create_model(name, num_classes=5, start_block=0)
     own_tails = sum(p.numel() for index in range(model.num_exits - 1) for p in model.exit_parameters(index))
     assert count_parameters(model) == count_parameters(plain) + own_tails
     assert type(plain) is timm.models.VisionTransformer
