@@ -96,6 +96,15 @@ def dense_memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last and not tensor.is_contiguous() else torch.contiguous_format
 
 
+def expect_absent_gradients(ctx) -> None:
+    """In a Function's forward: its backward gets None, not zeros of full size, for outputs that nothing differentiates.
+
+    torch.compile leaves such zeros out by itself, and cannot trace the call.
+    """
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
 class _Partition(torch.autograd.Function):
     """Hands out views; the backward joins the two gradients in one write, without zero-filling."""
 
@@ -107,15 +116,25 @@ class _Partition(torch.autograd.Function):
         # Aliases, because a Function may not return its input and a view of it side by side.
         full = feature.detach()
         ctx.mark_non_differentiable(full)
+        expect_absent_gradients(ctx)
         num_channels = feature.size(dim)
         return full, feature.narrow(dim, 0, num_shared), feature.narrow(dim, exit_start, num_channels - exit_start)
 
     @staticmethod
-    def backward(ctx, _, grad_shared: Tensor, grad_exit: Tensor):
+    def backward(ctx, _, grad_shared: Tensor | None, grad_exit: Tensor | None):
         dim, num_shared = ctx.dim, ctx.num_shared
         num_own, num_both = ctx.shape[dim] - num_shared, num_shared - ctx.exit_start
-        grad = torch.empty(ctx.shape, dtype=grad_exit.dtype, device=grad_exit.device, memory_format=ctx.memory_format)
-        grad.narrow(dim, 0, num_shared).copy_(grad_shared)
+        given = grad_exit if grad_shared is None else grad_shared
+        if given is None:
+            return None, None, None, None
+        grad = torch.empty(ctx.shape, dtype=given.dtype, device=given.device, memory_format=ctx.memory_format)
+        if grad_shared is None:
+            grad.narrow(dim, 0, num_shared).zero_()
+        else:
+            grad.narrow(dim, 0, num_shared).copy_(grad_shared)
+        if grad_exit is None:
+            grad.narrow(dim, num_shared, num_own).zero_()
+            return grad, None, None, None
         if num_both > 0:
             # exit_gradient="whole": the two overlap, and are added there only.
             grad.narrow(dim, ctx.exit_start, num_both).add_(grad_exit.narrow(dim, 0, num_both))

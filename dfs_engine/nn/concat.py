@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.nn.routing import ConcatReading, Fork, Reading, SlicedReading, TwoCallReading, whole
-from dfs_engine.partition import ChannelSlice, fork_gradient
+from dfs_engine.partition import ChannelSlice, expect_absent_gradients, fork_gradient
 
 
 class _Extend(torch.autograd.Function):
@@ -22,10 +22,13 @@ class _Extend(torch.autograd.Function):
         # An empty part would have its say in the memory format.
         stored = torch.cat([part for part in parts if part.size(1) > 0], 1)
         ctx.mark_non_differentiable(stored)
+        expect_absent_gradients(ctx)
         return stored, stored.narrow(1, 0, sum(ctx.widths)).detach()
 
     @staticmethod
-    def backward(ctx, _, grad_live: Tensor):
+    def backward(ctx, _, grad_live: Tensor | None):
+        if grad_live is None:
+            return None, None, *(None for _ in ctx.widths[1:])
         grad_input, *grads_new = grad_live.split(ctx.widths, 1)
         return grad_input, None, *grads_new
 

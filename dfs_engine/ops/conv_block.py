@@ -16,7 +16,7 @@ from dfs_engine import backend as backends
 from dfs_engine import reference as oracle
 from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common
-from dfs_engine.partition import dense_memory_format, fork_gradient
+from dfs_engine.partition import dense_memory_format, expect_absent_gradients, fork_gradient
 
 NAME = "conv_block"
 # backend -> the dtypes that its kernels store; the others run the stock operators.
@@ -84,17 +84,27 @@ class _ConvBlock(torch.autograd.Function):
         ctx.save_for_backward(z, gamma, beta, sum_passed, average_hat, mean, inverse_std, passed)
         ctx.modes, ctx.exit_start = (training, pool, relu_first), exit_start
         ctx.mark_non_differentiable(feature, average, mean, variance)
+        expect_absent_gradients(ctx)
         num_channels = z.size(1)
         shared = feature.narrow(1, 0, num_shared).detach()
         exit = average.narrow(1, exit_start, num_channels - exit_start).clone()
+        ctx.shapes = shared.shape, exit.shape, exit.dtype
         return feature, shared, average, exit, mean, variance
 
     @staticmethod
-    def backward(ctx, _, grad_shared: Tensor, __, grad_exit: Tensor, *___):
+    def backward(ctx, _, grad_shared: Tensor | None, __, grad_exit: Tensor | None, *___):
         if _common.creating_graph():
             raise RuntimeError(
                 f"{NAME}: the fused backward cannot be differentiated again. Use backend='aten' for create_graph=True."
             )
+        z = ctx.saved_tensors[0]
+        shared_shape, exit_shape, exit_dtype = ctx.shapes
+        if grad_shared is None:
+            if grad_exit is None:
+                return (None,) * len(ctx.needs_input_grad)
+            grad_shared = z.new_zeros(shared_shape).contiguous(memory_format=torch.channels_last)
+        if grad_exit is None:
+            grad_exit = z.new_zeros(exit_shape, dtype=exit_dtype)
         # The exit's gradient on all channels, zero where the exit trains nothing: it is small.
         grad_average = F.pad(grad_exit, (ctx.exit_start, 0))
         grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *ctx.saved_tensors, *ctx.modes)
