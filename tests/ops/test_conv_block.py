@@ -578,22 +578,10 @@ def test_bad_arguments(arguments, error, message, backend):
         conv_block(**{**make((2, 4, 3, 3)), **GOOD, **arguments}, backend=backend)
 
 
-@pytest.mark.parametrize("reader", ["shared", "exit"])
-def test_one_reader_alone(reader, backend):
-    """The other one's gradient is absent, not a tensor of zeros."""
-    z = torch.randn(3, 6, 4, 4)
-    results = []
-    for kernels in ("reference", backend):
-        leaf = z.clone().requires_grad_()
-        produced = conv_block(leaf, None, None, None, None, pool=True, num_shared=4, exit_start=3, backend=kernels)
-        output = getattr(produced, reader)
-        results.append(torch.autograd.grad(output, leaf, torch.linspace(-1, 2, output.numel()).view_as(output))[0])
-    assert_close(f"gradient of {reader} alone", results[1], results[0])
-
-
 @pytest.mark.skipif(backends.unavailable_reason("cpp") is not None, reason="needs the C++ extension")
 def test_the_backward_fills_no_feature_with_zeros():
     """Autograd would, for each output that carries no gradient."""
+    torch.use_deterministic_algorithms(False)  # which fills with NaN what is not yet written
     model = create_model("vgg7_64", width=8, variant="dfs", backend="cpp").train()
     loss = sum(logits.sum() for logits in model(torch.randn(4, 3, 32, 32)))
     with torch.profiler.profile(record_shapes=True) as recorded:
