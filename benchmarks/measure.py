@@ -31,6 +31,8 @@ CSV_COLUMNS = (
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 Phases = dict[str, Callable[[], object]]
+# Name of a variant -> phase -> seconds of every round.
+Times = dict[str, dict[str, list[float]]]
 TOTAL = "step"
 
 
@@ -120,12 +122,26 @@ def measure_phases(
     variants: dict[str, Phases],
     rounds: int = 20,
     warmup: int = 2,
+    **options: Any,
+) -> dict[str, dict[str, Stats]]:
+    """Seconds of each phase of each variant, and of the whole as "step"; `options` as `time_phases`."""
+    return summarise(time_phases(variants, rounds, warmup, **options))
+
+
+def summarise(times: Times) -> dict[str, dict[str, Stats]]:
+    return {name: {phase: Stats.of(values) for phase, values in phases.items()} for name, phases in times.items()}
+
+
+def time_phases(
+    variants: dict[str, Phases],
+    rounds: int,
+    warmup: int,
     *,
     device: str = "cpu",
     max_seconds: float | None = None,
     on_round: Callable[[], object] = lambda: None,
-) -> dict[str, dict[str, Stats]]:
-    """Seconds of each phase of each variant, and of the whole as "step", taking turns in one process.
+) -> Times:
+    """Seconds of each phase of each variant, and of the whole as "step", in every round, taking turns in one process.
 
     Args:
         variants: name -> phases, which run in order.
@@ -146,7 +162,7 @@ def measure_phases(
             clock.run(phases)
         on_round()
     names = list(variants)
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    times: Times = {name: {} for name in names}
     begin = time.perf_counter()
     for turn in range(rounds):
         for offset in range(len(names)):
@@ -156,7 +172,7 @@ def measure_phases(
         on_round()
         if max_seconds is not None and time.perf_counter() - begin > max_seconds:
             break
-    return {name: {phase: Stats.of(values) for phase, values in phases.items()} for name, phases in times.items()}
+    return times
 
 
 class _CpuClock:

@@ -44,7 +44,7 @@ class BenchOpsConfig:
         detail: also time the two gradients of convolutions and linears one by one.
         quick: one shape of each family and op, fp32, 5 rounds: to see that it works.
         output: CSV file to append the measurements to; empty: none.
-        progress: show a progress bar.
+        progress: show a progress bar in a terminal.
     """
 
     ops: str = "conv2d,linear,conv_block"

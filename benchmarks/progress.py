@@ -1,4 +1,4 @@
-"""The benchmarks' progress bar: tqdm's, or none where tqdm is not installed."""
+"""The benchmarks' progress bar: tqdm's; none outside a terminal, or where tqdm is not installed."""
 
 import importlib.util
 from typing import Any
@@ -10,7 +10,7 @@ def progress_bar(total: int, unit: str, enabled: bool) -> Any:
         return _NoBar()
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, disable=not enabled)
+    return tqdm(total=total, unit=unit, disable=None if enabled else True)
 
 
 class _NoBar:

@@ -7,9 +7,10 @@ import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from .readme_data import Case, best_of, cases, conditions, latest, link
-from .readme_targets import losses_section, ops_section, targets_section
+from .readme_data import STOCK, Case, best_of, cases, conditions, latest, link
+from .readme_targets import COMMANDS, FAMILIES, losses_section, ops_section, targets_section
 
 RESULTS = Path("benchmarks/results")
 README = Path("README.md")
@@ -40,6 +41,44 @@ def train_table(found: list[Case]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def families_section() -> Iterator[str]:
+    """One line per family and dtype: every formulation in its best form."""
+    paths = [path for path in map(RESULTS.joinpath, FAMILIES) if path.exists()]
+    if not paths:
+        return
+    yield "The other families (caching: on the memory that `dfs train` keeps from step to step):"
+    yield ""
+    yield (
+        "| model, batch | dtype | `dense` | `dense`, caching | `split` or `detach` | **dfs** | **dfs**, caching "
+        "| dfs vs best stock, medians (minima) | the same on one allocator | FLOP ceiling | n | file |"
+    )
+    yield "|---" * 12 + "|"
+    for path in paths:
+        row = latest(path)[0]
+        found = cases(latest(path), row["dtype"])
+        ours, best, same = best_of(found, ("dfs",), "caching"), best_of(found), best_of(found, allocator="caching")
+        if ours is None or best is None or same is None:
+            raise ValueError(f"README: expected dfs and stock forms on both allocators in {path}.")
+        forms = (
+            *((("dense",), "stock"), (("dense",), "caching"), (("split", "detach"), "stock")),
+            *((("dfs",), "stock"), (("dfs",), "caching")),
+        )
+        times = [f"{form.value('step') * 1e3:.0f}" if (form := best_of(found, *key)) else "-" for key in forms]
+        stock = [case for case in found if case.variant in STOCK and case.allocator == "stock"]
+        fastest = min(case.value("step", "min") for case in stock)
+        step = ours.value("step")
+        cells = [
+            *(f"{row['model']}, {ours.batch}", row["dtype"], *times),
+            f"{best.value('step') / step:.2f} ({fastest / ours.value('step', 'min'):.2f})",
+            f"{same.value('step') / step:.2f}",
+            *(f"{best.flops / ours.flops:.2f}", ours.metrics["step"]["n"], link(path)),
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    where = conditions(latest(paths[0])[0], paths[0])
+    yield f"Milliseconds a step, medians, every formulation in its best layout and mode. {where}"
+
+
 def train_section(path: Path) -> Iterator[str]:
     rows = latest(path)
     shape = rows[0]["shape"]
@@ -57,33 +96,71 @@ def train_section(path: Path) -> Iterator[str]:
         if breakdown:
             total = sum(breakdown.kernels.values())
             parts = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in breakdown.kernels.items())
-            yield f"One `dfs` step by kernel (profiler, CPU time): {parts}. {link(source)}."
+            command = f" `{COMMANDS[source.name]} --output {source}`" if source is not path else ""
+            yield f"One `dfs` step by kernel (profiler, CPU time): {parts}. {link(source)}{command}."
             yield ""
+
+
+class TrainedRuns(NamedTuple):
+    """Recorded runs of one recipe, `<name>_<variant>_metrics.csv` in benchmarks/results/."""
+
+    name: str
+    what: str
+    recipe: str
+    note: str
+
+
+_CIFAR10 = "CIFAR-10 (real, 50,000 training and 10,000 test images)"
+_TRAINED = (
+    TrainedRuns(
+        "cifar10_vgg7",
+        f"VGG7-64 on {_CIFAR10}",
+        "cifar10_vgg7_short",
+        "Few epochs show that it learns, not what it reaches.",
+    ),
+    TrainedRuns("cifar10_resnet18", f"ResNet18 on {_CIFAR10}", "cifar10_resnet18_short", ""),
+    TrainedRuns("cifar10_msdnet", f"MSDNet on {_CIFAR10}", "cifar10_msdnet_short", ""),
+    TrainedRuns("cifar10_vit_tiny", f"A small ViT on {_CIFAR10}", "cifar10_vit_tiny_short", ""),
+    TrainedRuns(
+        "sst2_bert",
+        "BERT (6 layers, pretrained MiniLM) on SST-2 (real; of 67,349 training sentences 8,000 in each epoch, drawn "
+        "anew; 872 validation sentences)",
+        "sst2_bert_dfs",
+        "Exits at 50.92 answer with the more frequent class: the first token of this pretrained model's shallow layers "
+        "says little about a sentence, with surgery and without.",
+    ),
+)
 
 
 def accuracy_section() -> Iterator[str]:
-    """Per-exit accuracy of the recorded CIFAR-10 runs."""
-    runs = sorted(RESULTS.glob("cifar10_vgg7_*_metrics.csv"))
-    header: list[str] = []
-    for path in runs:
+    """Accuracy of every exit in the recorded runs, each variant beside the others."""
+    for runs in _TRAINED:
+        yield from _accuracy_table(runs)
+
+
+def _accuracy_table(runs: TrainedRuns) -> Iterator[str]:
+    paths = sorted(RESULTS.glob(f"{runs.name}_*_metrics.csv"))
+    if not paths:
+        return
+    rows = {}
+    for path in paths:
         with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        last = rows[-1]
-        exits = [name for name in last if re.fullmatch(r"test_top1_exit\d+", name)]
-        if not header:
-            header = [f"exit {name.removeprefix('test_top1_exit')}" for name in exits] + ["ensemble"]
-            yield (
-                "VGG7-64 on CIFAR-10 (real, 50,000 training and 10,000 test images), "
-                f"{last['epoch']} epochs, seed 0, one run each, "
-                "test top-1 in per cent after the last epoch. Three epochs show that it learns, not what it reaches. "
-                "`dfs train --config configs/cifar10_vgg7_short.yaml --model.variant VARIANT --data.root DIR`"
-            )
-            yield ""
-            yield f"| variant | {' | '.join(header)} | file |"
-            yield "|---" * (len(header) + 2) + "|"
-        values = [f"{float(last[name]):.2f}" for name in [*exits, "test_top1_ensemble"]]
-        variant = path.name.removeprefix("cifar10_vgg7_").removesuffix("_metrics.csv")
+            *_, rows[path] = csv.DictReader(file)
+    last = rows[paths[0]]
+    exits = [name for name in last if re.fullmatch(r"test_top1_exit\d+", name)]
+    yield (
+        f"{runs.what}, {last['epoch']} epochs, seed 0, one run each, test top-1 in per cent after the last epoch. "
+        f"{runs.note} `dfs train --config configs/{runs.recipe}.yaml --model.variant VARIANT --data.root DIR`"
+    ).replace("  ", " ")
+    yield ""
+    header = [f"exit {name.removeprefix('test_top1_exit')}" for name in exits]
+    yield f"| variant | {' | '.join(header)} | ensemble | file |"
+    yield "|---" * (len(header) + 3) + "|"
+    for path, row in rows.items():
+        values = [f"{float(row[name]):.2f}" for name in [*exits, "test_top1_ensemble"]]
+        variant = path.name.removeprefix(f"{runs.name}_").removesuffix("_metrics.csv")
         yield f"| {variant} | {' | '.join(values)} | {link(path)} |"
+    yield ""
 
 
 def headline_section(path: Path) -> Iterator[str]:
@@ -126,6 +203,7 @@ def main() -> None:
     text = fill(text, "targets", targets_section(RESULTS))
     tables = [RESULTS / f"train_{name}.csv" for name in ("vgg7_64", "vgg7_64_bf16", "vgg16_64")]
     text = fill(text, "train", (line for path in tables if path.exists() for line in train_section(path)))
+    text = fill(text, "families", families_section())
     text = fill(text, "ops", ops_section(RESULTS))
     text = fill(text, "losses", losses_section(RESULTS))
     text = fill(text, "accuracy", accuracy_section())

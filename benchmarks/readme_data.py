@@ -24,7 +24,7 @@ def conditions(row: Row, path: Path) -> str:
     return (
         f"{row['device_name']}, {row['num_threads']} threads, torch {row['torch']}, load average {row['loadavg']} "
         f"at the start, revision {row['git_sha'][:9]}{' with changes' if row['dirty'] == 'True' else ''}; "
-        f"synthetic images; {link(path)}."
+        f"synthetic data; {link(path)}."
     )
 
 

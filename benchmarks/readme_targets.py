@@ -16,11 +16,36 @@ COMMANDS = {
         "dfs bench train --variants dense,byot,dfs --batch-size 25,50,100,200,400 --dtypes fp32 --compile off "
         "--layouts channels_last"
     ),
-    "ops_fp32.csv": "dfs bench ops --max_seconds 8",
+    "train_vgg7_64_breakdown.csv": (
+        "dfs bench train --variants dense,dfs --dtypes fp32 --compile off --layouts channels_last --breakdown true"
+    ),
+    "ops_fp32.csv": "dfs bench ops --max_seconds 30",
     "ops_beta.csv": (
         "dfs bench ops --ops conv2d,linear --shapes 'vgg7/*,msdnet/*,vit_tiny/*,bert/*' --backends dense,aten,cpp "
         "--layouts channels_last --beta .1,.3,.5,.7,.9 --max_seconds 10"
     ),
+}
+
+# The families' steps in both dtypes: what is run, what it is called, at least, aim.
+_STEPS = {
+    "resnet18": ("--model resnet18 --batch-size 64", "ResNet18 step, batch 64", 1.25, 1.5),
+    "msdnet": ("--model msdnet_cifar --batch-size 64", "MSDNet (CIFAR) step, batch 64", 1.3, 1.8),
+    "vit_tiny": ("--model vit_tiny_patch16_224 --batch-size 8", "ViT-Ti step, 224 px, batch 8", 1.5, 2.0),
+    "bert": (
+        "--model bert --batch-size 16 --options '{config: {num_hidden_layers: 6, hidden_size: 384, "
+        "intermediate_size: 1536, num_attention_heads: 12}}'",
+        "BERT (6 layers, 384) step, 16 x 128 tokens",
+        1.5,
+        2.0,
+    ),
+}
+FAMILIES = tuple(f"train_{name}{suffix}.csv" for name in _STEPS for suffix in ("", "_bf16"))
+COMMANDS |= {
+    f"train_{name}{suffix}.csv": (
+        f"dfs bench train {_STEPS[name][0]} --variants dense,split,dfs --layouts channels_last --dtypes {dtype}"
+    )
+    for name in _STEPS
+    for suffix, dtype in (("", "fp32"), ("_bf16", "bf16"))
 }
 
 
@@ -199,6 +224,11 @@ def targets_section(results: Path) -> Iterator[str]:
         ),
         *_step(results, "train_batch.csv", "VGG7-64 step, batch 100, fp32", "BYOT on `dense`", ("byot",), 1.5, 2.0),
         *_step(results, "train_vgg16_64.csv", "VGG16-64, 224 px, batch 8, fp32", "best stock", stock, 1.25, 1.5),
+        *(
+            line
+            for name, (_, what, least, aim) in _STEPS.items()
+            for line in _step(results, f"train_{name}.csv", f"{what}, fp32", "best stock", stock, least, aim)
+        ),
         *_op_lines(results),
         *_beta_line(results),
         *_memory_line(results),

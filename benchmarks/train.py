@@ -1,7 +1,6 @@
 """`dfs bench train`: a training step of every variant, layout and compile setting, taking turns, on synthetic data."""
 
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.names import check_choice, split_betas, split_choices
 
 from .breakdown import profile_step
-from .measure import append_csv, environment, measure_phases, peak_memory
+from .measure import Times, append_csv, environment, peak_memory, summarise, time_phases
 from .options import LAYOUTS, check_least, split_ints
 from .progress import progress_bar
 from .train_report import Case, TrainReport, TrainRow
-from .train_step import UNSPLIT, StepBuilder
+from .train_step import UNSPLIT, Step, StepBuilder
+
+# Of several batch sizes.
+_LAPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,7 @@ class BenchTrainConfig:
         seed: of weights and data.
         breakdown: also profile the eager cases, and say where a step's time goes.
         output: CSV file to append the measurements to; empty: none.
-        progress: show a progress bar.
+        progress: show a progress bar in a terminal.
     """
 
     model: str = "vgg7_64"
@@ -139,10 +141,11 @@ def _run(config: BenchTrainConfig) -> TrainReport:
     report = TrainReport(config=config, stamp=environment(config.device))
     batch_sizes = split_ints("batch_size", config.batch_size)
     dtypes = split_choices("dtypes", config.dtypes, DTYPES)
-    turns = config.warmup + config.rounds
+    laps = _laps(config)
+    turns = sum(rounds + warmup for rounds, warmup in laps)
     with progress_bar(len(batch_sizes) * len(dtypes) * turns, "round", config.progress) as bar:
-        for batch_size, dtype in product(batch_sizes, dtypes):
-            rows = _time_cases(config, StepBuilder(config, batch_size), dtype, bar)
+        for dtype in dtypes:
+            rows = _time_cases(config, [StepBuilder(config, size) for size in batch_sizes], dtype, laps, bar)
             report.rows += rows
             if config.output:
                 append_csv(Path(config.output), report.stamp, report.csv_rows(rows))
@@ -158,24 +161,44 @@ def _on_stock(case: Case) -> Case:
     return case._replace(allocator="stock")
 
 
-def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar: Any) -> list[TrainRow]:
+def _laps(config: BenchTrainConfig) -> list[tuple[int, int]]:
+    """Rounds and warm-up of each lap, in which every batch size gets its turn.
+
+    Several batch sizes share the minutes, because a machine is faster in some than in others. Not the rounds: a step of
+    another size has its memory elsewhere, so that a few are run in a row.
+    """
+    count = min(_LAPS, config.rounds) if len(split_ints("batch_size", config.batch_size)) > 1 else 1
+    rounds = [config.rounds // count + (lap < config.rounds % count) for lap in range(count)]
+    return [(in_lap, config.warmup if lap == 0 else 1) for lap, in_lap in enumerate(rounds)]
+
+
+def _time_cases(
+    config: BenchTrainConfig, builders: list[StepBuilder], dtype: str, laps: list[tuple[int, int]], bar: Any
+) -> list[TrainRow]:
     """One interleaving: compares, then times, then looks at memory and kernels."""
-    name = f"{dtype}, batch {builder.batch_size}"
-    bar.set_description(f"{name}: building, compiling, comparing")
-    builder.check_formulation(config.cases)
-    # One model serves all allocators: it would only be compiled again.
-    models = {case: builder.build(case, dtype) for case in dict.fromkeys(map(_on_stock, config.cases))}
-    steps = {case: models[_on_stock(case)].on(case.allocator) for case in config.cases}
-    builder.check_kernels(dtype, steps)
-    bar.set_description(f"{name}: timing {len(steps)} cases")
-    timings = measure_phases(
-        {str(case): step.phases for case, step in steps.items()},
-        config.rounds,
-        config.warmup,
-        device=config.device,
-        max_seconds=config.max_seconds,
-        on_round=bar.update,
-    )
+    built: list[tuple[StepBuilder, dict[Case, Step], Times]] = []
+    for builder in builders:
+        bar.set_description(f"{dtype}, batch {builder.batch_size}: building, compiling, comparing")
+        builder.check_formulation(config.cases)
+        # One model serves all allocators: it would only be compiled again.
+        models = {case: builder.build(case, dtype) for case in dict.fromkeys(map(_on_stock, config.cases))}
+        steps = {case: models[_on_stock(case)].on(case.allocator) for case in config.cases}
+        builder.check_kernels(dtype, steps)
+        built.append((builder, steps, {}))
+    for rounds, warmup in laps:
+        for builder, steps, times in built:
+            bar.set_description(f"{dtype}, batch {builder.batch_size}: timing {len(steps)} cases")
+            in_lap = time_phases(
+                {str(case): step.phases for case, step in steps.items()},
+                rounds,
+                warmup,
+                device=config.device,
+                max_seconds=None if config.max_seconds is None else config.max_seconds / len(laps),
+                on_round=bar.update,
+            )
+            for name, phases in in_lap.items():
+                for phase, seconds in phases.items():
+                    times.setdefault(name, {}).setdefault(phase, []).extend(seconds)
     return [
         TrainRow(
             dtype=dtype,
@@ -187,5 +210,7 @@ def _time_cases(config: BenchTrainConfig, builder: StepBuilder, dtype: str, bar:
             flops=builder.count_flops(case),
             kernels=profile_step(step.phases) if config.breakdown and case.compile == "off" else {},
         )
+        for builder, steps, times in built
+        for timings in [summarise(times)]
         for case, step in steps.items()
     ]

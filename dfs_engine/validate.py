@@ -38,7 +38,7 @@ class ValidateConfig:
         device: "cpu" or "cuda".
         quick: a random sample of the combinations, under 40 s on 2 slow cores, instead of all of them.
         seed: of the inputs and of the sample.
-        progress: show a progress bar.
+        progress: show a progress bar in a terminal.
     """
 
     ops: str = "all"
@@ -80,9 +80,9 @@ def run(config: ValidateConfig) -> ValidateReport:
                 if config.quick:
                     cases = chooser.sample(cases, min(_QUICK_COMBINATIONS, len(cases)))
                 plan.append((op, dtype, problem, cases))
-        with tqdm(
-            total=sum(len(cases) for *_, cases in plan), desc="validate", unit="case", disable=not config.progress
-        ) as bar:
+        # None: where the error output is no terminal.
+        hidden = None if config.progress else True
+        with tqdm(total=sum(len(cases) for *_, cases in plan), desc="validate", unit="case", disable=hidden) as bar:
             for op, dtype, problem, cases in plan:
                 bar.set_postfix_str(f"{op} {dtype} {problem.label}")
                 _validate_problem(op, dtype, problem, cases, names, report, bar)

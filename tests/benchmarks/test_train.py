@@ -94,7 +94,7 @@ def test_nothing_is_timed_when_gradients_disagree(monkeypatch, tiny, dtype):
         return grad_weight, grad_bias
 
     monkeypatch.setattr(conv2d, "aten_grad_weight", broken)
-    monkeypatch.setattr(train, "measure_phases", lambda *args, **kwargs: pytest.fail("was timed"))
+    monkeypatch.setattr(train, "time_phases", lambda *args, **kwargs: pytest.fail("was timed"))
     with pytest.raises(
         RuntimeError, match=r"expected dfs/nchw/eager/beta=0.5 in .* of blocks\.\d\.conv\.weight: .*Nothing was timed"
     ):
@@ -117,6 +117,23 @@ def test_sweeps_compare_like_with_like(tiny):
     assert ratios[list(BASELINES).index("byot")].median == byot.timings["step"].median / last.timings["step"].median
     cases = {row["case"] for row in report.csv_rows(report.rows)}
     assert cases == {"channels_last", "beta=0.3/channels_last", "beta=0.7/channels_last"}
+
+
+@pytest.mark.parametrize("rounds", [2, 7])
+def test_batch_sizes_share_the_minutes(tiny, monkeypatch, rounds):
+    order, time_phases = [], train.time_phases
+
+    def observed(variants, rounds, warmup, **options):
+        order.append((len(order) % 2, rounds, warmup))
+        return time_phases(variants, rounds, warmup, **options)
+
+    monkeypatch.setattr(train, "time_phases", observed)
+    report = tiny(batch_size="2,4", variants="dfs", layouts="nchw", rounds=rounds)
+    assert {stats.n for row in report.rows for stats in row.timings.values()} == {rounds}
+    laps = [[entry for entry in order if entry[0] == size] for size in (0, 1)]
+    assert len(laps[0]) == min(4, rounds)
+    assert [entry[1:] for entry in laps[0]] == [entry[1:] for entry in laps[1]]
+    assert [warmup for *_, warmup in laps[0]] == [1] * len(laps[0])
 
 
 def test_breakdown_covers_the_step_by_kind_of_kernel(tiny):
