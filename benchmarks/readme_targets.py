@@ -19,7 +19,7 @@ COMMANDS = {
     "train_vgg7_64_breakdown.csv": (
         "dfs bench train --variants dense,dfs --dtypes fp32 --compile off --layouts channels_last --breakdown true"
     ),
-    "ops_fp32.csv": "dfs bench ops --max_seconds 30",
+    "ops_fp32.csv": "dfs bench ops",
     "ops_beta.csv": (
         "dfs bench ops --ops conv2d,linear --shapes 'vgg7/*,msdnet/*,vit_tiny/*,bert/*' --backends dense,aten,cpp "
         "--layouts channels_last --beta .1,.3,.5,.7,.9 --max_seconds 10"
