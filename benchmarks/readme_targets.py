@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .readme_data import Row, best_of, cases, latest, link
+from .readme_data import STOCK, Row, best_of, cases, latest, link
 
 # What regenerates each file; on a quiet machine, one after another.
 COMMANDS = {
@@ -214,20 +214,19 @@ def _batch_line(results: Path) -> Iterator[Line]:
 
 def targets_section(results: Path) -> Iterator[str]:
     """The table; lines whose file is missing are left out."""
-    stock = ("dense", "detach", "split")
     lines = [
         *_step(results, "train_vgg7_64.csv", "VGG7-64 step, batch 100, fp32", "best `dense`", ("dense",), 1.3, 1.6),
         *_step(results, "train_vgg7_64.csv", "same", "best `split` or `detach`", ("split", "detach"), 1.2, 1.5),
         *_step(
-            results, "train_vgg7_64_bf16.csv", "VGG7-64 step, batch 100, bf16 autocast", "best stock", stock, 1.3, 1.6,
+            results, "train_vgg7_64_bf16.csv", "VGG7-64 step, batch 100, bf16 autocast", "best stock", STOCK, 1.3, 1.6,
             dtype="bf16",
         ),
         *_step(results, "train_batch.csv", "VGG7-64 step, batch 100, fp32", "BYOT on `dense`", ("byot",), 1.5, 2.0),
-        *_step(results, "train_vgg16_64.csv", "VGG16-64, 224 px, batch 8, fp32", "best stock", stock, 1.25, 1.5),
+        *_step(results, "train_vgg16_64.csv", "VGG16-64, 224 px, batch 8, fp32", "best stock", STOCK, 1.25, 1.5),
         *(
             line
             for name, (_, what, least, aim) in _STEPS.items()
-            for line in _step(results, f"train_{name}.csv", f"{what}, fp32", "best stock", stock, least, aim)
+            for line in _step(results, f"train_{name}.csv", f"{what}, fp32", "best stock", STOCK, least, aim)
         ),
         *_op_lines(results),
         *_beta_line(results),
