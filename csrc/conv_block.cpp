@@ -38,26 +38,27 @@ struct Affine {  // per channel; scale = gamma * inverse_std
 // What the kernels normalise with. A mean that is large beside the deviation needs more digits than a float has, so they work
 // with its float part, and their x_hat is too large by `rest`: `beta` makes up for it in y, the callers in their sums.
 struct Normalisation {
-  at::Tensor mean, rest, inverse_std, scale, beta;
+  std::vector<float> mean, rest, scale, beta;
+  const float* inverse_std;
 
-  Normalisation(const at::Tensor& exact_mean, const at::Tensor& deviation, const at::Tensor& gamma, const at::Tensor& shift)
-      : mean(exact_mean.to(at::kFloat)),
-        rest(((exact_mean - mean.to(at::kDouble)) * deviation).to(at::kFloat)),
-        inverse_std(deviation),
-        scale(gamma * deviation),
-        beta(shift - rest * gamma) {}
-
-  Affine affine() const {
-    return {mean.const_data_ptr<float>(), inverse_std.const_data_ptr<float>(), scale.const_data_ptr<float>(),
-            beta.const_data_ptr<float>()};
+  Normalisation(const double* exact_mean, const float* inverse, const float* gamma, const float* shift, int64_t channels)
+      : mean(channels), rest(channels), scale(channels), beta(channels), inverse_std(inverse) {
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[c] = static_cast<float>(exact_mean[c]);
+      rest[c] = static_cast<float>((exact_mean[c] - mean[c]) * inverse[c]);
+      scale[c] = gamma[c] * inverse[c];
+      beta[c] = shift[c] - rest[c] * gamma[c];
+    }
   }
+
+  Affine affine() const { return {mean.data(), inverse_std, scale.data(), beta.data()}; }
 };
 
 // What reaches one image in the backward.
 template <typename T>
 struct Incoming {
-  const T* shared;  // gradient of the first `shared_channels` channels, dense channels_last
-  int64_t shared_channels;
+  const T* shared;  // gradient of the first `shared_channels` channels, its pixels `stride` numbers apart
+  int64_t shared_channels, stride;
   const float* exit;  // per channel, of each of its output pixels
   const T* feature;   // not read without a residual
 };
@@ -115,7 +116,22 @@ int64_t rows_per_task(const Shape& s) {
   return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, s.out_width() * s.channels));
 }
 
-Shape shape_of(const at::Tensor& z, bool pool) { return {z.size(0), z.size(1), z.size(2), z.size(3), pool}; }
+// Without a pool, and where nobody asks for averages of an image, images do not matter: one long one, in rows long enough to
+// amortise what is done once a row.
+Shape shape_of(const at::Tensor& z, bool pool, bool averages) {
+  const Shape s{z.size(0), z.size(1), z.size(2), z.size(3), pool};
+  if (pool || averages || z.numel() == 0) return s;
+  const int64_t width = s.pixels() <= 256 ? s.pixels() : s.width;
+  return {1, s.channels, s.images * s.pixels() / width, width, pool};
+}
+
+// How far apart its pixels are, where that is one number; 0 where it is not.
+int64_t pixel_stride(const at::Tensor& images) {
+  const auto stride = images.strides();
+  const bool even = images.numel() > 0 && stride[1] == 1 && stride[3] >= images.size(1) && stride[2] == images.size(3) * stride[3] &&
+      stride[0] == images.size(2) * stride[2];
+  return even ? stride[3] : 0;
+}
 
 // Calls work(task, image, first row, last row) for every task, in parallel; returns nothing. Tasks of an image are consecutive.
 template <typename Work>
@@ -160,7 +176,8 @@ void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<dou
 }
 
 // (feature, average, average of x_hat over the pixels, mean, inverse_std, biased variance, share of the pixels that averages count);
-// mean double, the other last ones float. ReLU last: only the pixels that it let through count, in both averages.
+// mean double, the other last ones float. ReLU last: only the pixels that it let through count, in both averages. Without
+// `averages` those three are empty, (0, C).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_cpu(
     const at::Tensor& z_any,
     const at::Tensor& gamma,
@@ -170,7 +187,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& running_var,
     double eps,
     bool pool,
-    bool relu_first) {
+    bool relu_first,
+    bool averages) {
   TORCH_CHECK(
       z_any.scalar_type() == at::kFloat || z_any.scalar_type() == at::kBFloat16,
       "conv_block: expected float32 or bfloat16, got ", z_any.scalar_type());
@@ -178,12 +196,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const auto added = residual.has_value() ? dense(*residual, z.scalar_type(), /*channels_last=*/true) : z;
   TORCH_CHECK(added.sizes() == z.sizes(), "conv_block: expected residual of z's shape ", z.sizes(), ", got ", added.sizes());
-  const Shape s = shape_of(z, pool);
+  const Shape s = shape_of(z, pool, averages);
   const auto options = z.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  const int64_t shrink = pool ? 2 : 1, averaged = averages ? s.images : 0;
   auto feature = at::empty(
-      {s.images, s.channels, s.out_height(), s.out_width()}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
-  auto average_hat = at::empty({s.images, s.channels}, options), passed = at::empty({s.images, s.channels}, options);
-  auto average = at::empty({s.images, s.channels}, options);
+      {z.size(0), s.channels, z.size(2) / shrink, z.size(3) / shrink}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
+  auto average_hat = at::empty({averaged, s.channels}, options), passed = at::empty({averaged, s.channels}, options);
+  auto average = at::empty({averaged, s.channels}, options);
   auto mean = at::empty({s.channels}, options.dtype(at::kDouble)), inverse_std = at::empty({s.channels}, options);
   auto variance = at::empty({s.channels}, options);
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
@@ -209,19 +228,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     } else {
       inverse_std.copy_((variance + eps).rsqrt());
     }
-    const Normalisation normalisation(mean, inverse_std, weight, shift);
+    const Normalisation normalisation(
+        mean.const_data_ptr<double>(), inverse_std.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+        shift.const_data_ptr<float>(), s.channels);
     const Affine affine = normalisation.affine();
-    const float* rest = normalisation.rest.const_data_ptr<float>();
     constexpr int64_t kinds = 3;  // of sums; see normalise_rows
-    std::vector<double> sums(num_tasks(s) * kinds * s.channels, 0);
+    std::vector<double> sums(averages ? num_tasks(s) * kinds * s.channels : 0, 0);
     const T* beside = added.const_data_ptr<T>();
     T* to = feature.mutable_data_ptr<T>();
     for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
       const int64_t start = image * s.pixels() * s.channels;
       k.normalise_rows(
           from + start, beside + start, s, affine, first, last, to + image * s.out_pixels() * s.channels,
-          &sums[task * kinds * s.channels]);
+          averages ? &sums[task * kinds * s.channels] : nullptr);
     });
+    if (!averages) return;
     float *hats = average_hat.mutable_data_ptr<float>(), *shares = passed.mutable_data_ptr<float>();
     float* averages = average.mutable_data_ptr<float>();
     const int64_t per_image = num_tasks(s) / s.images;
@@ -234,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           count += of_task[s.channels + c];
           total += of_task[2 * s.channels + c];
         }
-        hats[n * s.channels + c] = static_cast<float>((hat - rest[c] * count) / s.out_pixels());
+        hats[n * s.channels + c] = static_cast<float>((hat - normalisation.rest[c] * count) / s.out_pixels());
         shares[n * s.channels + c] = static_cast<float>(count / s.out_pixels());
         averages[n * s.channels + c] = static_cast<float>(total / s.out_pixels());
       }
@@ -245,10 +266,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 }
 
 // (grad_z, grad_gamma, grad_beta, grad_residual). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit
-// trains nothing; feature: with a residual, and only then grad_residual is not empty.
+// trains nothing, or none; feature: with a residual, and only then grad_residual is not empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_backward_cpu(
     const at::Tensor& grad_shared_any,
-    const at::Tensor& grad_average_any,
+    const std::optional<at::Tensor>& grad_average_any,
     const at::Tensor& z_any,
     const at::Tensor& gamma,
     const at::Tensor& beta,
@@ -263,29 +284,45 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_backward_c
   const End end = end_of(pool, feature.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const auto made = feature.has_value() ? dense(*feature, z.scalar_type(), /*channels_last=*/true) : z;
-  const Shape s = shape_of(z, pool);
+  const bool averages = grad_average_any.has_value();
+  const Shape s = shape_of(z, pool, averages);
   auto grad_z = at::empty_like(z, z.options().memory_format(at::MemoryFormat::ChannelsLast));
   auto grad_residual = end == End::residual ? at::empty_like(grad_z) : at::empty({0}, z.options());
   const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
-  const auto grad_average = grad_average_any.to(at::kFloat).contiguous();
-  auto grad_beta = (grad_average * passed).sum(0), grad_gamma = (grad_average * average_hat).sum(0);
+  auto grad_beta = at::zeros({s.channels}, weight.options()), grad_gamma = at::zeros({s.channels}, weight.options());
   if (z.numel() == 0) {
     return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type()), grad_residual};
   }
-  const auto grad_shared = dense(grad_shared_any, z.scalar_type(), /*channels_last=*/true);
-  const int64_t shared = grad_shared.size(1);
-  const Normalisation normalisation(mean, inverse_std, weight, shift);
+  const bool fits = grad_shared_any.scalar_type() == z.scalar_type() && pixel_stride(grad_shared_any) > 0;
+  const auto grad_shared = fits ? grad_shared_any : dense(grad_shared_any, z.scalar_type(), /*channels_last=*/true);
+  const int64_t shared = grad_shared.size(1), stride = fits ? pixel_stride(grad_shared) : shared;
+  const Normalisation normalisation(
+      mean.const_data_ptr<double>(), inverse_std.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+      shift.const_data_ptr<float>(), s.channels);
   const Affine affine = normalisation.affine();
-  const float* rest = normalisation.rest.const_data_ptr<float>();
-  const auto exit = grad_average / static_cast<double>(s.out_pixels());
+  // Of each output pixel, per image; without averages one image's zeros.
+  std::vector<float> exit(s.images * s.channels, 0);
+  std::vector<double> beta_sums(s.channels, 0), gamma_sums(s.channels, 0);
+  if (averages) {
+    const auto grad_average = grad_average_any->to(at::kFloat).contiguous();
+    const float *grads = grad_average.const_data_ptr<float>(), *shares = passed.const_data_ptr<float>();
+    const float* hats = average_hat.const_data_ptr<float>();
+    for (int64_t n = 0, index = 0; n < s.images; ++n) {
+      for (int64_t c = 0; c < s.channels; ++c, ++index) {
+        exit[index] = grads[index] / static_cast<float>(s.out_pixels());
+        beta_sums[c] += static_cast<double>(grads[index]) * shares[index];
+        gamma_sums[c] += static_cast<double>(grads[index]) * hats[index];
+      }
+    }
+  }
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto k = kernels<T>(relu_first, end);
     const T* from = z.const_data_ptr<T>();
     const T* gradient = grad_shared.const_data_ptr<T>();
-    const int64_t image_size = s.pixels() * s.channels, gradient_size = s.out_pixels() * shared;
+    const int64_t image_size = s.pixels() * s.channels, gradient_size = s.out_pixels() * stride;
     const auto incoming = [&](int64_t image) -> Incoming<T> {
-      return {gradient + image * gradient_size, shared, exit.template const_data_ptr<float>() + image * s.channels,
+      return {gradient + image * gradient_size, shared, stride, &exit[image * s.channels],
               made.template const_data_ptr<T>() + image * image_size};
     };
     std::vector<double> sums(num_tasks(s) * shared, 0), products(num_tasks(s) * shared, 0);
@@ -294,22 +331,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_block_backward_c
           from + image * image_size, incoming(image), s, affine, first, last, sums.data() + task * shared,
           products.data() + task * shared);
     });
-    float* to_beta = grad_beta.mutable_data_ptr<float>();
-    float* to_gamma = grad_gamma.mutable_data_ptr<float>();
-    for (int64_t c = 0; c < shared; ++c) {
-      double sum = 0, product = 0;
-      for (int64_t task = 0; task < num_tasks(s); ++task) {
-        sum += sums[task * shared + c];
-        product += products[task * shared + c];
+    for (int64_t task = 0; task < num_tasks(s); ++task) {
+      for (int64_t c = 0; c < shared; ++c) {
+        const double sum = sums[task * shared + c];
+        beta_sums[c] += sum;
+        gamma_sums[c] += products[task * shared + c] - normalisation.rest[c] * sum;
       }
-      to_beta[c] += static_cast<float>(sum);
-      to_gamma[c] += static_cast<float>(product - rest[c] * sum);
     }
+    std::copy(beta_sums.begin(), beta_sums.end(), grad_beta.mutable_data_ptr<float>());
+    std::copy(gamma_sums.begin(), gamma_sums.end(), grad_gamma.mutable_data_ptr<float>());
     // In eval mode the statistics are constants, and nothing flows through them.
-    const double count = static_cast<double>(s.images * s.pixels());
-    const auto slope = training ? grad_gamma / count : at::zeros_like(grad_gamma);
-    const auto offset = training ? grad_beta / count - normalisation.rest * slope : at::zeros_like(grad_beta);
-    const float *constant = offset.template const_data_ptr<float>(), *factor = slope.template const_data_ptr<float>();
+    std::vector<float> offset(s.channels, 0), slope(s.channels, 0);
+    if (training) {
+      const double count = static_cast<double>(s.images * s.pixels());
+      for (int64_t c = 0; c < s.channels; ++c) {
+        slope[c] = static_cast<float>(gamma_sums[c] / count);
+        offset[c] = static_cast<float>((beta_sums[c] - normalisation.rest[c] * gamma_sums[c]) / count);
+      }
+    }
+    const float *constant = offset.data(), *factor = slope.data();
     T* to = grad_z.mutable_data_ptr<T>();
     T* beside = end == End::residual ? grad_residual.mutable_data_ptr<T>() : to;  // not written to without a residual
     for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {

@@ -23,7 +23,10 @@ at::Tensor gemm_grad_weight(
 // Switches this product on or off for the linear layers of the process; returns what it was.
 bool set_own_gemm(bool enabled);
 
-// The same for the weight gradient of convolutions.
+// The same for oneDNN's product in the linear layers' forward and grad_input, which goes before this one.
+bool set_onednn_linear(bool enabled);
+
+// Switches this product on or off for the weight gradient of convolutions.
 bool set_own_grad_weight(bool enabled);
 
 }  // namespace dfs_engine

@@ -22,21 +22,40 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return result;
 }
 
-// Whether this project's product runs, rather than ATen's: float, and large enough to pay for packing.
-std::atomic<bool> own_gemm{false};  // until dfs_engine.calibration finds it the faster one here
+// Which product runs, rather than ATen's, until dfs_engine.calibration finds the fastest one here.
+std::atomic<bool> own_gemm{false};
+std::atomic<bool> onednn_linear{false};  // in forward and grad_input; before own_gemm
 
+// Float, and large enough to pay for packing.
 bool uses_own(at::ScalarType dtype, int64_t rows, int64_t depth, int64_t columns) {
   return own_gemm && dtype == at::kFloat && rows >= 32 && depth >= 32 && columns >= 16 && rows * depth * columns >= (1 << 20);
+}
+
+// Float, and so many rows that what it does to the weights first, whatever their number, does not count. On one thread ATen
+// takes such a convolution elsewhere.
+bool uses_onednn(at::ScalarType dtype, int64_t rows, int64_t depth, int64_t columns) {
+  return onednn_linear && dtype == at::kFloat && rows >= 1024 && depth >= 192 && columns >= 192 && at::get_num_threads() > 1;
 }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
   return uses_own(a.scalar_type(), a.size(0), a.size(1), b.size(1)) ? gemm(a, b) : a.mm(b);
 }
 
+// oneDNN's product behind public operators: a 1x1 convolution of one image, whose pixels are the rows. No data moves.
+at::Tensor as_image(const at::Tensor& rows) {
+  return rows.as_strided({1, rows.size(1), rows.size(0), 1}, {rows.numel(), 1, rows.size(1), rows.size(1)});
+}
+
+at::Tensor as_rows(const at::Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({image.size(2), image.size(1)}); }
+
 at::Tensor linear_cpu(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const auto dtype = compute_dtype(input.scalar_type());
   const auto wide_bias = bias.has_value() ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
   const auto rows = input.numel() / std::max<int64_t>(1, input.size(-1));
+  if (uses_onednn(dtype, rows, weight.size(1), weight.size(0))) {
+    const auto output = at::conv2d(as_image(as_matrix(input, dtype)), weight.to(dtype).unsqueeze(-1).unsqueeze(-1), wide_bias);
+    return as_rows(output).to(input.scalar_type()).view(with_last(input.sizes(), weight.size(0)));
+  }
   if (uses_own(dtype, rows, weight.size(1), weight.size(0))) {
     const auto output = gemm(as_matrix(input, dtype), weight.to(dtype).t(), wide_bias);
     return output.to(input.scalar_type()).view(with_last(input.sizes(), weight.size(0)));
@@ -55,7 +74,16 @@ at::Tensor linear_grad_input_cpu(const at::Tensor& grad_output, const at::Tensor
   const auto dtype = compute_dtype(grad_output.scalar_type());
   // The columns stay where they are: the GEMM takes their leading dimension.
   const auto columns = weight.narrow(1, start, stop - start).to(dtype);
-  return product(as_matrix(grad_output, dtype), columns).to(grad_output.scalar_type()).view(sizes);
+  const auto rows = as_matrix(grad_output, dtype);
+  if (uses_onednn(dtype, rows.size(0), rows.size(1), columns.size(1))) {
+    const auto image = as_image(rows);
+    // Only the shape of the input matters.
+    const auto input = at::empty({1, columns.size(1), rows.size(0), 1}, image.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const auto gradient = std::get<0>(at::convolution_backward(
+        image, input, columns.unsqueeze(-1).unsqueeze(-1), std::nullopt, {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1, {true, false, false}));
+    return as_rows(gradient).to(grad_output.scalar_type()).view(sizes);
+  }
+  return product(rows, columns).to(grad_output.scalar_type()).view(sizes);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(const at::Tensor& grad_output, const at::Tensor& input, bool bias) {
@@ -75,6 +103,8 @@ std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(const at::Tensor& grad
 }  // namespace
 
 bool set_own_gemm(bool enabled) { return own_gemm.exchange(enabled); }
+
+bool set_onednn_linear(bool enabled) { return onednn_linear.exchange(enabled); }
 
 TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) {
   m.impl("linear", linear_cpu);

@@ -59,6 +59,9 @@ PYBIND11_MODULE(_C, m) {
       "Whether a float32 convolution runs by Winograd's algorithm.");
   m.def("set_own_gemm", &dfs_engine::set_own_gemm, "Switches the linear layers' own matrix product on or off; returns what it was.");
   m.def(
+      "set_onednn_linear", &dfs_engine::set_onednn_linear,
+      "Switches oneDNN's product in the linear layers' forward and grad_input on or off; returns what it was.");
+  m.def(
       "set_own_grad_weight", &dfs_engine::set_own_grad_weight,
       "Switches the convolutions' own weight gradient on or off; returns what it was.");
   m.def(

@@ -1,7 +1,8 @@
 """Which kernels are the faster ones on this machine: this project's or ATen's.
 
-ATen's `linear` goes to MKL, which may run at a third of an AMD CPU's peak, and oneDNN's weight gradient of a strided
-convolution at a third of one's with AVX2; on other CPUs both may win. A bfloat16 convolution by Winograd's algorithm
+ATen's `linear` goes to MKL, which may run at a third of an AMD CPU's peak; oneDNN's product, which ATen does not use
+there, may be faster, and so may this project's own. oneDNN's weight gradient of a strided convolution may run at a
+third of the peak of a CPU with AVX2. A bfloat16 convolution by Winograd's algorithm
 in float beats oneDNN's where bfloat16 instructions do twice as much as float ones, and loses where they do sixteen
 times as much. So it is measured, once per machine, in a fraction of a second, and the answer is kept in a file.
 """
@@ -24,8 +25,9 @@ from dfs_engine.machine import cpu_model
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 4  # of the measurement below: another version asks again
+_VERSION = 5  # of the measurement below: another version asks again
 _ROWS_INPUTS_OUTPUTS = ((1024, 384, 384), (1576, 192, 576))
+_MANY_ROWS = ((1576, 192, 768), (2048, 384, 1536))  # as oneDNN's product takes them
 # images, channels, pixels a side; large images and small ones, of which either may be the worse case
 _STRIDED = ((32, 64, 32), (32, 256, 8))
 # Large enough that the transformation of the weights, which is the same for any batch, does not decide.
@@ -34,9 +36,10 @@ _ROUNDS = 7
 
 
 class Speedups(NamedTuple):
-    """How many times faster than ATen's this project's kernels are."""
+    """How many times faster than ATen's the kernels are; `onednn_linear`: than the faster of ATen's and ours."""
 
     linear: float
+    onednn_linear: float
     conv_grad_weight: float
     half_conv: float
 
@@ -46,13 +49,20 @@ class Wins(NamedTuple):
 
     Attributes:
         linear: the matrix product in linear layers.
+        onednn_linear: oneDNN's product instead, in forward and grad_input of linear layers with many rows.
         conv_grad_weight: the same in the weight gradient of convolutions without Winograd.
         half_conv: Winograd on bfloat16 images; without meaning where the CPU has no bfloat16 instructions.
     """
 
     linear: bool
+    onednn_linear: bool
     conv_grad_weight: bool
     half_conv: bool
+
+    @property
+    def in_linear(self) -> bool:
+        """Whether linear layers run anything but ATen's product."""
+        return self.linear or self.onednn_linear
 
 
 def cache_dir() -> Path:
@@ -68,7 +78,7 @@ def settle() -> Wins:
 
     While torch.compile traces, which cannot measure: all, because the kernels look at what is set when they run.
     """
-    return Wins(True, True, True) if torch.compiler.is_compiling() else _settle()
+    return Wins(True, True, True, True) if torch.compiler.is_compiling() else _settle()
 
 
 @functools.cache
@@ -79,15 +89,19 @@ def _settle() -> Wins:
     if ratios is None:
         ratios = measure()
         _remember(ratios)
-    # Within noise ATen's stays: it is the better tested one.
-    wins = Wins(*(ratio > 1.05 for ratio in ratios))
+    wins = Wins(*map(_is_clear, ratios))
     _C.set_own_gemm(wins.linear)
+    _C.set_onednn_linear(wins.onednn_linear)
     _C.set_own_grad_weight(wins.conv_grad_weight)
     _C.set_half_winograd(wins.half_conv)
     for name, ratio in ratios._asdict().items():
-        chosen = "own" if getattr(wins, name) else "ATen's"
-        logger.info("%s: %s kernels (measured %.2f x ATen's speed)", name, chosen, ratio)
+        logger.info("%s: %s, %.2f x the speed of what it replaces", name, "on" if getattr(wins, name) else "off", ratio)
     return wins
+
+
+def _is_clear(ratio: float) -> bool:
+    """Within noise ATen's kernels stay: they are the better tested ones."""
+    return ratio > 1.05
 
 
 def measure() -> Speedups:
@@ -96,19 +110,25 @@ def measure() -> Speedups:
 
     ops = torch.ops.dfs_engine
     linear: list[Callable[[], object]] = []
-    for rows, inputs, outputs in _ROWS_INPUTS_OUTPUTS:
+    many_rows: list[Callable[[], object]] = []
+    for shape in (*_ROWS_INPUTS_OUTPUTS, *_MANY_ROWS):
+        rows, inputs, outputs = shape
         x, weight, grad = torch.ones(rows, inputs), torch.ones(outputs, inputs), torch.ones(rows, outputs)
-        linear += [
-            functools.partial(ops.linear, x, weight, None),
-            functools.partial(ops.linear_grad_input, grad, weight, 0, inputs // 2),
-            functools.partial(ops.linear_grad_weight, grad, x, False),
-        ]
+        forward = functools.partial(ops.linear, x, weight, None)
+        if shape in _MANY_ROWS:
+            many_rows += [forward, functools.partial(ops.linear_grad_input, grad, weight, 0, inputs)]
+        else:
+            linear += [
+                forward,
+                functools.partial(ops.linear_grad_input, grad, weight, 0, inputs // 2),
+                functools.partial(ops.linear_grad_weight, grad, x, False),
+            ]
     strided: list[Callable[[], object]] = []
     half: list[Callable[[], object]] = []
     for num_images, channels, size in _STRIDED:
         x, grad = _images(num_images, channels, size), _images(num_images, 2 * channels, size // 2)
-        shape, geometry = (2 * channels, channels, 3, 3), ((2, 2), (1, 1), (1, 1), 1)
-        strided.append(functools.partial(ops.conv2d_grad_weight, grad, x, shape, *geometry, False))
+        weight_size, geometry = (2 * channels, channels, 3, 3), ((2, 2), (1, 1), (1, 1), 1)
+        strided.append(functools.partial(ops.conv2d_grad_weight, grad, x, weight_size, *geometry, False))
     for num_images, channels, size in _HALF:
         x = _images(num_images, channels, size).bfloat16()
         weight, geometry = torch.ones(channels, channels, 3, 3, dtype=torch.bfloat16), ((1, 1), (1, 1), (1, 1), 1)
@@ -117,8 +137,15 @@ def measure() -> Speedups:
             functools.partial(ops.conv2d_grad_input, x, weight, x.shape, *geometry, 0, channels // 2, True),
             functools.partial(ops.conv2d_grad_weight, x, x, weight.shape, *geometry, False),
         ]
+    own_linear = _speedup(_C.set_own_gemm, linear)
+    before = _C.set_own_gemm(_is_clear(own_linear))
+    try:
+        onednn_linear = _speedup(_C.set_onednn_linear, many_rows)
+    finally:
+        _C.set_own_gemm(before)
     return Speedups(
-        linear=_speedup(_C.set_own_gemm, linear),
+        linear=own_linear,
+        onednn_linear=onednn_linear,
         # The worst, because one answer serves all sizes, and none may lose.
         conv_grad_weight=min(_speedup(_C.set_own_grad_weight, [call]) for call in strided),
         half_conv=_speedup(_C.set_half_winograd, half),

@@ -87,6 +87,7 @@ def conv_block(
     eps: float,
     pool: bool,
     relu_first: bool,
+    averages: bool,
 ) -> Forward:
     """`dfs_engine::conv_block`.
 
@@ -95,6 +96,7 @@ def conv_block(
         gamma, beta: (C,).
         residual: as z, added before the last ReLU; with relu_first=False and pool=False only.
         running_mean, running_var: (C,), used instead of the batch's statistics; None when training.
+        averages: whether the averages are wanted; else average, average_hat and passed are empty, (0, C).
 
     Returns:
         feature (N, C, H', W') channels_last and average (N, C), in z's dtype; average_hat (N, C), of x_hat; mean (C,)
@@ -104,7 +106,7 @@ def conv_block(
     z = _rows_of(z)
     num_images, num_channels, height, width = z.shape
     out_height, out_width = (height // 2, width // 2) if pool else (height, width)
-    average = z.new_empty((num_images, num_channels))
+    average = z.new_empty((num_images if averages else 0, num_channels))
     average_hat, passed = (z.new_empty(average.shape, dtype=torch.float32) for _ in range(2))
     feature = _empty_rows(z, out_height, out_width)
     if z.numel() == 0:
@@ -130,15 +132,17 @@ def conv_block(
             num_channels, height, width, out_height, out_width, per_chunk, num_chunks,
             POOL=pool, BLOCK_P=block, **flags, **_LAUNCH,
         )  # fmt: skip
-        kernels.average_kernel[(num_images * num_blocks,)](
-            sums, gamma, beta, average, average_hat, passed, num_channels, num_chunks, num_pixels, **flags, **_LAUNCH
-        )
+        if averages:
+            kernels.average_kernel[(num_images * num_blocks,)](
+                sums, gamma, beta, average, average_hat, passed, num_channels, num_chunks, num_pixels,
+                **flags, **_LAUNCH,
+            )  # fmt: skip
     return feature, average, average_hat, mean, inverse_std, variance, passed
 
 
 def conv_block_backward(
     grad_shared: Tensor,
-    grad_average: Tensor,
+    grad_average: Tensor | None,
     z: Tensor,
     gamma: Tensor,
     beta: Tensor,
@@ -155,7 +159,7 @@ def conv_block_backward(
 
     Args:
         grad_shared: (N, num_shared, H', W'), of the first channels; any strides, and never widened.
-        grad_average: (N, C), zero where the exit trains nothing; any strides.
+        grad_average: (N, C), zero where the exit trains nothing; any strides. None: there were no averages.
         feature: the forward's output, where it had a residual: what is above zero passed the last ReLU.
         average_hat, mean, inverse_std, passed: as the forward returned them.
 
@@ -165,6 +169,8 @@ def conv_block_backward(
     z = _rows_of(z)
     num_images, num_channels, height, width = z.shape
     num_shared, out_height, out_width = grad_shared.shape[1:]
+    if grad_average is None:
+        grad_average = average_hat = passed = z.new_zeros((num_images, num_channels), dtype=torch.float32)
     grad_z = _empty_rows(z, height, width)
     grad_residual = z.new_empty(0) if feature is None else _empty_rows(z, height, width)
     grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(beta)

@@ -16,7 +16,7 @@ def measured(tmp_path, monkeypatch):
     """A fresh cache folder; gives the list of measurements made."""
     calls = []
     monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration, "measure", lambda: calls.append(1) or Speedups(2.5, 1.5, 0.5))
+    monkeypatch.setattr(calibration, "measure", lambda: calls.append(1) or Speedups(2.5, 1.1, 1.5, 0.5))
     calibration._settle.cache_clear()
     yield calls
     calibration._settle.cache_clear()
@@ -28,12 +28,13 @@ def settle_again() -> Wins:
 
 
 def test_measured_once_and_kept(measured, tmp_path):
-    assert calibration.settle() == (True, True, False)
-    assert settle_again() == (True, True, False)
+    assert calibration.settle() == (True, True, True, False)
+    assert settle_again() == (True, True, True, False)
     assert len(measured) == 1
     (file,) = (tmp_path / "cache").iterdir()
     assert json.loads(file.read_text())["speed_over_aten"] == {
         "linear": 2.5,
+        "onednn_linear": 1.1,
         "conv_grad_weight": 1.5,
         "half_conv": 0.5,
     }
@@ -55,14 +56,14 @@ def test_an_unwritable_folder_is_no_error(measured, tmp_path, monkeypatch):
 
 
 def test_atens_kernels_stay_within_noise(measured, monkeypatch):
-    monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.04, 1.06, 1.05))
-    assert calibration.settle() == (False, True, False)
+    monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.04, 1.2, 1.06, 1.05))
+    assert calibration.settle() == (False, True, True, False)
 
 
 def test_the_measurement_gives_a_ratio_and_restores_the_switches():
     from dfs_engine import _C
 
-    switches = (_C.set_own_gemm, _C.set_own_grad_weight, _C.set_half_winograd)
+    switches = (_C.set_own_gemm, _C.set_onednn_linear, _C.set_own_grad_weight, _C.set_half_winograd)
     before = [switch(False) for switch in switches]
     assert min(calibration.measure()) > 0
     after = [switch(value) for switch, value in zip(switches, before, strict=True)]

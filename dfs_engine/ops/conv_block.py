@@ -24,20 +24,20 @@ _FUSED = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torc
 
 _common.LIBRARY.define(
     "conv_block(Tensor z, Tensor gamma, Tensor beta, Tensor? residual, Tensor? running_mean, Tensor? running_var,"
-    " float eps, bool pool, bool relu_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float eps, bool pool, bool relu_first, bool averages) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _common.LIBRARY.define(
-    "conv_block_backward(Tensor grad_shared, Tensor grad_average, Tensor z, Tensor gamma, Tensor beta,"
+    "conv_block_backward(Tensor grad_shared, Tensor? grad_average, Tensor z, Tensor gamma, Tensor beta,"
     " Tensor? feature, Tensor average_hat, Tensor mean, Tensor inverse_std, Tensor passed, bool training, bool pool,"
     " bool relu_first) -> (Tensor grad_z, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)"
 )
 
 
-def _fake(z, gamma, beta, residual, running_mean, running_var, eps, pool, relu_first):
+def _fake(z, gamma, beta, residual, running_mean, running_var, eps, pool, relu_first, averages):
     num_images, channels, height, width = z.shape
     shape = (num_images, channels, height // 2, width // 2) if pool else z.shape
     feature = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
-    average_hat = z.new_empty((num_images, channels), dtype=torch.float32)
+    average_hat = z.new_empty((num_images if averages else 0, channels), dtype=torch.float32)
     average, passed = average_hat.to(z.dtype, copy=True), torch.empty_like(average_hat)
     mean, inverse_std, variance = (
         z.new_empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)
@@ -70,6 +70,13 @@ class ProducedFeature(NamedTuple):
     exit: Tensor
 
 
+def _refuse_graph() -> None:
+    if _common.creating_graph():
+        raise RuntimeError(
+            f"{NAME}: the fused backward cannot be differentiated again. Use backend='aten' for create_graph=True."
+        )
+
+
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, gamma, beta, residual, mean, variance, eps, pool, relu_first, num_shared, exit_start):
@@ -77,7 +84,7 @@ class _ConvBlock(torch.autograd.Function):
         # As the kernels read it, once for both passes; the original is then of no more use.
         z = z.contiguous(memory_format=torch.channels_last)
         feature, average, average_hat, mean, inverse_std, variance, passed = torch.ops.dfs_engine.conv_block(
-            z, gamma, beta, residual, mean, variance, eps, pool, relu_first
+            z, gamma, beta, residual, mean, variance, eps, pool, relu_first, True
         )
         # Which pixels the last ReLU let through follows from z alone unless something was added to it.
         sum_passed = None if residual is None else feature
@@ -93,10 +100,7 @@ class _ConvBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _, grad_shared: Tensor | None, __, grad_exit: Tensor | None, *___):
-        if _common.creating_graph():
-            raise RuntimeError(
-                f"{NAME}: the fused backward cannot be differentiated again. Use backend='aten' for create_graph=True."
-            )
+        _refuse_graph()
         z = ctx.saved_tensors[0]
         shared_shape, exit_shape, exit_dtype = ctx.shapes
         if grad_shared is None:
@@ -110,6 +114,35 @@ class _ConvBlock(torch.autograd.Function):
         grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *ctx.saved_tensors, *ctx.modes)
         wanted = (grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None, None, None, None, None
+
+
+class _NormReLU(torch.autograd.Function):
+    """The same for a feature that nobody splits and whose averages nobody reads."""
+
+    @staticmethod
+    def forward(ctx, z, gamma, beta, residual, mean, variance, eps):
+        training = mean is None
+        z = z.contiguous(memory_format=torch.channels_last)
+        feature, _, average_hat, mean, inverse_std, variance, passed = torch.ops.dfs_engine.conv_block(
+            z, gamma, beta, residual, mean, variance, eps, False, False, False
+        )
+        sum_passed = None if residual is None else feature
+        ctx.save_for_backward(z, gamma, beta, sum_passed, average_hat, mean, inverse_std, passed)
+        ctx.training = training
+        ctx.mark_non_differentiable(mean, variance)
+        expect_absent_gradients(ctx)
+        return feature, mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor | None, *_):
+        _refuse_graph()
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grads = torch.ops.dfs_engine.conv_block_backward(
+            grad_output, None, *ctx.saved_tensors, ctx.training, False, False
+        )
+        wanted = (grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None
 
 
 class _LiveMean(torch.autograd.Function):
@@ -241,7 +274,9 @@ def norm_relu(
     kernels = backends.select(NAME, z.device, z.dtype, backend, functools.partial(_wins, z, residual, False))
     norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
     if z.dtype in _FUSED.get(kernels, ()):
-        return _fused(z, norm, residual, False, False, num_channels, num_channels).shared
+        feature, mean, variance = _NormReLU.apply(z, *_affine(z, norm), residual, *_given(norm), norm.eps)
+        _update(z, norm, mean, variance)
+        return feature
     return _stock(z, norm, residual, False)
 
 
@@ -267,19 +302,29 @@ def _stock(z: Tensor, norm: _Norm, residual: Tensor | None, relu_first: bool) ->
 def _fused(
     z: Tensor, norm: _Norm, residual: Tensor | None, pool: bool, relu_first: bool, num_shared: int, exit_start: int
 ) -> ProducedFeature:
-    running_mean, running_var = norm.running_mean, norm.running_var
-    gamma = z.new_ones(z.size(1), dtype=torch.float32) if norm.weight is None else norm.weight
-    beta = z.new_zeros(z.size(1), dtype=torch.float32) if norm.bias is None else norm.bias
-    given = (None, None) if norm.training else (running_mean, running_var)
     *produced, mean, variance = _ConvBlock.apply(
-        z, gamma, beta, residual, *given, norm.eps, pool, relu_first, num_shared, exit_start
+        z, *_affine(z, norm), residual, *_given(norm), norm.eps, pool, relu_first, num_shared, exit_start
     )
+    _update(z, norm, mean, variance)
+    return ProducedFeature(*produced)
+
+
+def _affine(z: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
+    gamma = z.new_ones(z.size(1), dtype=torch.float32) if norm.weight is None else norm.weight
+    return gamma, z.new_zeros(z.size(1), dtype=torch.float32) if norm.bias is None else norm.bias
+
+
+def _given(norm: _Norm) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm.training else (norm.running_mean, norm.running_var)
+
+
+def _update(z: Tensor, norm: _Norm, mean: Tensor, variance: Tensor) -> None:
+    """The running statistics, as nn.BatchNorm2d: the running variance is the unbiased one."""
+    running_mean, running_var = norm.running_mean, norm.running_var
     if norm.training and running_mean is not None and running_var is not None and z.numel() > 0:
         count = z.numel() // z.size(1)
-        # As nn.BatchNorm2d: the running variance is the unbiased one.
         running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
         running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), norm.momentum)
-    return ProducedFeature(*produced)
 
 
 def table_name(pool: bool) -> str:

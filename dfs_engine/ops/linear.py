@@ -174,7 +174,7 @@ def partitioned_linear(
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
             # Half precision: ATen emulates it slowly where the CPU lacks it.
-            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().linear)
+            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().in_linear)
         rows, out_features, dtype = _rows(data.shape), weight.size(0), weight.dtype
         in_features = weight.size(1) if reference else stop - start
         return prefers_triton("linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(
@@ -186,6 +186,9 @@ def partitioned_linear(
         calibration.settle()
     if kernels == "reference":
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
+    if kernels == "aten" and full is None and stop - start == weight.size(1):
+        with _common.no_autocast(weight.device.type):
+            return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
     if not reference:
         live = input.narrow(-1, start, stop - start) if full is None else input
         return _PartitionedLinear.apply(live, None, weight[:, start:stop], bias, 0, stop - start, kernels)

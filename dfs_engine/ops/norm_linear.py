@@ -268,7 +268,7 @@ def partitioned_norm_linear(
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
             # As for the linear, whose products these are.
-            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().linear)
+            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().in_linear)
         rows, dtype = linear._rows(input.shape), weight.dtype
         out_features, num_channels = weight.shape
         return prefers_triton("norm_linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(

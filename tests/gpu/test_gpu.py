@@ -235,13 +235,13 @@ class TestBeyond32BitOffsets:
         for name, value, truth in zip(("feature", "grad_z"), found[1:], alone[1:], strict=True):
             assert torch.equal(value[-3:], truth), name
         # In training, the batch's statistics.
-        made = torch.ops.dfs_engine.conv_block(z, gamma, beta, None, None, None, 1e-5, pool, True)
+        made = torch.ops.dfs_engine.conv_block(z, gamma, beta, None, None, None, 1e-5, pool, True, True)
         sums = [chunk.relu().double().sum((0, 2, 3)) for chunk in z.split(2**12)]
         expected = torch.stack(sums).sum(0) / (batch * size**2)
         assert_close("mean", made[3], expected, TOLERANCES[torch.float32])
 
     def _block(self, z, gamma, beta, mean, shared, average, pool) -> list[Tensor]:
-        made = torch.ops.dfs_engine.conv_block(z, gamma, beta, None, mean, mean, 1e-5, pool, True)
+        made = torch.ops.dfs_engine.conv_block(z, gamma, beta, None, mean, mean, 1e-5, pool, True, True)
         feature, averages, average_hat, exact, inverse_std, _, passed = made
         saved = (None, average_hat, exact, inverse_std, passed)
         modes = (False, pool, True)

@@ -17,15 +17,15 @@ SHAPE = (3, 17, 5, 4)
 RESIDUAL = pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 
 
-def inputs(with_residual, dtype=torch.float64, layout=torch.contiguous_format):
+def inputs(with_residual, dtype=torch.float64, layout=torch.contiguous_format, shape=SHAPE):
     """z and perhaps a residual, whose sum with the normalised z stays clear of ReLU's zero."""
-    z = torch.randn(SHAPE, dtype=torch.float64)
-    bn = nn.BatchNorm2d(SHAPE[1], dtype=torch.float64)
+    z = torch.randn(shape, dtype=torch.float64)
+    bn = nn.BatchNorm2d(shape[1], dtype=torch.float64)
     nn.init.uniform_(bn.weight, 0.5, 1.5)
     if not with_residual:
         normalised = F.batch_norm(z, None, None, bn.weight, None, True)
         z = torch.where(normalised.abs() < 1e-2, z + 0.1, z).detach()
-    total = torch.randn(SHAPE, dtype=torch.float64)
+    total = torch.randn(shape, dtype=torch.float64)
     total = total + 0.1 * total.sign() - F.batch_norm(z, None, None, bn.weight, bn.bias, True).detach()
     leaves = [z, total] if with_residual else [z]
     return bn.to(dtype), [leaf.to(dtype).to(memory_format=layout).requires_grad_() for leaf in leaves]
@@ -57,14 +57,19 @@ def test_equals_the_stock_modules(variant, training, with_residual, momentum):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @RESIDUAL
-def test_norm_relu_in_float32(layout, with_residual, backend):
-    bn, leaves = inputs(with_residual, torch.float32, layout)
+@pytest.mark.parametrize("shape", [SHAPE, (2, 33, 23, 14), (1, 16, 1, 7)], ids=str)
+@pytest.mark.parametrize("grad_is_slice", [False, True], ids=["dense", "slice"])
+def test_norm_relu_in_float32(layout, with_residual, shape, grad_is_slice, backend):
+    bn, leaves = inputs(with_residual, torch.float32, layout, shape)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     output = norm_relu(leaves[0], bn.weight, bn.bias, None, None, residual=[*leaves, None][1], backend=backend)
     weight, bias = (parameter.detach().double().requires_grad_() for parameter in bn.parameters())
     expected = F.relu(sum([F.batch_norm(wide[0], None, None, weight, bias, True), *wide[1:]]))
     assert_close("output", output, expected)
-    grad = torch.randn(SHAPE)
+    grad = torch.randn(shape)
+    if grad_is_slice:  # as a concatenation's backward gives it
+        wide_grad = F.pad(grad, (0, 0, 0, 0, 3, 5), value=float("nan"))
+        grad = wide_grad.contiguous(memory_format=layout)[:, 3:-5]
     found = torch.autograd.grad(output, [*leaves, *bn.parameters()], grad)
     truth = torch.autograd.grad(expected, [*wide, weight, bias], grad.double())
     scale = max(gradient.abs().max().item() for gradient in truth[-2:])

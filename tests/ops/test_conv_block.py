@@ -478,12 +478,14 @@ def test_opcheck(dtype, shape, training, form, cpp):
     z, weight, bias, *statistics = (tensors[name] for name in ("z", "weight", "bias", *STATISTICS))
     given = (None, None) if training else statistics
     arguments = (z, weight, bias, tensors.get("residual"), *given, 1e-5, form.pool, form.relu_first)
-    torch.library.opcheck(OPS.conv_block, arguments)
-    feature, average, average_hat, mean, inverse_std, _, passed = OPS.conv_block(*arguments)
+    for averages in (False, True):
+        torch.library.opcheck(OPS.conv_block, (*arguments, averages))
+    feature, average, average_hat, mean, inverse_std, _, passed = OPS.conv_block(*arguments, True)
     saved = (z, weight, bias, feature if form.residual else None, average_hat, mean, inverse_std, passed)
     for num_shared in (0, 2, 5):
-        grads = torch.randn_like(feature[:, :num_shared]), torch.randn_like(average)
-        torch.library.opcheck(OPS.conv_block_backward, (*grads, *saved, training, form.pool, form.relu_first))
+        for grad_average in (torch.randn_like(average), None):
+            grads = torch.randn_like(feature[:, :num_shared]), grad_average
+            torch.library.opcheck(OPS.conv_block_backward, (*grads, *saved, training, form.pool, form.relu_first))
 
 
 @FORM

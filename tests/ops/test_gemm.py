@@ -1,4 +1,4 @@
-"""This project's matrix product against float64, whether or not calibration would pick it here."""
+"""The matrix products of linear layers against float64, whether or not calibration would pick them here."""
 
 import pytest
 import torch
@@ -42,6 +42,40 @@ def test_matches_float64(own_gemm, shape, bias):
     assert_close("grad_weight", grad_weight, grad.double().t() @ x.double())
     if bias:
         assert_close("grad_bias", grad_bias, grad.double().sum(0))
+
+
+@pytest.fixture
+def onednn_linear():
+    from dfs_engine import _C
+
+    before, threads = _C.set_onednn_linear(True), torch.get_num_threads()
+    torch.set_num_threads(2)  # on one it does not run
+    yield
+    torch.set_num_threads(threads)
+    _C.set_onednn_linear(before)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1024, 193, 200), (1577, 200, 193), (2051, 384, 192)], ids=lambda s: "x".join(map(str, s))
+)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_onednn_matches_float64(onednn_linear, shape, bias):
+    rows, inputs, outputs = shape
+    ops = torch.ops.dfs_engine
+    x = torch.rand(3, rows, 2 * inputs)[..., ::2]
+    weight = torch.rand(outputs, inputs + 3)[:, 3:]
+    shift = torch.rand(2 * outputs)[::2] if bias else None
+    double = None if shift is None else shift.double()
+    with torch.profiler.profile() as profile:
+        output = ops.linear(x, weight, shift)
+        grad = torch.rand(outputs, 3, rows).permute(1, 2, 0)
+        grad_input = ops.linear_grad_input(grad, weight, 1, inputs)
+    names = {event.name for event in profile.events()}
+    assert {"aten::mkldnn_convolution", "aten::convolution_backward"} <= names, "oneDNN did not run"
+    assert output.is_contiguous()
+    assert grad_input.is_contiguous()
+    assert_close("output", output, torch.nn.functional.linear(x.double(), weight.double(), double))
+    assert_close("grad_input", grad_input, grad.double() @ weight.double()[:, 1:])
 
 
 def test_the_result_does_not_depend_on_the_threads(own_gemm):

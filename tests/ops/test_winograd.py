@@ -239,7 +239,8 @@ found = results["depthwise"].flip(0).contiguous(memory_format=torch.channels_las
 results["depthwise grad_input"] = ops.conv2d_grad_input(found, filters, image.shape, *around, 1, 30, True)
 results["depthwise grad_weight"] = ops.conv2d_grad_weight(found, image, filters.shape, *around, False)[0]
 for label, residual, pool, relu_first in (("pool", None, True, True), ("residual", input.flip(0), False, False)):
-    produced = ops.conv_block(input, tensors["gamma"], tensors["beta"], residual, None, None, 1e-5, pool, relu_first)
+    affine = tensors["gamma"], tensors["beta"]
+    produced = ops.conv_block(input, *affine, residual, None, None, 1e-5, pool, relu_first, True)
     results |= {f"conv_block {index} {label}": value for index, value in enumerate(produced)}
     feature, average, average_hat, mean, inverse_std, _, passed = produced
     feature = None if residual is None else feature
