@@ -59,7 +59,7 @@ def extension() -> dict[str, Any]:
             module.optional = True
 
             class OptionalBuild(BuildExtension):
-                """A failing compiler leaves a working pure-Python install, and says so."""
+                """A failing compiler leaves a working pure-Python install, and says so; no library of other sources."""
 
                 def build_extensions(self) -> None:
                     try:
@@ -67,6 +67,8 @@ def extension() -> dict[str, Any]:
                     except Exception as error:
                         say(f"the compiler failed: {error}")
                         self.extensions = []
+                        for stale in glob.glob("dfs_engine/_C.*.so") + glob.glob("dfs_engine/_C.*.pyd"):
+                            os.remove(stale)
 
             return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
     say(reason)

@@ -40,7 +40,10 @@ at::Tensor conv2d_cpu(
   const bool has_output = fits(0) && fits(1);
   if (input.numel() > 0 && has_output &&
       winograd_applies(
-          input.scalar_type(), input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups)) {
+          input.scalar_type(), input.size(1), weight.size(0), weight.sizes().slice(2), stride, padding, dilation, groups) &&
+      winograd_pays(
+          input.scalar_type(), input.size(1), weight.size(0), input.size(0), input.size(2) + 2 * padding[0] - 2,
+          input.size(3) + 2 * padding[1] - 2)) {
     const auto float_bias = bias.has_value() ? std::optional<at::Tensor>(bias->to(at::kFloat).contiguous()) : bias;
     const auto image = dense(input, *winograd_dtype(input.scalar_type()), true);
     const auto result = winograd_conv2d(image, weight.to(at::kFloat), float_bias, padding, /*flipped=*/false);
@@ -79,7 +82,8 @@ at::Tensor conv2d_grad_input_cpu(
   const bool single = groups == 1;
   if (winograd_applies(
           grad_output.scalar_type(), weight.size(0), stop - start, weight.sizes().slice(2), stride, padding, dilation,
-          groups)) {
+          groups) &&
+      winograd_pays(grad_output.scalar_type(), weight.size(0), stop - start, input_size[0], input_size[2], input_size[3])) {
     // The gradient is a convolution of grad_output with the turned weight, padded by what the kernel leaves over.
     const auto columns = weight.narrow(1, start, stop - start).transpose(0, 1).to(at::kFloat);
     const auto gradient = winograd_conv2d(
@@ -126,7 +130,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
     return {at::zeros(weight_size, options), grad_bias};
   }
   const bool winograd = winograd_applies(
-      grad_output.scalar_type(), input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups);
+      grad_output.scalar_type(), input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups) &&
+      winograd_pays_in_grad_weight(input.size(1), weight_size[0]);
   const bool depthwise = has_adjacent_channels(input) && depthwise_applies(input.scalar_type(), weight_size, groups);
   const auto dtype = winograd ? *winograd_dtype(grad_output.scalar_type())
       : depthwise             ? grad_output.scalar_type()

@@ -1,6 +1,7 @@
 // The CPU kernels of dfs_engine::linear*.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <atomic>

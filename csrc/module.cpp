@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++/OpenMP kernels of dfs_engine";
   m.def("build_info", &build_info, "What the extension was built with.");
   m.def("instruction_set", &dfs_engine::instruction_set, "What the kernels run on here: avx512, avx2 or baseline.");
-  m.def("set_winograd", &dfs_engine::set_winograd, "Switches Winograd convolutions on or off; returns what it was.");
+  m.def("set_winograd", &dfs_engine::set_winograd, "Winograd convolutions wherever they apply, nowhere, or (None) where they pay; returns what it was.");
   m.def(
       "winograd_applies",
       [](int64_t in_channels, int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,

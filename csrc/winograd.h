@@ -11,7 +11,7 @@ namespace dfs_engine {
 // The dtype in which these kernels read and write images of `dtype`; none where they leave them to oneDNN.
 std::optional<at::ScalarType> winograd_dtype(at::ScalarType dtype);
 
-// Whether Winograd computes this convolution of images of `dtype`, and faster than oneDNN.
+// Whether Winograd computes this convolution of images of `dtype`.
 bool winograd_applies(
     at::ScalarType dtype,
     int64_t in_channels,
@@ -21,6 +21,12 @@ bool winograd_applies(
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
     int64_t groups);
+
+// Whether it does so faster than oneDNN, for outputs of so many images and pixels; or what set_winograd says.
+bool winograd_pays(at::ScalarType dtype, int64_t in_channels, int64_t out_channels, int64_t images, int64_t height, int64_t width);
+
+// The same for the gradient of the weight.
+bool winograd_pays_in_grad_weight(int64_t in_channels, int64_t out_channels);
 
 // Convolution of a channels_last input of a `winograd_dtype` with a float weight (out, in, 3, 3) of any strides and a contiguous
 // float bias.
@@ -36,8 +42,8 @@ at::Tensor winograd_conv2d(
 // of threads.
 at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef padding);
 
-// Switches Winograd on or off for the process; returns what it was.
-bool set_winograd(bool enabled);
+// For the process: wherever it applies, nowhere, or (none) where it pays; returns what it was.
+std::optional<bool> set_winograd(std::optional<bool> enabled);
 
 // Whether bfloat16 images are convolved here even where the CPU multiplies bfloat16 itself; returns what it was.
 bool set_half_winograd(bool enabled);

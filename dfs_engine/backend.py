@@ -164,10 +164,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def use_winograd(enabled: bool) -> Iterator[None]:
-    """Switches the cpp backend's Winograd convolutions on or off in the block, process-wide.
+def use_winograd(enabled: bool | None) -> Iterator[None]:
+    """The cpp backend's Winograd convolutions in the block, process-wide: wherever they apply, or nowhere.
 
-    They are on unless DFS_WINOGRAD=0 is set: for float32, and for bfloat16 where a calibration of this machine found
+    None, as it is unless DFS_WINOGRAD is set to 1 or 0: where they are faster than oneDNN's, which small images and few
+    of them, or few channels, are not. They apply to float32, and to bfloat16 where a calibration of this machine found
     them faster than the CPU's own bfloat16 instructions. Without the extension this does nothing.
     """
     if _extension_missing is not None:

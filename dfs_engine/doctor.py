@@ -19,7 +19,7 @@ PACKAGES = (
 
 ENVIRONMENT_VARIABLES = {
     "DFS_BACKEND": f"the backend of every op ({', '.join(backend.BACKENDS)}); unset: the fastest one that is there",
-    "DFS_WINOGRAD": "0: 3x3 convolutions in float32 directly, not by Winograd's algorithm",
+    "DFS_WINOGRAD": "3x3 convolutions by Winograd's algorithm: 0: none, 1: all, unset: where it is faster",
     "DFS_CPU": "baseline, avx2 or avx512: the best instruction set that the C++ kernels may use",
     "DFS_CACHE_DIR": "where calibrations of this machine are kept; unset: dfs_engine in the user's cache folder",
     "TRITON_INTERPRET": "1, before Python starts: the Triton kernels run on the CPU, slowly, in place of the C++ ones",

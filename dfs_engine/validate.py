@@ -194,7 +194,10 @@ def _winograd_errors(seed: int) -> list[WinogradError]:
 
 @contextlib.contextmanager
 def _strict_numerics() -> Iterator[None]:
-    """Full float32 precision, and uninitialised memory full of NaN, so that an element nobody wrote shows."""
+    """Full float32 precision, and uninitialised memory full of NaN, so that an element nobody wrote shows.
+
+    Winograd's convolutions wherever they apply: the problems are smaller than what they pay for.
+    """
     # Both are objects in a module's place, whose attributes the type checker cannot see.
     filler: Any = torch.utils.deterministic
     precision: Any = torch.backends
@@ -204,7 +207,7 @@ def _strict_numerics() -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         filler.fill_uninitialized_memory, precision.fp32_precision = True, "ieee"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), backends.use_winograd(True):
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:

@@ -36,6 +36,13 @@ def seed_of_commit() -> int:
     return int(commit[:8], 16) % 2**31 if commit else random.SystemRandom().randrange(2**31)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _winograd_on_small_images():
+    """Where Winograd's convolutions apply, not only where they pay, which test problems are too small for."""
+    with backends.use_winograd(True):
+        yield
+
+
 def pytest_report_header(config):
     return f"random inputs: --seed {config.option.seed} repeats this run"
 

@@ -164,8 +164,8 @@ def test_two_threads_two_runs_and_one_thread_are_bitwise_the_same(dtype):
 
 
 def test_it_is_used_and_can_be_switched_off(dtype):
-    input, weight, bias = make(2, 32, 32, 12, 12, dtype)
-    arguments = (input, weight, bias, (1, 1), torch.randn(2, 32, 12, 12, dtype=dtype), 0, 16)
+    input, weight, bias = make(4, 32, 32, 24, 24, dtype)
+    arguments = (input, weight, bias, (1, 1), torch.randn(4, 32, 24, 24, dtype=dtype), 0, 16)
     fast = convolve(*arguments)
     with backends.use_winograd(False):
         direct = convolve(*arguments)
@@ -203,7 +203,23 @@ def test_the_switch_is_undone_after_an_error():
     before = _C.set_winograd(True)
     with pytest.raises(KeyError), backends.use_winograd(False):
         raise KeyError
-    assert _C.set_winograd(before)
+    assert _C.set_winograd(before) is True
+
+
+@pytest.mark.parametrize(
+    ("num_images", "channels", "size", "pays"), [(4, 64, 32, True), (2, 64, 2, False), (4, 16, 32, False)]
+)
+def test_runs_where_it_pays(num_images, channels, size, pays):
+    input = torch.randn(num_images, channels, size, size).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3)
+    results = {}
+    for enabled in (True, False, None):
+        with backends.use_winograd(enabled):
+            results[enabled] = convolve(input, weight, None, (1, 1), input, 0, channels)
+    for name, value in results[None].items():
+        if name in ("output", "grad_input"):
+            assert torch.equal(value, results[pays][name])
+            assert not torch.equal(value, results[not pays][name])
 
 
 def test_the_switch_does_nothing_without_the_extension(monkeypatch):
