@@ -17,7 +17,7 @@ class Block(nn.Module):
     """
 
     def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
-        """Returns what the deeper path and the exit read of this block's feature."""
+        """Returns what the deeper path and the exit read of this block's feature; of the last, what the exit reads."""
         return self.route(self(input), fork, is_last)
 
     def route(self, made: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:

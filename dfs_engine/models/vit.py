@@ -3,6 +3,9 @@
 The model is timm's own, cut behind block `start_block`: what lies before the cut stays one timm model, and each block
 behind it is a block of the chain. An exit is a tail (norm, pool, head) like the timm model's; the last one is its own.
 
+Where exits read the first token, the `dfs` variant computes the last block, from which nothing else is read, for it
+alone, with the same result; dropout draws fewer numbers there than in the other variants.
+
 Shapes: N images, T tokens, C embedding channels, the axis on which features are split.
 """
 
@@ -39,18 +42,40 @@ class ViTStem(Block):
 
 
 class ViTBlock(Block):
-    """One timm block: a reading of (N, T, C) -> (N, T, C)."""
+    """One timm block: a reading of (N, T, C) -> (N, T, C).
 
-    def __init__(self, block: nn.Module) -> None:
+    Args:
+        exit_reads_token: whether the block's exit reads the first token alone.
+    """
+
+    def __init__(self, block: nn.Module, *, exit_reads_token: bool) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.exit_reads_token = block, exit_reads_token
 
     def forward(self, input: Reading) -> Tensor:
         block: Any = self.block
         if not isinstance(input, SlicedReading) or not reads_slices(block):
             return block(whole(input))
-        attended = _attend(block.attn, apply_norm_linear(block.norm1, block.attn.qkv, input))
-        tokens = add(input, block.drop_path1(block.ls1(attended)))
+        qkv = apply_norm_linear(block.norm1, block.attn.qkv, input)
+        return self._finish(input, *qkv.chunk(3, -1))
+
+    def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
+        block: Any = self.block
+        narrows = is_last and self.exit_reads_token and isinstance(input, SlicedReading) and reads_slices(block)
+        if not narrows:
+            return super().produce(input, fork, is_last)
+        # Of the other tokens only keys and values are needed.
+        first = map_channels(lambda tokens: tokens[:, :1], input)
+        width = block.attn.qkv.out_features // 3
+        query = apply_norm_linear(block.norm1, block.attn.qkv, first, slice(width))
+        others = apply_norm_linear(block.norm1, block.attn.qkv, input, slice(width, None))
+        made = self._finish(first, query, *others.chunk(2, -1))
+        return made, made
+
+    def _finish(self, input: Reading, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The block behind `qkv`, for the tokens that have a query: `input` (N, t, C) -> (N, t, C)."""
+        block: Any = self.block
+        tokens = add(input, block.drop_path1(block.ls1(_attend(block.attn, query, key, value))))
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
@@ -86,9 +111,10 @@ def reads_slices(block: nn.Module) -> bool:
     return is_linear and type(block.norm1) in (nn.LayerNorm, LayerNorm) and not has_others
 
 
-def _attend(attention: Any, qkv: Tensor) -> Tensor:
-    """What timm's `Attention` does with the output of its `qkv`: (N, T, 3 * width) -> (N, T, C)."""
-    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+def _attend(attention: Any, *projections: Tensor) -> Tensor:
+    """What timm's `Attention` does with query (N, t, width), key and value (N, T, width): -> (N, t, C)."""
+    heads = attention.num_heads, attention.head_dim
+    query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
     dropout = attention.attn_drop.p if attention.training else 0.0
     # timm's switch: the fused kernels have no second derivative.
     with contextlib.nullcontext() if attention.fused_attn else sdpa_kernel(SDPBackend.MATH):
@@ -143,7 +169,9 @@ def create_vit(
     weights = False if str(device) == "meta" else pretrained
     vit: Any = timm.create_model(name, num_classes=num_classes, **_source(weights), **options)
     _check_start_block(start_block, len(vit.blocks))
-    blocks: list[Block] = [ViTStem(vit), *(ViTBlock(block) for block in vit.blocks[start_block + 1 :])]
+    exit_reads_token = vit.global_pool == "token"
+    deeper = (ViTBlock(block, exit_reads_token=exit_reads_token) for block in vit.blocks[start_block + 1 :])
+    blocks: list[Block] = [ViTStem(vit), *deeper]
     last = _tail(vit)
     vit.prune_intermediate_layers([start_block], prune_norm=True)
     tails = [*(_fresh(last) for _ in blocks[1:]), last]

@@ -113,7 +113,11 @@ def test_dfs_and_split_are_detach_with_masks_and_dropout(beta, reference, exit_g
     inputs, seed = batch(), int(torch.randint(2**31, ()))
 
     def step(model):
-        torch.manual_seed(seed)  # the same dropout
+        # The same dropout; the last layer of dfs would draw for fewer tokens.
+        torch.manual_seed(seed)
+        for module in model.blocks[-1].modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
         output = model(**inputs)
         output.loss.backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -134,7 +138,10 @@ def test_dfs_and_split_are_detach_with_masks_and_dropout(beta, reference, exit_g
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_backward_computes_the_slices_only(beta):
-    """Of query, key and value together, and of each exit's pooler on the first tokens; counted at run time."""
+    """Of query, key and value together, and of each exit's pooler on the first tokens; counted at run time.
+
+    In the last layer all but keys and values for the first tokens alone.
+    """
     counts, inputs = {}, batch()
     for variant in ("detach", "dfs"):
         loss = make(variant, beta=beta, backend="aten" if variant == "dfs" else None).eval()(**inputs).loss
@@ -143,9 +150,13 @@ def test_backward_computes_the_slices_only(beta):
         counts[variant] = counter.get_total_flops()
     width = CONFIG["hidden_size"]
     shared = round(beta * width)
-    of_layer = 2 * SENTENCES * TOKENS * 3 * width * (width - shared)
+    rows, num_forks = SENTENCES * TOKENS, CONFIG["num_hidden_layers"] - 1
+    of_projection = 2 * rows * width * (width - shared)
     of_exit = 2 * SENTENCES * width * shared
-    assert counts["detach"] - counts["dfs"] == (CONFIG["num_hidden_layers"] - 1) * (of_layer + of_exit)
+    last_query = 2 * (rows * 2 * width**2 - SENTENCES * (width**2 + width * shared))
+    behind_it = 2 * 2 * (rows - SENTENCES) * (width**2 + 2 * width * CONFIG["intermediate_size"])
+    saved = (3 * num_forks - 1) * of_projection + num_forks * of_exit + last_query + behind_it
+    assert counts["detach"] - counts["dfs"] == saved
 
 
 def test_query_key_and_value_of_a_split_state_are_one_product(monkeypatch):
@@ -160,7 +171,9 @@ def test_query_key_and_value_of_a_split_state_are_one_product(monkeypatch):
 
     monkeypatch.setattr(linear, "partitioned_linear", spy)
     make()(**batch())
-    assert rows.count(3 * CONFIG["hidden_size"]) == CONFIG["num_hidden_layers"] - 1
+    width = CONFIG["hidden_size"]
+    assert rows.count(3 * width) == CONFIG["num_hidden_layers"] - 2
+    assert rows.count(2 * width) == 1  # the last layer's query is that of the first token
 
 
 def test_outputs_as_transformers_gives_them():

@@ -401,6 +401,7 @@ def test_a_real_step_computes_what_dfs_info_counts(name, reference):
     assert flops["dfs"].backward < flops["detach"].backward
     # A normalisation fills the channels that read as zero, so that behind it nothing can be left out.
     reads_less = not reference and not name.startswith("vit")
+    reads_less |= name == "bert"  # whose last layer computes the first token alone
     assert (flops["dfs"].forward < flops["detach"].forward) == reads_less
 
 
