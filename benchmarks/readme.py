@@ -111,6 +111,7 @@ class TrainedRuns(NamedTuple):
 
 
 _CIFAR10 = "CIFAR-10 (real, 50,000 training and 10,000 test images)"
+_PAUSED = "The seconds in these files count pauses, too, in which the machine measured something else."
 _TRAINED = (
     TrainedRuns(
         "cifar10_vgg7",
@@ -118,8 +119,10 @@ _TRAINED = (
         "cifar10_vgg7_short",
         "Few epochs show that it learns, not what it reaches.",
     ),
-    TrainedRuns("cifar10_resnet18", f"ResNet18 on {_CIFAR10}", "cifar10_resnet18_short", ""),
-    TrainedRuns("cifar10_msdnet", f"MSDNet on {_CIFAR10}", "cifar10_msdnet_short", ""),
+    TrainedRuns("cifar10_resnet18", f"ResNet18 on {_CIFAR10}", "cifar10_resnet18_short", _PAUSED),
+    TrainedRuns(
+        "cifar10_msdnet", f"MSDNet on {_CIFAR10}", "cifar10_msdnet_short", f"With `--precision bf16`. {_PAUSED}"
+    ),
     TrainedRuns("cifar10_vit_tiny", f"A small ViT on {_CIFAR10}", "cifar10_vit_tiny_short", ""),
     TrainedRuns(
         "sst2_bert",
