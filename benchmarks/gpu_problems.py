@@ -305,7 +305,7 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterato
     modes = (shape.pool, True)
 
     def forward() -> list[Tensor]:
-        return _OPS.conv_block(*plain, None, None, None, 1e-5, *modes)
+        return _OPS.conv_block(*plain, None, None, None, 1e-5, *modes, True)
 
     _, _, average_hat, mean, inverse_std, _, passed = forward()
     saved = (*plain, None, average_hat, mean, inverse_std, passed)
@@ -351,7 +351,7 @@ def one_pass(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) 
         z, gamma, beta = random(3, 65, 9, 7), *(random(65, dtype=torch.float32) for _ in range(2))
         for first, pool, has_residual in ((True, True, False), (True, False, False), (False, False, True)):
             residual = z if has_residual else None
-            made = _OPS.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, first)
+            made = _OPS.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, first, True)
             feature, average, average_hat, mean, inverse_std, _, passed = made
             saved = (feature if has_residual else None, average_hat, mean, inverse_std, passed)
             modes = (True, pool, first)

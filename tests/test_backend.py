@@ -53,7 +53,7 @@ def convolve(channels: int, kernel: int, dtype: torch.dtype = torch.float32, **o
 def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_their_own(
     backend, is_faster, monkeypatch
 ):
-    monkeypatch.setattr(calibration, "settle", lambda: calibration.Wins(False, is_faster, False))
+    monkeypatch.setattr(calibration, "settle", lambda: calibration.Wins(False, False, is_faster, False))
     ours = "cpp" if backends.unavailable_reason("cpp") is None else "aten"
     for arguments, expected in (
         ((16, 3), ours),
@@ -67,11 +67,12 @@ def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_th
         assert backends.last_used("partitioned_conv2d") == expected, arguments
 
 
-@pytest.mark.parametrize("is_faster", [True, False])
-def test_automatic_linear_takes_what_the_calibration_found(is_faster, monkeypatch):
-    monkeypatch.setattr(calibration, "settle", lambda: calibration.Wins(is_faster, not is_faster, False))
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_automatic_linear_takes_what_the_calibration_found(own, onednn, monkeypatch):
+    monkeypatch.setattr(calibration, "settle", lambda: calibration.Wins(own, onednn, not own, False))
     CALLS["partitioned_linear"]()
-    is_ours = is_faster and backends.unavailable_reason("cpp") is None
+    is_ours = (own or onednn) and backends.unavailable_reason("cpp") is None
     assert backends.last_used("partitioned_linear") == ("cpp" if is_ours else "aten")
 
 

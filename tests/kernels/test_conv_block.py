@@ -61,13 +61,21 @@ def by_kernels(tensors, grads, mode, training, exit_start) -> dict[str, Tensor]:
     z, gamma, beta = (tensors[name] for name in ("z", "weight", "bias"))
     given = (None, None) if training else (tensors["running_mean"], tensors["running_var"])
     residual = tensors["residual"] if has_residual else None
-    made = op.conv_block(z, gamma, beta, residual, *given, EPS, pool, relu_first)
+    made = op.conv_block(z, gamma, beta, residual, *given, EPS, pool, relu_first, True)
     feature, average, average_hat, mean, inverse_std, variance, passed = made
     grad_average = F.pad(grads[1], (exit_start, 0))
+    saved = (z, gamma, beta, feature if has_residual else None)
+    modes = (training, pool, relu_first)
     grad_z, grad_gamma, grad_beta, grad_residual = op.conv_block_backward(
-        grads[0], grad_average, z, gamma, beta, feature if has_residual else None, average_hat, mean, inverse_std,
-        passed, training, pool, relu_first,
-    )  # fmt: skip
+        grads[0], grad_average, *saved, average_hat, mean, inverse_std, passed, *modes
+    )
+    if exit_start == z.size(1):  # nobody asks for averages: the same without them
+        alone = op.conv_block(z, gamma, beta, residual, *given, EPS, pool, relu_first, False)
+        assert torch.equal(alone[0], feature)
+        assert all(alone[index].shape == (0, z.size(1)) for index in (1, 2, 6))
+        others = op.conv_block_backward(grads[0], None, *saved, *alone[2:5], alone[6], *modes)
+        for one, other in zip(others, (grad_z, grad_gamma, grad_beta, grad_residual), strict=True):
+            assert torch.equal(one, other)
     for rows in (feature, grad_z):
         assert rows.is_contiguous(memory_format=torch.channels_last)
     assert mean.dtype == torch.float64

@@ -137,7 +137,7 @@ def test_conv_block(launches, mode, dtype):
     z = random(3, 65, 9, 7, dtype=dtype)
     gamma, beta = (random(65, dtype=torch.float32) for _ in range(2))
     residual = z if mode == "residual" else None
-    made = conv_block.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, relu_first)
+    made = conv_block.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, relu_first, True)
     feature, average, average_hat, mean, inverse_std, _, passed = made
     saved = (None if residual is None else feature, average_hat, mean, inverse_std, passed)
     conv_block.conv_block_backward(feature[:, :33], average, z, gamma, beta, *saved, True, pool, relu_first)
