@@ -73,12 +73,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfs_engine"
 
 
+@torch.compiler.assume_constant_result
 def settle() -> Wins:
-    """Sets the kernels of the cpp backend for this process; returns which are ours.
+    """Sets the kernels of the cpp backend for this process; returns which are the faster ones.
 
-    While torch.compile traces, which cannot measure: all, because the kernels look at what is set when they run.
+    torch.compile runs it when it traces. While something is exported, whose tensors are not real: all.
     """
-    return Wins(True, True, True, True) if torch.compiler.is_compiling() else _settle()
+    return Wins(*[True] * len(Wins._fields)) if torch.compiler.is_exporting() else _settle()
 
 
 @functools.cache
