@@ -73,13 +73,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfs_engine"
 
 
-@torch.compiler.assume_constant_result
 def settle() -> Wins:
-    """Sets the kernels of the cpp backend for this process; returns which are the faster ones.
+    """Sets the kernels of the cpp backend for this process; returns which are ours.
 
-    torch.compile runs it when it traces. While something is exported, whose tensors are not real: all.
+    While torch.compile traces, which cannot measure: all, because the kernels look at what is set when they run.
     """
-    return Wins(*[True] * len(Wins._fields)) if torch.compiler.is_exporting() else _settle()
+    return Wins(True, True, True, True) if torch.compiler.is_compiling() else _settle()
 
 
 @functools.cache

@@ -3,13 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from dfs_engine import calibration
 from dfs_engine.backend import unavailable_reason
 from dfs_engine.calibration import Speedups, Wins
-from dfs_engine.compare import assert_close
-from dfs_engine.ops import partitioned_linear
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 
@@ -61,23 +58,6 @@ def test_an_unwritable_folder_is_no_error(measured, tmp_path, monkeypatch):
 def test_atens_kernels_stay_within_noise(measured, monkeypatch):
     monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.04, 1.2, 1.06, 1.05))
     assert calibration.settle() == (False, True, True, False)
-
-
-@pytest.mark.parametrize("is_faster", [True, False])
-def test_a_compiled_function_settles_it_too(measured, monkeypatch, is_faster):
-    """Also where nothing has run before; and what it finds is what the graph is made for."""
-    from dfs_engine import _C
-
-    monkeypatch.setattr(calibration, "measure", lambda: Speedups(1.0, 1.5 if is_faster else 1.0, 1.0, 1.0))
-    monkeypatch.setattr(calibration, "_remember", lambda ratios: None)
-    before = _C.set_onednn_linear(False)
-    try:
-        torch.compiler.reset()
-        call = torch.compile(partitioned_linear, fullgraph=True, backend="aot_eager")
-        input, weight = torch.randn(5, 4), torch.randn(3, 4)
-        assert_close("output", call(input, weight, start=0, stop=2), torch.nn.functional.linear(input, weight))
-    finally:
-        assert _C.set_onednn_linear(before) == is_faster
 
 
 def test_the_measurement_gives_a_ratio_and_restores_the_switches():
