@@ -77,21 +77,36 @@ def _refuse_graph() -> None:
         )
 
 
+def _forward(ctx, z, gamma, beta, residual, mean, variance, eps, pool, relu_first, averages):
+    """Runs the op and saves what `_gradients` takes: (feature, average, mean, variance)."""
+    training = mean is None
+    # As the kernels read it, once for both passes; the original is then of no more use.
+    z = z.contiguous(memory_format=torch.channels_last)
+    feature, average, average_hat, mean, inverse_std, variance, passed = torch.ops.dfs_engine.conv_block(
+        z, gamma, beta, residual, mean, variance, eps, pool, relu_first, averages
+    )
+    # Which pixels the last ReLU let through follows from z alone unless something was added to it.
+    sum_passed = None if residual is None else feature
+    ctx.save_for_backward(z, gamma, beta, sum_passed, average_hat, mean, inverse_std, passed)
+    ctx.modes = training, pool, relu_first
+    expect_absent_gradients(ctx)
+    return feature, average, mean, variance
+
+
+def _gradients(ctx, grad_shared: Tensor, grad_average: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of z, gamma, beta and residual, where they are wanted."""
+    grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *ctx.saved_tensors, *ctx.modes)
+    return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
+
+
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, gamma, beta, residual, mean, variance, eps, pool, relu_first, num_shared, exit_start):
-        training = mean is None
-        # As the kernels read it, once for both passes; the original is then of no more use.
-        z = z.contiguous(memory_format=torch.channels_last)
-        feature, average, average_hat, mean, inverse_std, variance, passed = torch.ops.dfs_engine.conv_block(
-            z, gamma, beta, residual, mean, variance, eps, pool, relu_first, True
+        feature, average, mean, variance = _forward(
+            ctx, z, gamma, beta, residual, mean, variance, eps, pool, relu_first, True
         )
-        # Which pixels the last ReLU let through follows from z alone unless something was added to it.
-        sum_passed = None if residual is None else feature
-        ctx.save_for_backward(z, gamma, beta, sum_passed, average_hat, mean, inverse_std, passed)
-        ctx.modes, ctx.exit_start = (training, pool, relu_first), exit_start
+        ctx.exit_start = exit_start
         ctx.mark_non_differentiable(feature, average, mean, variance)
-        expect_absent_gradients(ctx)
         num_channels = z.size(1)
         shared = feature.narrow(1, 0, num_shared).detach()
         exit = average.narrow(1, exit_start, num_channels - exit_start).clone()
@@ -111,9 +126,7 @@ class _ConvBlock(torch.autograd.Function):
             grad_exit = z.new_zeros(exit_shape, dtype=exit_dtype)
         # The exit's gradient on all channels, zero where the exit trains nothing: it is small.
         grad_average = F.pad(grad_exit, (ctx.exit_start, 0))
-        grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *ctx.saved_tensors, *ctx.modes)
-        wanted = (grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None, None, None, None, None
+        return *_gradients(ctx, grad_shared, grad_average), None, None, None, None, None, None, None
 
 
 class _NormReLU(torch.autograd.Function):
@@ -121,16 +134,8 @@ class _NormReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, gamma, beta, residual, mean, variance, eps):
-        training = mean is None
-        z = z.contiguous(memory_format=torch.channels_last)
-        feature, _, average_hat, mean, inverse_std, variance, passed = torch.ops.dfs_engine.conv_block(
-            z, gamma, beta, residual, mean, variance, eps, False, False, False
-        )
-        sum_passed = None if residual is None else feature
-        ctx.save_for_backward(z, gamma, beta, sum_passed, average_hat, mean, inverse_std, passed)
-        ctx.training = training
+        feature, _, mean, variance = _forward(ctx, z, gamma, beta, residual, mean, variance, eps, False, False, False)
         ctx.mark_non_differentiable(mean, variance)
-        expect_absent_gradients(ctx)
         return feature, mean, variance
 
     @staticmethod
@@ -138,11 +143,7 @@ class _NormReLU(torch.autograd.Function):
         _refuse_graph()
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
-        grads = torch.ops.dfs_engine.conv_block_backward(
-            grad_output, None, *ctx.saved_tensors, ctx.training, False, False
-        )
-        wanted = (grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None
+        return *_gradients(ctx, grad_output, None), None, None, None
 
 
 class _LiveMean(torch.autograd.Function):
