@@ -76,9 +76,14 @@ def cache_dir() -> Path:
 def settle() -> Wins:
     """Sets the kernels of the cpp backend for this process; returns which are ours.
 
-    While torch.compile traces, which cannot measure: all, because the kernels look at what is set when they run.
+    Where nothing can be measured, while torch.compile traces or tensors are fake: all, because the kernels look at what
+    is set when they run. Hence a model settles when it is made.
     """
-    return Wins(True, True, True, True) if torch.compiler.is_compiling() else _settle()
+    if torch.compiler.is_compiling():
+        return Wins(True, True, True, True)
+    if not _settle.cache_info().currsize and type(torch.empty(0, device="cpu")) is not torch.Tensor:
+        return Wins(True, True, True, True)
+    return _settle()
 
 
 @functools.cache
@@ -87,7 +92,8 @@ def _settle() -> Wins:
 
     ratios = _remembered()
     if ratios is None:
-        ratios = measure()
+        with torch.device("cpu"):  # whatever the caller's default is
+            ratios = measure()
         _remember(ratios)
     wins = Wins(*map(_is_clear, ratios))
     _C.set_own_gemm(wins.linear)

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfs_engine import calibration
 from dfs_engine.backend import unavailable_reason
 from dfs_engine.calibration import Speedups, Wins
+from dfs_engine.models import create_model
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 
@@ -68,3 +71,23 @@ def test_the_measurement_gives_a_ratio_and_restores_the_switches():
     assert min(calibration.measure()) > 0
     after = [switch(value) for switch, value in zip(switches, before, strict=True)]
     assert not any(after)
+
+
+def test_a_model_settles_when_it_is_made_whatever_the_device(measured):
+    """So that a first step that is compiled runs what this machine is fastest with."""
+    options = {"width": 4}
+    create_model("vgg7_64", variant="dense", **options)
+    assert not measured
+    with torch.device("meta"):
+        create_model("vgg7_64", variant="dfs", **options)
+    assert len(measured) == 1
+    calibration.settle()
+    assert len(measured) == 1
+
+
+def test_fake_tensors_are_not_measured(measured):
+    with FakeTensorMode():
+        assert calibration.settle() == (True, True, True, True)
+    assert not measured
+    assert calibration.settle() == (True, True, True, False)
+    assert len(measured) == 1

@@ -49,6 +49,7 @@ _FREE = {
     _aten._softmax,
     _aten._safe_softmax,
     _aten.native_dropout,
+    torch.ops.dfs_engine.dropout,
     _aten.cat,
     _aten.stack,
     _aten.constant_pad_nd,

@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.pretrained import pretrained_folder
 from dfs_engine.models.registry import register_model
-from dfs_engine.nn import Fork, Reading, add, apply_layer, apply_linears, convert_linears, exit_loss, map_channels
+from dfs_engine.nn import (
+    Fork,
+    Reading,
+    add,
+    apply_layer,
+    apply_linears,
+    attend,
+    convert_dropouts,
+    convert_linears,
+    exit_loss,
+    map_channels,
+)
 
 # Of transformers' BertConfig, what makes the model: `get_config` keeps these.
 _CONFIG_KEYS = (
@@ -120,8 +130,7 @@ def _attend(attention: Any, projections: list[Tensor], mask: Tensor | None) -> T
     """What a `BertSelfAttention` does with query (N, t, C), key and value (N, T, C): -> (N, t, C)."""
     heads = (attention.num_attention_heads, -1)
     query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
-    dropout = attention.dropout.p if attention.training else 0.0
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
+    return attend(query, key, value, attention.dropout, mask).transpose(1, 2).flatten(2)
 
 
 class BertExit(nn.Module):
@@ -231,6 +240,7 @@ def bert(
     model.options = {"config": {key: getattr(settings, key) for key in _CONFIG_KEYS}}
     if variant == "dfs":
         convert_linears(model, backend)
+        convert_dropouts(model, backend)
     return model.to(device=device, dtype=dtype)
 
 

@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dfs_engine import backend as backends
+from dfs_engine import calibration
 from dfs_engine.nn.routing import Fork, Reading
 
 
@@ -64,6 +66,8 @@ class MultiExitModel(nn.Module):
         assert len(blocks) == len(exits)
         self.blocks, self.exits, self.fork = nn.ModuleList(blocks), nn.ModuleList(exits), fork
         self.num_classes, self.input_shape, self.options = num_classes, input_shape, {}
+        if fork.variant == "dfs" and backends.unavailable_reason("cpp") is None:
+            calibration.settle()  # a first step that is compiled could not
 
     @property
     def num_exits(self) -> int:

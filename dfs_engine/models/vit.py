@@ -15,13 +15,22 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_catalogue
-from dfs_engine.nn import Fork, Reading, add, apply_norm_linear, convert_linears, map_channels, whole
+from dfs_engine.nn import (
+    Fork,
+    Reading,
+    add,
+    apply_norm_linear,
+    attend,
+    convert_dropouts,
+    convert_linears,
+    map_channels,
+    whole,
+)
 from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.routing import SlicedReading
 
@@ -115,10 +124,9 @@ def _attend(attention: Any, *projections: Tensor) -> Tensor:
     """What timm's `Attention` does with query (N, t, width), key and value (N, T, width): -> (N, t, C)."""
     heads = attention.num_heads, attention.head_dim
     query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
-    dropout = attention.attn_drop.p if attention.training else 0.0
     # timm's switch: the fused kernels have no second derivative.
     with contextlib.nullcontext() if attention.fused_attn else sdpa_kernel(SDPBackend.MATH):
-        mixed = F.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value, dropout_p=dropout)
+        mixed = attend(attention.q_norm(query), attention.k_norm(key), value, attention.attn_drop)
     return attention.proj_drop(attention.proj(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -185,6 +193,7 @@ def create_vit(
     if variant == "dfs":
         _warn_of_whole_blocks(name, blocks)
         convert_linears(model, backend)
+        convert_dropouts(model, backend)
     return model.to(device=device, dtype=dtype)
 
 

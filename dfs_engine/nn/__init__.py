@@ -3,6 +3,7 @@
 from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
+from dfs_engine.nn.dropout import Dropout, attend, convert_dropouts
 from dfs_engine.nn.exit_head import ExitHead, TokenHead
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
 from dfs_engine.nn.loss import exit_loss
@@ -24,6 +25,7 @@ from dfs_engine.nn.routing import (
 __all__ = [
     "VARIANTS",
     "ConcatReading",
+    "Dropout",
     "ExitHead",
     "Fork",
     "PartitionedConv2d",
@@ -35,7 +37,9 @@ __all__ = [
     "apply_linears",
     "apply_norm_linear",
     "apply_norm_relu",
+    "attend",
     "concat",
+    "convert_dropouts",
     "convert_linears",
     "exit_loss",
     "fork_concat",

@@ -1,0 +1,75 @@
+// The CPU kernel of dfs_engine::dropout. The mask is a function of a seed and of an element's place: nothing is kept for the
+// backward, which is the same call on the gradient, and every number of threads gives the same. ATen draws its numbers one by one,
+// on one thread, where the CPU is not Intel's.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "instruction_set.h"
+
+namespace dfs_engine {
+
+namespace {
+
+namespace baseline {
+constexpr int VL = 4;
+#include "vector.inc"
+#include "dropout_kernels.inc"
+}  // namespace baseline
+
+#ifdef DFS_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int VL = 8;
+#include "vector.inc"
+#include "dropout_kernels.inc"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+constexpr int VL = 16;
+#include "vector.inc"
+#include "dropout_kernels.inc"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+constexpr int64_t kTask = 1 << 14;  // elements; a multiple of 64
+
+at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p) {
+  TORCH_CHECK(0 <= p && p < 1, "dropout: expected 0 <= p < 1, got ", p);
+  TORCH_CHECK(
+      input.scalar_type() == at::kFloat || input.scalar_type() == at::kBFloat16,
+      "dropout: expected float32 or bfloat16, got ", input.scalar_type());
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "dropout: expected one int64 as seed, got ", seed.sizes());
+  const auto from = input.contiguous();
+  auto output = at::empty(from.sizes(), from.options().memory_format(at::MemoryFormat::Contiguous));
+  const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());
+  const auto threshold = static_cast<uint32_t>(std::min(std::llround(p * 4294967296.0), 4294967295LL));
+  const auto scale = static_cast<float>(1 / (1 - p));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = from.const_data_ptr<T>();
+    T* target = output.mutable_data_ptr<T>();
+    const int64_t count = from.numel();
+    at::parallel_for(0, ceil_div(count, kTask), 1, [&](int64_t begin, int64_t end) {
+      DFS_DISPATCH(drop<T>(source, key, threshold, scale, begin * kTask, std::min(count, end * kTask), target));
+    });
+  };
+  input.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dfs_engine, CPU, m) { m.impl("dropout", dropout_cpu); }
+
+}  // namespace dfs_engine
