@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dfs_engine.doctor import version_of
-from dfs_engine.machine import cpu_model, num_cores
+from dfs_engine.machine import cpu_and_instructions, num_cores
 
 CSV_COLUMNS = (
     "timestamp_utc", "git_sha", "dirty", "suite", "case", "model", "op", "mode", "variant", "backend_used",
@@ -88,7 +88,7 @@ def environment(device: str = "cpu") -> Environment:
         timestamp_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         git_sha=_git("rev-parse", "--short=12", "HEAD") or "unknown",
         dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
-        device_name=cpu_model() if device == "cpu" else torch.cuda.get_device_name(device),
+        device_name=cpu_and_instructions() if device == "cpu" else torch.cuda.get_device_name(device),
         num_threads=torch.get_num_threads(),
         num_cores=num_cores(),
         loadavg=round(load, 2),

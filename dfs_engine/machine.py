@@ -17,6 +17,11 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_and_instructions() -> str:
+    """The CPU's name and the vector instructions that torch found on it, as in "AMD EPYC, AVX512": one name, several chips."""
+    return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def num_cores() -> int:
     """Cores that this process may run on: fewer than the machine's inside a container or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dfs_engine.evaluation.metrics import TITLES
+from dfs_engine.machine import cpu_and_instructions
 from dfs_engine.training.checkpoint import atomic_file
 
 Row = dict[str, float]
@@ -82,7 +83,7 @@ def environment(device: torch.device, num_processes: int) -> dict[str, Any]:
         "versions": versions,
         "git_sha": _git_sha(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_and_instructions(),
         "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),
