@@ -18,7 +18,7 @@ def cpu_model() -> str:
 
 
 def cpu_and_instructions() -> str:
-    """The CPU's name and the vector instructions that torch found on it, as in "AMD EPYC, AVX512": one name, several chips."""
+    """As in "AMD EPYC, AVX512": one name stands for several chips, which differ in what torch found on them."""
     return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
