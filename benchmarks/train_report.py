@@ -120,7 +120,7 @@ class TrainReport:
         """Markdown: conditions, then one row per case."""
         config = self.config
         lines = [
-            f"Training step of {config.model} on synthetic images, SGD with momentum, weight decay; cases interleaved.",
+            f"Training step of {config.model} on synthetic data, SGD with momentum, weight decay; cases interleaved.",
             *str(self.stamp).splitlines(),
             f"Load average at the end {self.loadavg_end:.2f}. Times in ms, median / minimum of n. Peak: MiB beyond "
             "weights and optimizer state. Ratios: the baseline's best step over this one, medians / minima (and what "
