@@ -139,7 +139,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
   // With few channels the panels would be mostly empty, and one tap reads too little to pay for packing.
   const bool own = !winograd && own_grad_weight && dtype == at::kFloat && groups == 1 && weight_size[0] >= 16 &&
       weight_size[1] >= 16 && weight_size[2] * weight_size[3] > 1;
-  const bool channels_last = winograd || own || depthwise || is_channels_last(input) || is_channels_last(grad_output);
+  // With fewer channels than its block of 8, oneDNN on AVX2 writes past its workspace here (uxlfoundation/oneDNN#6035).
+  const bool spoilt = groups == 1 && input.size(1) < 8 && weight_size[2] * weight_size[3] == 1 && stride[0] * stride[1] > 1;
+  const bool channels_last =
+      !spoilt && (winograd || own || depthwise || is_channels_last(input) || is_channels_last(grad_output));
   const auto output_gradient = dense(grad_output, dtype, channels_last);
   const auto dense_input = depthwise ? input : dense(input, dtype, channels_last);
   const auto gradient = winograd ? winograd_grad_weight(output_gradient, dense_input, padding)

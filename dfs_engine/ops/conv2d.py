@@ -129,6 +129,9 @@ def aten_grad_weight(
     bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """The `aten` backend of `dfs_engine::conv2d_grad_weight`: weight_size and (out,), which is empty without `bias`."""
+    if groups == 1 and weight_size[1] < 8 and weight_size[2] * weight_size[3] == 1 and max(stride) > 1:
+        # In channels_last, oneDNN on AVX2 writes past its workspace here (uxlfoundation/oneDNN#6035).
+        grad_output, input = grad_output.contiguous(), input.contiguous()
     template = grad_output.new_empty(weight_size)
     mask = [False, True, False]
     _, grad_weight, _ = torch.ops.aten.convolution_backward(

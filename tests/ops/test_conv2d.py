@@ -165,6 +165,19 @@ def test_any_strides(case, layout, grad_layout, backend, check, evaluate):
     check(partitioned_conv2d, feature, grad_output, **options)
 
 
+@pytest.mark.parametrize("size", [1, 2, 8, 9])
+@pytest.mark.parametrize("in_channels", [2, 5, 7, 8])
+def test_few_channels_through_a_strided_1x1(in_channels, size, backend, check):
+    """oneDNN's weight gradient is wrong there on AVX2, in channels_last (uxlfoundation/oneDNN#6035)."""
+    tensors = {
+        "input": channels_last(torch.randn(16, in_channels, size, size)),
+        "weight": torch.randn(12, in_channels, 1, 1),
+        "bias": torch.randn(12),
+    }
+    grad_output = channels_last(torch.randn(16, 12, (size + 1) // 2, (size + 1) // 2))
+    check(partitioned_conv2d, tensors, grad_output, start=1, stop=in_channels, stride=2, backend=backend)
+
+
 def test_channels_last_comes_back_channels_last(backend, evaluate):
     tensors = by_label["3x3"].tensors(torch.float32)
     tensors["input"] = channels_last(tensors["input"])
