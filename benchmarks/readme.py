@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .readme_data import STOCK, Case, best_of, cases, conditions, latest, link
+from .readme_data import Case, best_of, cases, compare, conditions, latest, link
 from .readme_targets import COMMANDS, FAMILIES, losses_section, ops_section, targets_section
 
 RESULTS = Path("benchmarks/results")
@@ -56,27 +56,25 @@ def families_section() -> Iterator[str]:
     for path in paths:
         row = latest(path)[0]
         found = cases(latest(path), row["dtype"])
-        ours, best, same = best_of(found, ("dfs",), "caching"), best_of(found), best_of(found, allocator="caching")
-        if ours is None or best is None or same is None:
-            raise ValueError(f"README: expected dfs and stock forms on both allocators in {path}.")
+        ratio = compare(found)
+        if ratio is None:
+            raise ValueError(f"README: expected dfs and stock forms on its allocator in {path}.")
         forms = (
             *((("dense",), "stock"), (("dense",), "caching"), (("split", "detach"), "stock")),
             *((("dfs",), "stock"), (("dfs",), "caching")),
         )
         times = [f"{form.value('step') * 1e3:.0f}" if (form := best_of(found, *key)) else "-" for key in forms]
-        stock = [case for case in found if case.variant in STOCK and case.allocator == "stock"]
-        fastest = min(case.value("step", "min") for case in stock)
-        step = ours.value("step")
         cells = [
-            *(f"{row['model']}, {ours.batch}", row["dtype"], *times),
-            f"{best.value('step') / step:.2f} ({fastest / ours.value('step', 'min'):.2f})",
-            f"{same.value('step') / step:.2f}",
-            *(f"{best.flops / ours.flops:.2f}", ours.metrics["step"]["n"], link(path)),
+            *(f"{row['model']}, {ratio.ours.batch}", row["dtype"], *times),
+            *(f"{ratio.median:.2f} ({ratio.min:.2f})", f"{ratio.one_allocator:.2f}", f"{ratio.flops:.2f}"),
+            *(ratio.ours.metrics["step"]["n"], link(path)),
         ]
         yield f"| {' | '.join(cells)} |"
     yield ""
-    where = conditions(latest(paths[0])[0], paths[0])
-    yield f"Milliseconds a step, medians, every formulation in its best layout and mode. {where}"
+    yield "Milliseconds a step, medians, every formulation in its best mode. Each file's conditions:"
+    yield ""
+    for path in paths:
+        yield f"- {conditions(latest(path)[0], path)}"
 
 
 def train_section(path: Path) -> Iterator[str]:
@@ -121,7 +119,10 @@ _TRAINED = (
     ),
     TrainedRuns("cifar10_resnet18", f"ResNet18 on {_CIFAR10}", "cifar10_resnet18_short", _PAUSED),
     TrainedRuns(
-        "cifar10_msdnet", f"MSDNet on {_CIFAR10}", "cifar10_msdnet_short", f"With `--precision bf16`. {_PAUSED}"
+        "cifar10_msdnet",
+        f"MSDNet on {_CIFAR10}",
+        "cifar10_msdnet_short",
+        f"`dfs` with `--precision bf16`, on another machine. {_PAUSED}",
     ),
     TrainedRuns("cifar10_vit_tiny", f"A small ViT on {_CIFAR10}", "cifar10_vit_tiny_short", ""),
     TrainedRuns(

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import NamedTuple
 
 Row = dict[str, str]
 # Multi-exit training in stock PyTorch: without surgery, and two formulations of it.
@@ -70,3 +71,35 @@ def cases(rows: list[Row], dtype: str) -> list[Case]:
 def best_of(found: list[Case], variants: tuple[str, ...] = STOCK, allocator: str = "stock") -> Case | None:
     """The fastest form of `variants` on the memory of `allocator`; `found` is sorted."""
     return next((case for case in found if case.variant in variants and case.allocator == allocator), None)
+
+
+class Comparison(NamedTuple):
+    """The fastest `dfs` step against the fastest of `rivals` on PyTorch's own memory."""
+
+    ours: Case
+    median: float
+    min: float
+    flops: float
+    """What FLOPs alone imply."""
+    one_allocator: float
+    """As `median`, with the rivals on the memory of `ours`."""
+
+
+def compare(found: list[Case], rivals: tuple[str, ...] = STOCK) -> Comparison | None:
+    """None where `found`, which is sorted, lacks one of the two."""
+    ours = next((case for case in found if case.variant == "dfs"), None)
+    best = best_of(found, rivals)
+    same = best_of(found, rivals, ours.allocator) if ours else None
+    if ours is None or best is None or same is None:
+        return None
+    fastest = min(
+        case.value("step", "min") for case in found if case.variant in rivals and case.allocator == best.allocator
+    )
+    step = ours.value("step")
+    return Comparison(
+        ours,
+        median=best.value("step") / step,
+        min=fastest / ours.value("step", "min"),
+        flops=best.flops / ours.flops,
+        one_allocator=same.value("step") / step,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .readme_data import STOCK, Row, best_of, cases, latest, link
+from .readme_data import STOCK, Row, cases, compare, latest, link
 
 # What regenerates each file; on a quiet machine, one after another.
 COMMANDS = {
@@ -128,20 +128,14 @@ def _step(results: Path, file: str, what: str, against: str, rivals: tuple[str, 
     path = results / file
     if not path.exists():
         return
-    found = cases(latest(path), dtype)
-    largest = [case for case in found if case.batch == 100] or found
-    own = next((case for case in largest if case.variant == "dfs"), None)
-    best = best_of(largest, rivals)
-    if own is None or best is None:
+    every = cases(latest(path), dtype)
+    found = compare([case for case in every if case.batch == 100] or every, rivals)
+    if found is None:
         return
-    others = [case for case in largest if case.variant in rivals and case.allocator == "stock"]
-    median = best.value("step") / own.value("step")
-    fastest = min(case.value("step", "min") for case in others) / own.value("step", "min")
-    text = f"{median:.2f} ({fastest:.2f}); FLOPs alone {best.flops / own.flops:.2f}"
-    same = best_of(largest, rivals, own.allocator)
-    if same and same is not best:
-        text += f"; both on the caching allocator {same.value('step') / own.value('step'):.2f}"
-    yield Line(what, against, f"{least:g}", f"{aim:g}", text, median >= least, file)
+    text = f"{found.median:.2f} ({found.min:.2f}); FLOPs alone {found.flops:.2f}"
+    if found.ours.allocator != "stock":
+        text += f"; both on the caching allocator {found.one_allocator:.2f}"
+    yield Line(what, against, f"{least:g}", f"{aim:g}", text, found.median >= least, file)
 
 
 def _op_lines(results: Path) -> Iterator[Line]:

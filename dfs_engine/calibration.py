@@ -91,6 +91,7 @@ def _settle() -> Wins:
     from dfs_engine import _C
 
     ratios = _remembered()
+    level = logging.INFO if ratios is None else logging.DEBUG  # news once
     if ratios is None:
         with torch.device("cpu"):  # whatever the caller's default is
             ratios = measure()
@@ -101,7 +102,8 @@ def _settle() -> Wins:
     _C.set_own_grad_weight(wins.conv_grad_weight)
     _C.set_half_winograd(wins.half_conv)
     for name, ratio in ratios._asdict().items():
-        logger.info("%s: %s, %.2f x the speed of what it replaces", name, "on" if getattr(wins, name) else "off", ratio)
+        state = "on" if getattr(wins, name) else "off"
+        logger.log(level, "%s: %s, %.2f x the speed of what it replaces", name, state, ratio)
     return wins
 
 
