@@ -58,7 +58,7 @@ def families_section() -> Iterator[str]:
         found = cases(latest(path), row["dtype"])
         ratio = compare(found)
         if ratio is None:
-            raise ValueError(f"README: expected dfs and stock forms on its allocator in {path}.")
+            raise ValueError(f"README: expected dfs, and stock forms on both allocators, in {path}.")
         forms = (
             *((("dense",), "stock"), (("dense",), "caching"), (("split", "detach"), "stock")),
             *((("dfs",), "stock"), (("dfs",), "caching")),
@@ -124,7 +124,7 @@ _TRAINED = (
         "cifar10_msdnet_short",
         f"`dfs` with `--precision bf16`, on another machine. {_PAUSED}",
     ),
-    TrainedRuns("cifar10_vit_tiny", f"A small ViT on {_CIFAR10}", "cifar10_vit_tiny_short", ""),
+    TrainedRuns("cifar10_vit_tiny", f"A small ViT on {_CIFAR10}", "cifar10_vit_tiny_short", _PAUSED),
     TrainedRuns(
         "sst2_bert",
         "BERT (6 layers, pretrained MiniLM) on SST-2 (real; of 67,349 training sentences 8,000 in each epoch, drawn "

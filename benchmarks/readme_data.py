@@ -86,7 +86,7 @@ class Comparison(NamedTuple):
 
 
 def compare(found: list[Case], rivals: tuple[str, ...] = STOCK) -> Comparison | None:
-    """None where `found`, which is sorted, lacks one of the two."""
+    """None where `found`, which is sorted, lacks one of the steps compared."""
     ours = next((case for case in found if case.variant == "dfs"), None)
     best = best_of(found, rivals)
     same = best_of(found, rivals, ours.allocator) if ours else None

@@ -176,6 +176,7 @@ def test_few_channels_through_a_strided_1x1(in_channels, size, backend, check):
     }
     grad_output = channels_last(torch.randn(16, 12, (size + 1) // 2, (size + 1) // 2))
     check(partitioned_conv2d, tensors, grad_output, start=1, stop=in_channels, stride=2, backend=backend)
+    assert backends.last_used("partitioned_conv2d") == backend
 
 
 def test_channels_last_comes_back_channels_last(backend, evaluate):
