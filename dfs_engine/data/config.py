@@ -1,5 +1,6 @@
 """What the user chooses about the data, and what a dataset gives before it is transformed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class Augmentation(NamedTuple):
     flip: bool = False
     autoaugment: bool = False
     policy: str = "cifar10"
+    color_jitter: float = 0.0
     cutout: int = 0
 
 
@@ -53,8 +55,16 @@ class DataConfig:
     """Mirror half of the images. Default: the dataset's (on for CIFAR and image_folder)."""
     autoaugment: bool | None = None
     """AutoAugment with the dataset's policy. Default: the dataset's (on for CIFAR)."""
+    color_jitter: float = 0.0
+    """Change each training image's brightness, contrast and saturation by random factors within so much of 1, for
+    example 0.4; 0 is off."""
     cutout: int | None = None
     """Side in pixels of one square blacked out at random; 0 is off. Default: the dataset's (CIFAR 16)."""
+    crop_scale: tuple[float, float] | None = None
+    """Of image_folder: the random crop that becomes a training image has between these shares of the area.
+    Default: [0.08, 1.0]."""
+    crop_pct: float | None = None
+    """Of image_folder: share of a test image's shorter side that the centre crop keeps. Default: 0.875 (224 of 256)."""
     synthetic_train: int = 512
     """Number of training images of the synthetic dataset."""
     synthetic_test: int = 128
@@ -82,11 +92,30 @@ class DataConfig:
             value = getattr(self, field)
             if value is not None and value < minimum:
                 raise ValueError(f"data.{field}: expected an integer >= {minimum}, got {value}.")
+        if not (math.isfinite(self.color_jitter) and self.color_jitter >= 0):
+            raise ValueError(f"data.color_jitter: expected a number >= 0, got {self.color_jitter}.")
+        self._check_crops()
+
+    def _check_crops(self) -> None:
+        for field in ("crop_scale", "crop_pct"):
+            if getattr(self, field) is not None and self.name != "image_folder":
+                raise ValueError(
+                    f"data.{field}: expected none with data.name={self.name}, whose images have one size, got "
+                    f"{getattr(self, field)}. Leave it out."
+                )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct: expected a number in (0, 1], got {self.crop_pct}.")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"data.crop_scale: expected two rising numbers in (0, 1], got {list(self.crop_scale)}. "
+                "They are the smallest and the largest share of the area."
+            )
 
     def augmentation(self, default: Augmentation) -> Augmentation:
         """The dataset's `default` with what this config sets."""
-        chosen = {name: getattr(self, name) for name in ("crop_padding", "flip", "autoaugment", "cutout")}
-        return default._replace(**{name: value for name, value in chosen.items() if value is not None})
+        names = ("crop_padding", "flip", "autoaugment", "color_jitter", "cutout")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return default._replace(**chosen)
 
     def folder(self, expected: str) -> Path:
         """`root` as an existing folder that is not empty; `expected` says in the error what belongs there."""

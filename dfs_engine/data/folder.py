@@ -1,5 +1,6 @@
 """A folder of image files, one subfolder a class, as torchvision's ImageFolder reads it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from torch import Tensor
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
 
 LAYOUT = "a folder with train/<class>/<image files> and val/<class>/<image files> (or test/)"
-RESIZE_RATIO = 256 / 224
-"""Test images are resized to this multiple of the model's size before the centre is cut out."""
+CROP_SCALE = (0.08, 1.0)
+CROP_PCT = 224 / 256
 
 
 class FolderImages:
@@ -55,9 +56,9 @@ def load_folder(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         paths, labels = zip(*found.samples, strict=True)
         return Images(FolderImages(list(paths), v2.Compose([*steps, v2.PILToTensor()])), labels), found.classes
 
-    resized = [round(side * RESIZE_RATIO) for side in size]
-    train, class_names = part(train_folder, v2.RandomResizedCrop(size))
-    test, test_class_names = part(test_folder, v2.Resize(min(resized)), v2.CenterCrop(size))
+    resized = math.floor(min(size) / (config.crop_pct or CROP_PCT))
+    train, class_names = part(train_folder, v2.RandomResizedCrop(size, scale=config.crop_scale or CROP_SCALE))
+    test, test_class_names = part(test_folder, v2.Resize(resized), v2.CenterCrop(size))
     if test_class_names != class_names:
         odd = sorted(set(class_names) ^ set(test_class_names))
         raise ValueError(

@@ -56,6 +56,10 @@ class BatchTransform:
 
             policy = v2.AutoAugmentPolicy(self.augmentation.policy)
             self._autoaugment = v2.AutoAugment(policy, fill=self.augmentation.crop_fill)
+        if self.augmentation.color_jitter:
+            from torchvision.transforms import v2
+
+            self._color_jitter = v2.ColorJitter(*[self.augmentation.color_jitter] * 3)
 
     def __call__(self, images: Tensor) -> Tensor:
         augmentation = self.augmentation
@@ -66,6 +70,8 @@ class BatchTransform:
         if augmentation.autoaugment:
             # One call on the batch would draw one policy for all of it.
             images = torch.stack([self._autoaugment(image) for image in images])
+        if augmentation.color_jitter:
+            images = torch.stack([self._color_jitter(image) for image in images])
         if augmentation.cutout:
             images = random_cutout(images, augmentation.cutout)
         if images.shape[-2:] != self.size:

@@ -26,6 +26,13 @@ def _check_minimum(config: object, prefix: str, minima: Mapping[str, float]) -> 
             raise ValueError(f"{prefix}{name}: expected a number >= {minimum}, got {value!r}.")
 
 
+def _plain(value: Any) -> Any:
+    """With lists for tuples, which YAML cannot hold, at any depth of dictionaries."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which multi-exit model, and how its features are split between the exits and the deeper layers."""
@@ -192,8 +199,7 @@ class TrainConfig:
 
         Without `resume`, which is what to do now, not what the run is.
         """
-        result = asdict(self)
+        result = _plain(asdict(self))
         del result["resume"]
-        result["optim"]["milestones"] = list(self.optim.milestones)
         result["run_dir"] = None if self.run_dir is None else str(self.run_dir)
         return result

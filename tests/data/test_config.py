@@ -29,6 +29,23 @@ def test_number_out_of_range_is_refused(field, value):
         DataConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"color_jitter": -0.1}, r"data\.color_jitter: expected a number >= 0, got -0\.1"),
+        ({"color_jitter": float("nan")}, r"data\.color_jitter: expected a number >= 0, got nan"),
+        ({"name": "image_folder", "crop_pct": 0.0}, r"data\.crop_pct: expected a number in \(0, 1\], got 0\.0"),
+        ({"name": "image_folder", "crop_pct": 90.0}, r"data\.crop_pct: expected a number in \(0, 1\], got 90"),
+        ({"name": "image_folder", "crop_scale": (0.5, 0.2)}, r"data\.crop_scale: .*rising.*got \[0\.5, 0\.2\]"),
+        ({"name": "cifar10", "crop_pct": 0.9}, r"data\.crop_pct: expected none with data\.name=cifar10.*Leave it out"),
+        ({"name": "sst2", "crop_scale": (0.1, 1.0)}, r"data\.crop_scale: expected none with data\.name=sst2"),
+    ],
+)
+def test_wrong_jitter_and_crops_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
 def test_unknown_dataset_lists_the_valid_ones_and_the_nearest():
     with pytest.raises(
         ValueError, match=r"data\.name: .*digits, cifar10, cifar100, image_folder, synthetic.*mean 'cifar10'"

@@ -23,8 +23,14 @@ def root(tmp_path):
     return tmp_path
 
 
-def load(root):
-    return load_data(DataConfig(name="image_folder", root=str(root)), input_shape=(3, 16, 16))
+def load(root, side=16, **options):
+    config = DataConfig(name="image_folder", root=str(root), **options)
+    return load_data(config, input_shape=(3, side, side))
+
+
+def pixels(normalised):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (normalised * std[:, None, None] + mean[:, None, None]) * 255
 
 
 def test_reads_both_splits(root):
@@ -69,3 +75,31 @@ def test_corrupt_image_is_named(root):
     splits = load(root)
     with pytest.raises(ValueError, match=str(path)):
         splits.test[3]
+
+
+@pytest.mark.parametrize(("crop_pct", "resized"), [(None, 256), (0.9, 248), (1.0, 224)])
+def test_centre_crop_keeps_its_share(root, crop_pct, resized):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 260, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / "val" / "ant" / "0.png")
+    tall = (resized, int(resized * 300 / 260))  # the shorter side becomes `resized`
+    expected = np.asarray(Image.fromarray(noise).resize(tall, Image.Resampling.BILINEAR))
+    top, left = round((tall[1] - 224) / 2), round((tall[0] - 224) / 2)
+    expected = torch.from_numpy(expected[top : top + 224, left : left + 224].copy()).permute(2, 0, 1)
+    image, _ = load(root, 224, crop_pct=crop_pct).test[0]
+    torch.testing.assert_close(pixels(image), expected.float(), atol=0.01, rtol=0)
+
+
+def test_random_crop_takes_its_share_of_the_area(root):
+    """Of a ramp, the crop's range of values is the crop's width."""
+    ramp = np.broadcast_to(np.arange(240, dtype=np.uint8)[None, :, None], (240, 240, 3))
+    Image.fromarray(np.ascontiguousarray(ramp)).save(root / "train" / "ant" / "0.png")
+
+    def widths(**options):
+        images = torch.stack([pixels(load(root, 16, flip=False, **options).train[0][0]) for _ in range(40)])
+        return (images.amax((1, 2, 3)) - images.amin((1, 2, 3))) / 225  # 15/16 of the crop, between pixels' centres
+
+    whole = widths(crop_scale=(1.0, 1.0))
+    torch.testing.assert_close(whole, torch.ones(40), atol=0.02, rtol=0)
+    small = widths(crop_scale=(0.09, 0.16))  # sides of 0.3 to 0.4, in aspects of 3:4 to 4:3
+    assert torch.all((small > 0.24) & (small < 0.48))
+    assert widths().max() > small.max()

@@ -81,6 +81,7 @@ def test_resize_is_bilinear_in_any_aspect():
         {"crop_padding": 4},
         {"flip": True},
         {"autoaugment": True},
+        {"color_jitter": 0.4},
         {"cutout": 16},
         {"autoaugment": True, "policy": "imagenet"},
     ],
@@ -105,3 +106,23 @@ def test_autoaugment_draws_for_each_image():
     batch = image.expand(60, -1, -1, -1)
     augmented = BatchTransform((32, 32), MEAN, STD, Augmentation(autoaugment=True))(batch)
     assert len(augmented.flatten(1).unique(dim=0)) > 10
+
+
+def test_color_jitter_is_torchvisions_drawn_for_each_image():
+    images = random_images(6)
+    transform = BatchTransform((32, 32), (0,) * 3, (1,) * 3, Augmentation(color_jitter=0.4))
+    torch.manual_seed(5)
+    got = transform(images)
+    torch.manual_seed(5)
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
+    expected = torch.stack([jitter(image) for image in images])
+    torch.testing.assert_close(got, expected / 255)
+
+
+def test_color_jitter_stays_within_its_share():
+    """Of one grey, contrast and saturation change nothing but the rounding."""
+    grey = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
+    jittered = BatchTransform((4, 4), (0,) * 3, (1,) * 3, Augmentation(color_jitter=0.3))(grey) * 255
+    assert torch.all((jittered >= 67) & (jittered <= 131))
+    assert jittered.min() < 80
+    assert jittered.max() > 120
