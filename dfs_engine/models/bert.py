@@ -146,7 +146,18 @@ class BertExit(nn.Module):
 
 
 class MultiExitBert(MultiExitModel):
-    """A `MultiExitModel` that is called as transformers' `BertForSequenceClassification` is, also by its `Trainer`."""
+    """A `MultiExitModel` that is called as transformers' `BertForSequenceClassification` is, also by its `Trainer`.
+
+    A Trainer's `compute_metrics` gets the last exit's logits, as from any model; with `evaluate(ignore_keys=[])` and
+    `predict(..., ignore_keys=[])` a pair of those and all exits'. What computes a loss outside of the model
+    (`compute_loss_func`, `label_smoothing_factor`) gets what `forward` returns without labels.
+
+    Attributes:
+        config: the `BertConfig`. A Trainer reads there what of an output is no prediction
+            (`keys_to_ignore_at_inference`); for its `return_dict` see `forward`.
+    """
+
+    config: Any
 
     def forward(
         self,
@@ -158,31 +169,38 @@ class MultiExitBert(MultiExitModel):
         return_dict: bool | None = None,
         return_features: bool = False,
     ) -> Any:
-        """Returns every exit's logits, shallow to deep.
+        """Returns every exit's logits, shallow to deep; with labels, a `MultiExitClassifierOutput`.
 
         Args:
             input_ids: (N, T). attention_mask: (N, T), 0 for padding. token_type_ids: (N, T), 0 or 1.
             labels: (N,) class indices, or numbers where num_classes is 1.
-            return_dict: whether to return a `SequenceClassifierOutput`; None: where there are labels.
+            return_dict: whether to return a `MultiExitClassifierOutput`; None: as `config.return_dict` says, which is
+                None unless set: where there are labels.
             return_features: also return the features f_k, the hidden states (N, T, C) behind each layer.
 
         Returns:
             list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features.
-            As a `SequenceClassifierOutput`: `logits` and `hidden_states` are these lists, and `loss` is the sum of all
-            exits' losses (see `dfs_engine.nn.exit_loss`).
+            As a `MultiExitClassifierOutput`: `logits` of the last exit, `exit_logits` of all, a tuple, `hidden_states`
+            the features, a tuple too, and `loss`, the sum of all exits' losses.
         """
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
         input: Any = BertInput(input_ids, token_type_ids, mask)
         result = super().forward(input, return_features=return_features)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         if not (labels is not None if return_dict is None else return_dict):
             return result
-        from transformers.modeling_outputs import SequenceClassifierOutput
+        from dfs_engine.models.bert_output import MultiExitClassifierOutput
 
         logits, features = result if return_features else (result, None)
         loss = None
         if labels is not None:
             loss = torch.stack([exit_loss(exit_logits, labels) for exit_logits in logits]).sum()
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=features)
+        return MultiExitClassifierOutput(
+            loss=loss,
+            logits=logits[-1],
+            hidden_states=None if features is None else tuple(features),
+            exit_logits=tuple(logits),
+        )
 
     def example_input(self, batch: int = 1) -> Tensor:
         """Random ids of at most 128 tokens, as GLUE is trained."""
@@ -237,6 +255,9 @@ def bert(
         num_classes=num_classes,
         input_shape=(settings.max_position_embeddings,),
     )
+    settings.return_dict = None
+    settings.keys_to_ignore_at_inference = ["hidden_states", "exit_logits"]
+    model.config = settings
     model.options = {"config": {key: getattr(settings, key) for key in _CONFIG_KEYS}}
     if variant == "dfs":
         convert_linears(model, backend)

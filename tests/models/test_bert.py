@@ -122,7 +122,7 @@ def test_dfs_and_split_are_detach_with_masks_and_dropout(beta, reference, exit_g
         output = model(**inputs)
         output.loss.backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return {f"logits {index}": logits for index, logits in enumerate(output.logits)}, grads
+        return {f"logits {index}": logits for index, logits in enumerate(output.exit_logits)}, grads
 
     detach = make("detach", **options).train()
     state = copy.deepcopy(detach.state_dict())
@@ -182,17 +182,22 @@ def test_query_key_and_value_of_a_split_state_are_one_product(monkeypatch):
 
 
 def test_outputs_as_transformers_gives_them():
-    model, inputs = make("dense"), batch()
+    model, inputs = make("dense").eval(), batch()
     assert type(model(inputs["input_ids"])) is list
     output = model(**inputs, return_features=True)
     assert isinstance(output, transformers.modeling_outputs.SequenceClassifierOutput)
-    parts = [F.cross_entropy(logits, inputs["labels"]) for logits in output.logits]
+    parts = [F.cross_entropy(logits, inputs["labels"]) for logits in output.exit_logits]
     assert_close("loss", output.loss, sum(parts))
+    assert torch.equal(output.logits, output.exit_logits[-1])
+    assert type(output.hidden_states) is type(output.exit_logits) is tuple
     assert [tuple(hidden.shape) for hidden in output.hidden_states] == [(SENTENCES, TOKENS, 15)] * 3
     asked = model(**inputs_of(inputs), return_dict=True)
     assert asked.loss is None
-    assert len(asked.logits) == 3
+    assert torch.equal(asked.logits, model(**inputs).logits)
+    assert len(asked.exit_logits) == 3
     assert type(model(**inputs, return_dict=False)) is list
+    model.config.return_dict = True
+    assert torch.equal(model(inputs["input_ids"]).logits, model(inputs["input_ids"], return_dict=False)[-1])
     parameters = inspect.signature(type(model).forward).parameters
     assert {"input_ids", "attention_mask", "token_type_ids", "labels"} <= parameters.keys()  # what a Trainer passes on
 
@@ -201,7 +206,7 @@ def test_outputs_as_transformers_gives_them():
 def test_one_class_is_a_regression(dtype):
     model, inputs = make(num_classes=1, dtype=dtype), batch(num_classes=1)
     output = model(**inputs)
-    expected = sum((logits[:, 0] - inputs["labels"]).square().mean() for logits in output.logits)
+    expected = sum((logits[:, 0] - inputs["labels"]).square().mean() for logits in output.exit_logits)
     assert_close("loss", output.loss, expected)
     output.loss.backward()
 
@@ -228,7 +233,7 @@ def test_autocast(precision):
     dfs = make("dfs", detach.state_dict(), dtype=torch.float32).eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
         outputs = [model(**inputs) for model in (dfs, detach)]
-    for left, right in zip(outputs[0].logits, outputs[1].logits, strict=True):
+    for left, right in zip(outputs[0].exit_logits, outputs[1].exit_logits, strict=True):
         assert left.dtype == right.dtype == precision
     for output in outputs:
         output.loss.backward()
@@ -343,34 +348,83 @@ class Items(torch.utils.data.Dataset):
         return self.items[index]
 
 
-def test_transformers_trainer_trains_and_evaluates(tmp_path):
+@pytest.fixture
+def make_trainer(tmp_path):
     pytest.importorskip("accelerate")
-    options = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "max_steps": 2, "logging_steps": 1}
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=0.01, **options
-    )
-    seen = []
 
-    def accuracy(predictions):
-        seen.append(predictions)
-        return {
-            f"exit{index}": np.mean(p.argmax(-1) == predictions.label_ids) for index, p in enumerate(predictions[0])
-        }
+    def make_trainer(model, **options):
+        sizes = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "max_steps": 2, "logging_steps": 1}
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=0.01, **sizes
+        )
+        data = {"train_dataset": Items(8), "eval_dataset": Items(5)}
+        return transformers.Trainer(model=model, args=arguments, **data, **options)
 
+    return make_trainer
+
+
+def tutorial_accuracy(eval_pred):
+    """As transformers' tutorials write it."""
+    logits, labels = eval_pred
+    predictions = np.argmax(logits, axis=-1)
+    return {"accuracy": (predictions == labels).mean()}
+
+
+def logits_by_hand(model, dataset):
+    """Logits (num_exits, len(dataset), num_classes) and labels."""
+    items = [dataset[index] for index in range(len(dataset))]
+    inputs = {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        exits = model.eval()(**inputs, return_dict=False)
+    return torch.stack(exits).numpy(), np.array([item["labels"] for item in items])
+
+
+def test_transformers_trainer_measures_the_last_exit_as_tutorials_do(make_trainer):
     model = make(num_classes=2, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Items(8), eval_dataset=Items(5), compute_metrics=accuracy
-    )
+    trainer = make_trainer(model, compute_metrics=tutorial_accuracy)
     trainer.train()
     assert trainer.state.global_step == 2
     names = ("blocks.0.layer.output.dense.weight", "exits.0.classifier.weight", "exits.2.classifier.weight")
     assert all(not torch.equal(before[name], model.state_dict()[name]) for name in names)
+    assert len([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]) == 2
+
+    with torch.no_grad():  # other exits, other answers: so that the accuracy is seen to be the last one's
+        model.exits[0].classifier.bias.copy_(torch.tensor([9.0, 0.0]))
+        model.exits[1].classifier.bias.copy_(torch.tensor([0.0, 9.0]))
+        model.exits[2].classifier.weight.normal_()
+    exits, labels = logits_by_hand(model, trainer.eval_dataset)
     metrics = trainer.evaluate()
-    assert {"eval_loss", "eval_exit0", "eval_exit2"} <= metrics.keys()
-    assert [p.shape for p in seen[0].predictions] == [(5, 2)] * 3
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2
+    assert metrics["eval_accuracy"] == (exits[-1].argmax(-1) == labels).mean()
+    loss = sum(F.cross_entropy(torch.from_numpy(exit), torch.from_numpy(labels)).item() for exit in exits)
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    predictions = trainer.predict(trainer.eval_dataset).predictions
+    np.testing.assert_allclose(predictions, exits[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_trainer_gives_all_exits_when_asked(make_trainer):
+    def accuracy_of_exits(eval_pred):
+        (_, exit_logits), labels = eval_pred
+        return {f"accuracy_exit{k}": (exit.argmax(-1) == labels).mean() for k, exit in enumerate(exit_logits, start=1)}
+
+    model = make(num_classes=2, dtype=torch.float32)
+    trainer = make_trainer(model, compute_metrics=accuracy_of_exits)
+    metrics = trainer.evaluate(ignore_keys=[])
+    exits, labels = logits_by_hand(model, trainer.eval_dataset)
+    for index, exit in enumerate(exits, start=1):
+        assert metrics[f"eval_accuracy_exit{index}"] == (exit.argmax(-1) == labels).mean()
+    logits, exit_logits = trainer.predict(trainer.eval_dataset, ignore_keys=[]).predictions
+    np.testing.assert_allclose(np.stack(exit_logits), exits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(logits, exit_logits[-1])
+
+
+def test_transformers_trainer_predicts_without_labels(make_trainer):
+    model = make(num_classes=2, dtype=torch.float32)
+    model.config.return_dict = True
+    trainer = make_trainer(model)
+    for item in trainer.eval_dataset.items:
+        del item["labels"]
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (5, 2)
 
 
 def test_official_key_count():
