@@ -164,17 +164,23 @@ def _eval_flags(parser: Parser) -> None:
 
 
 def _eval(values: Any, line: list[str]) -> int:
+    from dfs_engine.data.normalization import Normalization
     from dfs_engine.training import evaluate
     from dfs_engine.training.checkpoint import read_description
 
     with _input_errors(RuntimeError):
         # The data of the run are the defaults, which this command line's flags override.
         trained_on = read_description(values.path)["data"]
-        flags = [f"--data.{name}={value}" for name, value in trained_on.items() if value is not None]
+        by_eval = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
+        flags = [
+            f"--data.{name}={value}" for name, value in trained_on.items() if value is not None and name not in by_eval
+        ]
         values = _parse([line[0], *flags, *line[1:]])
         result = evaluate.run(_config(evaluate.EvalConfig, values))
     model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
     _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
+    if result["normalization"] is not None:
+        print(f"images normalised by {Normalization(**result['normalization'])}")
     _write_json(values.json, result)
     return 0
 

@@ -57,6 +57,34 @@ def test_eval_repeats_the_last_evaluation(run_dir, capsys, tmp_path):
     assert json.loads((tmp_path / "e").read_text())["num_samples"] == 5
 
 
+def test_eval_normalises_as_the_run_did_unless_told_otherwise(capsys, tmp_path):
+    def ensemble(*flags):
+        assert main(["eval", str(tmp_path / "run"), "--device", "cpu", "--json", str(tmp_path / "eval"), *flags]) == 0
+        result = json.loads((tmp_path / "eval").read_text())
+        return result["ensemble"], result["normalization"], capsys.readouterr().out
+
+    line = ["train", *TINY, "--data.mean", "published", "--run_dir", str(tmp_path / "run")]
+    assert main([*line, "--json", str(tmp_path / "train")]) == 0
+    trained = json.loads((tmp_path / "train").read_text())["metrics"]["ensemble"]
+    published = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.201]}
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert {name: saved[name] for name in published} == published
+    capsys.readouterr()
+    found, used, printed = ensemble()
+    assert found["loss"] == pytest.approx(trained["loss"], rel=1e-4)
+    assert used == published
+    assert "images normalised by mean 0.4914 0.4822 0.4465, std 0.2023 0.1994 0.201 (published)" in printed
+    found, used, printed = ensemble("--data.mean", "cifar100")
+    assert found["loss"] != pytest.approx(trained["loss"], rel=1e-4)
+    assert used["std"] == [0.2675, 0.2565, 0.2761]
+    assert "(cifar100)" in printed
+    assert main(["train", *TINY, "--resume", "--run_dir", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    other = ["--data.mean", "cifar10", "--data.std", "cifar100"]
+    with pytest.raises(SystemExit):
+        main(["train", *TINY, "--resume", "--run_dir", str(tmp_path / "run"), *other])
+    assert "data.std: expected [0.2023, 0.1994, 0.201] as in the run to resume" in capsys.readouterr().err
+
+
 def test_eval_on_data_with_other_classes(run_dir, capsys):
     error = fails(capsys, "eval", str(run_dir), "--data.synthetic_classes", "4")
     assert "data: expected 10 classes" in error

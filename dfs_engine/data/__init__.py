@@ -10,6 +10,7 @@ from dfs_engine.data.dataset import ImageDataset
 from dfs_engine.data.digits import load_digits
 from dfs_engine.data.folder import load_folder
 from dfs_engine.data.glue import load_glue
+from dfs_engine.data.normalization import Normalization
 from dfs_engine.data.synthetic import load_synthetic
 from dfs_engine.data.text import TextDataset
 from dfs_engine.data.transforms import BatchTransform
@@ -40,6 +41,8 @@ class DataSplits(NamedTuple):
     """One line for logs and tables that says whether the data are real."""
     metrics: tuple[str, ...] = IMAGE_METRICS
     """What is measured (see `ExitMetrics`), the main one first."""
+    normalization: Normalization | None = None
+    """Of the images."""
 
 
 def load_data(config: DataConfig, *, input_shape: tuple[int, ...]) -> DataSplits:
@@ -66,13 +69,15 @@ def _load_images(config: DataConfig, input_shape: tuple[int, ...]) -> DataSplits
     size = (height, width) if config.image_size is None else (config.image_size, config.image_size)
     raw = _LOADERS[config.name](config, size)
     augmentation = config.augmentation(raw.augmentation)
-    logger.info("data: %s, %s", raw.description, augmentation)
+    normalization = config.normalization(raw.normalization)
+    logger.info("data: %s; training images: %s; normalised by %s", raw.description, augmentation, normalization)
     return DataSplits(
-        train=ImageDataset(raw.train, BatchTransform(size, raw.mean, raw.std, augmentation)),
-        test=ImageDataset(raw.test, BatchTransform(size, raw.mean, raw.std)),
+        train=ImageDataset(raw.train, BatchTransform(size, *normalization, augmentation)),
+        test=ImageDataset(raw.test, BatchTransform(size, *normalization)),
         num_classes=len(raw.class_names),
         class_names=raw.class_names,
         description=raw.description,
+        normalization=normalization,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
+from dfs_engine.data.normalization import PRESETS
 
 SIZE = 32
 
@@ -28,8 +29,6 @@ class Layout(NamedTuple):
     label_key: str
     names_key: str
     columns: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
     @property
     def expected(self) -> str:
@@ -51,8 +50,6 @@ LAYOUTS = {
         label_key="labels",
         names_key="label_names",
         columns=("label",),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
     ),
     "cifar100": Layout(
         title="CIFAR-100",
@@ -64,8 +61,6 @@ LAYOUTS = {
         label_key="fine_labels",
         names_key="fine_label_names",
         columns=("fine_label", "label"),
-        mean=(0.5071, 0.4867, 0.4408),
-        std=(0.2675, 0.2565, 0.2761),
     ),
 }
 
@@ -85,8 +80,7 @@ def load_cifar(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         test=test,
         class_names=class_names,
         description=f"{layout.title} (real, {len(train.labels)} train / {len(test.labels)} test)",
-        mean=layout.mean,
-        std=layout.std,
+        normalization=PRESETS[config.name],
         augmentation=Augmentation(crop_padding=4, crop_fill=128, flip=True, autoaugment=True, cutout=16),
     )
 

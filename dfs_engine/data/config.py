@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from dfs_engine.data.normalization import PRESETS, Channels, Normalization, check_normalization
 from dfs_engine.names import check_choice
 
 IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "image_folder", "synthetic")
@@ -25,6 +26,16 @@ class Augmentation(NamedTuple):
     policy: str = "cifar10"
     color_jitter: float = 0.0
     cutout: int = 0
+
+    def __str__(self) -> str:
+        words = {
+            f"random crops padded by {self.crop_padding}": self.crop_padding,
+            "mirrored": self.flip,
+            f"AutoAugment ({self.policy})": self.autoaugment,
+            f"colour jitter {self.color_jitter:g}": self.color_jitter,
+            f"cutout {self.cutout}": self.cutout,
+        }
+        return ", ".join(text for text, is_on in words.items() if is_on) or "no augmentation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,12 @@ class DataConfig:
     """Of a GLUE task: longer sentences and pairs are cut."""
     image_size: int | None = None
     """Height and width of the images that the model gets. Default: what the model was made for."""
+    mean: Channels | str | None = None
+    """Subtracted from pixels between 0 and 1: three numbers, or a preset's name: cifar10, cifar100, imagenet, inception
+    (timm's ViTs: 0.5) or published (the published code's, for both CIFARs). Default: the dataset's; of `dfs eval`, the
+    one that the weights were trained with."""
+    std: Channels | str | None = None
+    """What that is then divided by: as mean. Default: of the same preset."""
     num_workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     crop_padding: int | None = None
@@ -95,6 +112,7 @@ class DataConfig:
         if not (math.isfinite(self.color_jitter) and self.color_jitter >= 0):
             raise ValueError(f"data.color_jitter: expected a number >= 0, got {self.color_jitter}.")
         self._check_crops()
+        check_normalization(self.mean, self.std)
 
     def _check_crops(self) -> None:
         for field in ("crop_scale", "crop_pct"):
@@ -110,6 +128,16 @@ class DataConfig:
                 f"data.crop_scale: expected two rising numbers in (0, 1], got {list(self.crop_scale)}. "
                 "They are the smallest and the largest share of the area."
             )
+
+    def normalization(self, default: Normalization) -> Normalization:
+        """The dataset's `default`, or what this config sets."""
+        if self.mean is None:
+            return default
+        std = self.mean if self.std is None else self.std
+        return Normalization(
+            mean=PRESETS[self.mean].mean if isinstance(self.mean, str) else self.mean,
+            std=PRESETS[std].std if isinstance(std, str) else std,
+        )
 
     def augmentation(self, default: Augmentation) -> Augmentation:
         """The dataset's `default` with what this config sets."""
@@ -152,6 +180,5 @@ class RawSplits(NamedTuple):
     test: Images
     class_names: list[str]
     description: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    normalization: Normalization
     augmentation: Augmentation

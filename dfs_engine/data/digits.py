@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
+from dfs_engine.data.normalization import Normalization
 
 NUM_CLASSES = 10
 
@@ -33,7 +34,6 @@ def load_digits(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         test=part(test),
         class_names=[str(digit) for digit in range(NUM_CLASSES)],
         description=f"scikit-learn digits (real, {np.sum(~test)} train / {np.sum(test)} test)",
-        mean=(0.3053,) * 3,
-        std=(0.3757,) * 3,
+        normalization=Normalization((0.3053,) * 3, (0.3757,) * 3),
         augmentation=Augmentation(crop_padding=1),  # a mirrored digit is not a digit
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
+from dfs_engine.data.normalization import PRESETS
 
 LAYOUT = "a folder with train/<class>/<image files> and val/<class>/<image files> (or test/)"
 CROP_SCALE = (0.08, 1.0)
@@ -70,7 +71,6 @@ def load_folder(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         test=test,
         class_names=class_names,
         description=f"image folder {root} ({len(train.labels)} train / {len(test.labels)} test)",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        normalization=PRESETS["imagenet"],
         augmentation=Augmentation(flip=True, policy="imagenet"),
     )

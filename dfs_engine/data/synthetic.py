@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
+from dfs_engine.data.normalization import Normalization
 
 PATTERN_LEVELS = 128
 """Patterns take values below this and the noise the rest of 0..255, so that their sum never overflows uint8."""
@@ -28,7 +29,6 @@ def load_synthetic(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         test=part(config.synthetic_test),
         class_names=[f"pattern {index}" for index in range(config.synthetic_classes)],
         description=f"synthetic patterns (not real, {config.synthetic_train} train / {config.synthetic_test} test)",
-        mean=(0.5,) * 3,
-        std=(0.2,) * 3,
+        normalization=Normalization((0.5,) * 3, (0.2,) * 3),
         augmentation=Augmentation(),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfs_engine.data.normalization import published_data
 from dfs_engine.models import load_official_state_dict, to_official_state_dict
 from dfs_engine.training.build import build_model
 from dfs_engine.training.checkpoint import (
@@ -94,7 +95,9 @@ def _from_official(source: Path, config: ConvertConfig) -> dict[str, Any]:
     model = build_model(config.model, config.num_classes or _num_classes(tensors, config.model))
     loaded = load_official_state_dict(model, tensors)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(output, model, {"data": {}, "epoch": epoch, "converted_from": source.name})
+    save_weights(
+        output, model, {"data": published_data(model.input_shape), "epoch": epoch, "converted_from": source.name}
+    )
     return {
         "output": str(output),
         "format": "dfs",

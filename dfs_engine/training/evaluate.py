@@ -1,7 +1,7 @@
 """Accuracy of every exit: after each epoch, and of saved weights (`dfs eval`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class EvalConfig:
     path: Path
     """A run folder, or the model.safetensors of one."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data. Default: what the run was trained on."""
+    """The data. Default: what the run was trained on, normalised as it was then."""
     batch_size: int = 256
     """Images or sentences of one batch."""
     precision: str = "fp32"
@@ -76,7 +76,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     """Measures saved weights on the test data of `config.data`.
 
     Returns:
-        `ExitMetrics.compute`, and under "model", "data" and "epoch" what was measured.
+        `ExitMetrics.compute`, and under "model", "data", "normalization" (of images) and "epoch" what was measured.
 
     Raises:
         FileNotFoundError, ValueError: the weights or the data cannot be read, or do not fit each other.
@@ -88,6 +88,10 @@ def run(config: EvalConfig) -> dict[str, Any]:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     model, description = load_model(config.path)
+    trained_on = description["data"]
+    if config.data.mean is None and trained_on.get("mean") is not None:
+        data_config = replace(config.data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
+        config = replace(config, data=data_config)
     data = load_data(config.data, input_shape=model.input_shape)
     if data.num_classes != model.num_classes:
         raise ValueError(
@@ -103,4 +107,10 @@ def run(config: EvalConfig) -> dict[str, Any]:
     )
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     result = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
-    return {**result, "model": description["model"], "data": data.description, "epoch": description["epoch"]}
+    return {
+        **result,
+        "model": description["model"],
+        "data": data.description,
+        "normalization": data.normalization and data.normalization._asdict(),
+        "epoch": description["epoch"],
+    }

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class Trainer:
         set_seed(config.seed)
         shape = input_shape(config.model) if model is None else model.input_shape
         self.data = data or load_data(config.data, input_shape=shape)
+        if (
+            self.data.normalization is not None
+        ):  # the numbers themselves: a preset, or the dataset's default, may change
+            config = self.config = replace(config, data=replace(config.data, **self.data.normalization._asdict()))
         self.raw_model = model or build_model(config.model, self.data.num_classes)
         self.raw_method = build_method(config, self.raw_model)
 
@@ -266,7 +270,9 @@ class Trainer:
         now = self.config.to_dict()
         fixed = {name: (saved["config"][name], now[name]) for name in _FIXED_ON_RESUME}
         before, data = saved["config"]["data"], now["data"]
-        fixed |= {f"data.{name}": (before.get(name), data[name]) for name in data if name not in _FREE_DATA_KEYS}
+        for name in data:
+            if name in before and name not in _FREE_DATA_KEYS:  # a run of before that option has no value of it
+                fixed[f"data.{name}"] = (before[name], data[name])
         for name, (expected, got) in fixed.items():
             if expected != got:
                 raise ValueError(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dfs_engine.data import DataConfig, load_data
 from dfs_engine.data.cifar import LAYOUTS
+from dfs_engine.data.normalization import PRESETS
 
 REAL = Path(__file__).parents[3] / "shared/data/cifar10"
 NAMES = ("cifar10", "cifar100")
@@ -213,8 +214,8 @@ def test_real_cifar10(real):
     assert np.bincount(real.train.images.labels).tolist() == [5000] * 10
     assert np.bincount(real.test.images.labels).tolist() == [1000] * 10
     pixels = real.train.images.source[::10] / 255
-    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(LAYOUTS["cifar10"].mean), rtol=0, atol=5e-3)
-    torch.testing.assert_close(pixels.std((0, 2, 3)), torch.tensor(LAYOUTS["cifar10"].std), rtol=0, atol=5e-3)
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(PRESETS["cifar10"].mean), rtol=0, atol=5e-3)
+    torch.testing.assert_close(pixels.std((0, 2, 3)), torch.tensor(PRESETS["cifar10"].std), rtol=0, atol=5e-3)
 
 
 def test_real_cifar10_batch(real):

@@ -72,6 +72,12 @@ def test_none_takes_the_default_and_off_switches_it_off():
     assert off == Augmentation(crop_fill=128)
 
 
+def test_augmentation_reads_as_words():
+    everything = Augmentation(crop_padding=4, crop_fill=128, flip=True, autoaugment=True, cutout=16)
+    assert str(everything) == "random crops padded by 4, mirrored, AutoAugment (cifar10), cutout 16"
+    assert str(Augmentation(crop_fill=128)) == "no augmentation"
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "image_folder"])
 def test_root_none_missing_file_or_empty(name, tmp_path):
     (tmp_path / "empty").mkdir()

@@ -94,7 +94,9 @@ def test_converted_weights_are_measured(published, tmp_path, capsys):
     data = ["--data.name", "synthetic", "--data.synthetic_test", "3", "--data.image_size", "8"]
     classes = ["--data.synthetic_classes", "7"]
     assert main(["eval", str(tmp_path / "run"), "--device", "cpu", "--num_threads", "1", *data, *classes]) == 0
-    assert "vgg7_64, dfs, epoch unknown, on" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "vgg7_64, dfs, epoch unknown, on" in printed
+    assert "images normalised by mean 0.4914 0.4822 0.4465, std 0.2023 0.1994 0.201 (published)" in printed
 
 
 def test_an_output_that_is_there(published, tmp_path, capsys):

@@ -353,7 +353,9 @@ def test_model_and_data_of_the_config_are_built(tmp_path):
 
 def test_config_file_of_the_run_folder_is_complete(make_config, make_model):
     config = make_config(epochs=1)
-    Trainer(config, model=make_model()).fit()
+    trainer = Trainer(config, model=make_model())
+    trainer.fit()
     saved = yaml.safe_load((config.run_dir / "config.yaml").read_text())
-    assert saved == json.loads(json.dumps(config.to_dict()))
+    assert saved == json.loads(json.dumps(trainer.config.to_dict()))
+    assert (saved["data"]["mean"], saved["data"]["std"]) == ([0.5] * 3, [0.2] * 3)
     assert saved["data"]["synthetic_train"] == 38
