@@ -2,7 +2,19 @@
 
 import sys
 
-from dfs_engine.cli import main
+
+def main() -> int:
+    """Runs the command; a plain install, which lacks its packages, is told so in one line."""
+    from dfs_engine.extras import needs
+
+    try:
+        with needs("train"):
+            from dfs_engine import cli
+    except ModuleNotFoundError as error:
+        print(f"dfs: error: {error}", file=sys.stderr)
+        return 2
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -75,7 +75,5 @@ class BatchTransform:
         if augmentation.cutout:
             images = random_cutout(images, augmentation.cutout)
         if images.shape[-2:] != self.size:
-            from torchvision.transforms.v2 import functional
-
-            images = functional.resize(images, list(self.size))
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)  # as torchvision's resize
         return images.to(torch.float32).sub_(self._mean).mul_(self._inverse_std)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from dfs_engine.extras import needs
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.pretrained import pretrained_folder
 from dfs_engine.models.registry import register_model
@@ -232,7 +233,8 @@ def bert(
             pooler and, where it has num_classes, the last classifier start from it, the other exits at random; nothing
             is read on the meta device.
     """
-    from transformers import BertForSequenceClassification
+    with needs("text"):
+        from transformers import BertForSequenceClassification
 
     folder = None if pretrained is None else pretrained_folder(pretrained)
     settings = _read_config(config, folder)

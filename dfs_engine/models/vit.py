@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dfs_engine.extras import needs
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_catalogue
 from dfs_engine.nn import (
@@ -170,8 +171,12 @@ def create_vit(
         pretrained: True downloads timm's weights; a path reads them from a file or from a folder with one. Only blocks,
             embedding, last norm and, where it fits, last head have any; nothing is read on the meta device.
         options: timm's own, e.g. `img_size`, `depth`, `embed_dim`, `drop_path_rate`.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
     """
-    import timm
+    with needs("vision"):
+        import timm
 
     fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "whole", dim=-1, backend=backend)
     weights = False if str(device) == "meta" else pretrained
@@ -197,7 +202,9 @@ def create_vit(
     return model.to(device=device, dtype=dtype)
 
 
-register_catalogue("a timm VisionTransformer such as vit_tiny_patch16_224", list_vits, create_vit)
+register_catalogue(
+    "a timm VisionTransformer such as vit_tiny_patch16_224 (with dfs_engine[vision])", list_vits, create_vit
+)
 
 
 def _tail(vit: nn.Module) -> nn.Module:

@@ -108,6 +108,14 @@ def test_autoaugment_draws_for_each_image():
     assert len(augmented.flatten(1).unique(dim=0)) > 10
 
 
+@pytest.mark.parametrize("size", [(32, 32), (5, 7), (8, 20)])
+def test_resize_is_torchvisions(size):
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    resized = BatchTransform(size, (0,) * 3, (1,) * 3)(images)
+    expected = v2.functional.resize(images, list(size)).float() / 255
+    torch.testing.assert_close(resized, expected)
+
+
 def test_color_jitter_is_torchvisions_drawn_for_each_image():
     images = random_images(6)
     transform = BatchTransform((32, 32), (0,) * 3, (1,) * 3, Augmentation(color_jitter=0.4))
