@@ -25,9 +25,10 @@ PACKAGES = [
     "dfs_engine.training",
     "dfs_engine.kernels",
     "dfs_engine.benchmarks",
+    "dfs_engine.configs",
 ]
 # `kernels` at top level would shadow the PyPI package of that name, which transformers probes for.
-PACKAGE_DIR = {"dfs_engine.kernels": "kernels", "dfs_engine.benchmarks": "benchmarks"}
+PACKAGE_DIR = {f"dfs_engine.{folder}": folder for folder in ("kernels", "benchmarks", "configs")}
 
 
 def flag(name: str) -> bool:

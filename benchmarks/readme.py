@@ -154,7 +154,7 @@ def _accuracy_table(runs: TrainedRuns) -> Iterator[str]:
     exits = [name for name in last if re.fullmatch(r"test_top1_exit\d+", name)]
     yield (
         f"{runs.what}, {last['epoch']} epochs, seed 0, one run each, test top-1 in per cent after the last epoch. "
-        f"{runs.note} `dfs train --config configs/{runs.recipe}.yaml --model.variant VARIANT --data.root DIR`"
+        f"{runs.note} `dfs train --config {runs.recipe} --model.variant VARIANT --data.root DIR`"
     ).replace("  ", " ")
     yield ""
     header = [f"exit {name.removeprefix('test_top1_exit')}" for name in exits]

@@ -1,4 +1,4 @@
-"""In a checkout, `kernels/` and `benchmarks/` lie beside the package that they belong to; setup.py maps them into it.
+"""In a checkout, `kernels/`, `benchmarks/` and `configs/` lie beside the package; setup.py maps them into it.
 
 Imported first, so that a checkout works without being installed.
 """

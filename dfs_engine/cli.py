@@ -17,6 +17,7 @@ from typing import Any
 from jsonargparse.typing import Path_fc
 
 from dfs_engine.cli_parser import Parser, normalise
+from dfs_engine.extras import explained
 
 # Raised for what the user gave; anything else is a defect and keeps its traceback.
 _INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -39,7 +40,8 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `dfs argv...`; returns its exit status."""
-    line = normalise(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with _input_errors():
+        line = normalise(sys.argv[1:] if argv is None else argv) or ["--help"]
     is_main_process = int(os.environ.get("RANK", 0)) == 0  # set by torchrun and accelerate launch
     logging.basicConfig(level=logging.INFO if is_main_process else logging.ERROR, format="%(message)s", force=True)
     for chatty in ("accelerate", "matplotlib"):
@@ -72,9 +74,10 @@ def _input_errors(*more: type[Exception]) -> Iterator[None]:
     """Turns an exception about the user's input into one line and exit status 2."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        _fail(explained(error), 2)
     except _INPUT_ERRORS + more as error:
-        remedy = f" Install it: pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-        _fail(f"{error}{remedy}", 2)
+        _fail(str(error), 2)
 
 
 def _fail(message: str, status: int) -> None:
@@ -121,9 +124,15 @@ def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
 
 
 def _train_flags(parser: Parser) -> None:
+    from dfs_engine.recipes import list_recipes
     from dfs_engine.training.config import TrainConfig
 
-    parser.add_argument("--config", action="config", help="YAML file of these flags; flags after it override it.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of these flags, or the name of a recipe that comes with the package; flags after it override"
+        f" it. Recipes: {', '.join(list_recipes())}.",
+    )
     parser.add_class_arguments(TrainConfig)
     _add_json(parser)
 
@@ -327,7 +336,8 @@ _COMMANDS = {
         "Trains a multi-exit model and writes a run folder: resolved config, metrics.csv, accuracy_per_exit.png,"
         " TensorBoard events, checkpoint, model.safetensors. The weights kept are the last ones, never those that did"
         " best on the test images. Several processes: torchrun --nproc_per_node N -m dfs_engine train ...",
-        "  dfs train --config configs/digits_vgg7_dfs.yaml\n"
+        "  dfs train --config digits_vgg7_dfs\n"
+        "  dfs train --config my_recipe.yaml --model.beta 0.3\n"
         "  dfs train --data.name cifar10 --data.root DIR --model.beta 0.3 --epochs 3 --precision bf16\n"
         "  dfs train --resume --run_dir runs/first",
         _train_flags,

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from dfs_engine.recipes import recipe_path
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # What jsonargparse says of a flag, of a config file's key, and of a subcommand that it does not know.
@@ -68,10 +70,17 @@ def _keys(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def normalise(line: Sequence[str]) -> list[str]:
-    """Lets a flag be written with dashes: `--batch-size` is `--batch_size`."""
+    """Lets a flag be written with dashes, `--batch-size` for `--batch_size`, and a recipe be given by its name alone.
 
-    def with_underscores(word: str) -> str:
-        name, equals, value = word.partition("=")
-        return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
-
-    return [with_underscores(word) for word in line]
+    Raises:
+        ValueError: `--config` names neither a file nor a recipe.
+    """
+    words: list[str] = []
+    for word in line:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = f"--{flag[2:].replace('-', '_')}"
+            words.append(f"{flag}={recipe_path(value)}" if equals and flag == "--config" else f"{flag}{equals}{value}")
+        else:
+            words.append(str(recipe_path(word)) if words and words[-1] == "--config" else word)
+    return words

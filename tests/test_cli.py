@@ -1,12 +1,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from dfs_engine.cli import main
+from dfs_engine.cli_parser import normalise
+from dfs_engine.recipes import list_recipes, recipe_path
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 TINY = [
     *("--data.name", "synthetic", "--data.synthetic_train", "4", "--data.synthetic_test", "3"),
@@ -113,6 +118,22 @@ def test_config_file_and_override(tmp_path, capsys):
     assert (saved["epochs"], saved["batch_size"], saved["model"]["beta"]) == (1, 2, 0.3)
 
 
+def test_config_by_the_name_of_a_recipe(monkeypatch, tmp_path):
+    """Also where the working directory has no configs/."""
+    monkeypatch.chdir(tmp_path)
+    path = recipe_path("digits_vgg7_dfs")
+    assert normalise(["train", "--config", "digits_vgg7_dfs"]) == ["train", "--config", str(path)]
+    assert normalise(["train", "--config=digits_vgg7_dfs"]) == ["train", f"--config={path}"]
+    assert path.read_text() == (CONFIGS / "digits_vgg7_dfs.yaml").read_text()
+    assert list_recipes() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("digits_vgg7_dfs").write_text("epochs: 3\n")
+    assert recipe_path("digits_vgg7_dfs") == Path("digits_vgg7_dfs")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -130,6 +151,7 @@ def test_config_file_and_override(tmp_path, capsys):
         (["train", "--data.name", "cifar10", "--data.root", "/nowhere"], "/nowhere"),
         (["train", "--resume"], "Add --run_dir"),
         (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["train", "--config", "digits_vgg7_df"], "Did you mean 'digits_vgg7_dfs'?"),
         (["train", "--json", "/nowhere/out.json"], "/nowhere/out.json"),
         (["eval", "/nowhere"], "/nowhere"),
         (["validate", "--quikc"], "Did you mean quick?"),
@@ -248,5 +270,5 @@ sys.exit(main(["train"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2
-    assert "pip install accelerate" in done.stderr
+    assert "pip install 'dfs_engine[train]'" in done.stderr
     assert "Traceback" not in done.stderr
