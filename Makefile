@@ -1,14 +1,17 @@
 # Everything from nothing: `make train`, `make test`, `make lint`. Needs python3 (>= 3.10), make and, for the C++ kernels, g++.
 PYTHON ?= python3
+# The exact versions that are installed; `make lock` writes both files. Ranges stand in pyproject.toml.
+REQUIREMENTS ?= requirements/locked.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+UV := build/uv/bin/uv
 RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-all sanitize lint format clean
+.PHONY: train test test-all test-oldest test-latest lock sanitize lint format clean
 
 train: $(VENV)/.built
-	$(BIN)/dfs train --config configs/digits_vgg7_dfs.yaml --run_dir $(RUN_DIR)
+	$(BIN)/dfs train --config digits_vgg7_dfs --run_dir $(RUN_DIR)
 
 # GPU tests skip themselves where there is no GPU; `slow` ones run with `make test-all`. Without a GPU the Triton kernels
 # run in its interpreter, which is chosen before Python starts.
@@ -19,6 +22,30 @@ test: $(VENV)/.built
 test-all: $(VENV)/.built
 	$(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
+
+# The suite on the oldest supported versions, and on the newest that there are today. In a copy of the tree with an
+# environment of its own, because the extension is built in place.
+test-oldest: build/oldest
+	$(MAKE) -C $< test REQUIREMENTS=requirements/oldest.txt
+test-latest: build/latest
+	$(MAKE) -C $< lock
+	$(MAKE) -C $< test
+
+.PHONY: build/oldest build/latest
+build/oldest build/latest:
+	mkdir -p $@
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -p --parents -t $@
+
+# Versions for every supported Python, newest and oldest. The header of each file names the command that wrote it.
+lock: $(UV)
+	$(UV) pip compile --universal --python-version 3.10 --extra dev --upgrade --no-annotate \
+		--output-file requirements/locked.txt pyproject.toml
+	$(UV) pip compile --universal --python-version 3.10 --extra dev --upgrade --no-annotate --resolution lowest-direct \
+		--constraints requirements/oldest.in --output-file requirements/oldest.txt pyproject.toml
+
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip --disable-pip-version-check --quiet install uv
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, in a copy of the tree.
 sanitize: $(VENV)/.built
@@ -33,16 +60,16 @@ format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.requirements: pyproject.toml
+$(VENV)/.requirements: $(REQUIREMENTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing torch and the build tools into $(VENV) (some GB, a few minutes) ..."
-	$(PIP) install "torch>=2.11" numpy "setuptools>=77" wheel ninja pybind11
+	@echo "Installing torch and what else $(REQUIREMENTS) names into $(VENV) (some GB, a few minutes) ..."
+	$(PIP) install --requirement $(REQUIREMENTS)
 	touch $@
 
 # The extension links against the torch installed above, hence no build isolation.
-$(VENV)/.built: $(VENV)/.requirements setup.py $(wildcard csrc/*)
-	@echo "Installing dfs_engine and building its extension ..."
-	$(PIP) install --no-build-isolation -e ".[dev]"
+$(VENV)/.built: $(VENV)/.requirements pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	@echo "Installing dfs_engine and building its extension (some minutes) ..."
+	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 clean:

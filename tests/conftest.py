@@ -25,9 +25,9 @@ def pytest_configure(config):
 def seed_of_commit() -> int:
     """Of the last commit that touched the package: others with each, and the same for everyone who tests it.
 
-    Outside a checkout a fresh one.
+    Outside a checkout a fresh one. In a copy of the tree below a checkout (`make test-oldest`) the checkout's.
     """
-    code = ["csrc", "dfs_engine", "kernels"]
+    code = [":/csrc", ":/dfs_engine", ":/kernels"]
     command = ["git", "-C", str(Path(__file__).parents[1]), "log", "-1", "--format=%H", "--", *code]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
