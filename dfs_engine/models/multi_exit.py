@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dfs_engine import backend as backends
 from dfs_engine import calibration
 from dfs_engine.nn.routing import Fork, Reading
+from dfs_engine.partition import ChannelSlice
 
 
 class Block(nn.Module):
@@ -125,6 +126,14 @@ class MultiExitModel(nn.Module):
         for block in self.blocks[: index + 1]:
             yield from block.parameters()
         yield from self.exit_parameters(index)
+
+    def idle_columns(self) -> Iterator[tuple[nn.Parameter, ChannelSlice]]:
+        """Columns (dimension 1) of weights that no exit's loss reaches and that weight decay is not to touch either.
+
+        None but where the published code has them as layers of their own, which it leaves alone: VGG without
+        referencing.
+        """
+        yield from ()
 
     def get_config(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`."""

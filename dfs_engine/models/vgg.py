@@ -2,9 +2,14 @@
 
 Block: conv3x3, ReLU, BatchNorm, and a 2x2 max pool at the end of a stage. The first convolution has a bias, the others
 none.
+
+The published network has each layer behind a fork in two, of f+ and of f-, in its runs without surgery too. Here
+it is one layer; what that leaves to be told apart is its start and its columns that nobody trains.
 """
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +17,16 @@ from torch import Tensor, nn
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
+from dfs_engine.names import check_choice
 from dfs_engine.nn import ExitHead, Fork, Reading, apply_layer, produce_readings
+from dfs_engine.partition import ChannelSlice, Partition
 
 # name -> convolutions per stage, width of each stage as a multiple of the first, image size
 _CONFIGS = {
     "vgg7_64": ((2, 2, 2), (1, 2, 4), 32),
     "vgg16_64": ((2, 2, 3, 3, 3), (1, 2, 4, 8, 8), 224),
 }
+INITS = ("published", "torch")
 
 
 class VGGBlock(Block):
@@ -46,6 +54,43 @@ class VGGBlock(Block):
         return f"pool={self.pool}"
 
 
+class VGG(MultiExitModel):
+    """A chain of `VGGBlock`s, each with an `ExitHead`."""
+
+    def idle_columns(self) -> Iterator[tuple[nn.Parameter, ChannelSlice]]:
+        if self.fork.reference or self.fork.variant == "dense":
+            return
+        *split, _ = (cast(VGGBlock, block).conv.out_channels for block in self.blocks)
+        for index, channels in enumerate(split):
+            num_shared, exit_start = self.fork.live_channels(channels)
+            deeper, exit = cast(VGGBlock, self.blocks[index + 1]), cast(ExitHead, self.exits[index])
+            yield cast(nn.Parameter, deeper.conv.weight), ChannelSlice(num_shared, channels)
+            yield cast(nn.Parameter, exit.linear.weight), ChannelSlice(0, exit_start)
+
+
+@torch.no_grad()
+def _draw_as_published(blocks: list[Block], exits: list[nn.Module], beta: float) -> None:
+    """torch's own start, of each layer that the published code has: at one seed, the very numbers that it draws."""
+    for index, (block, exit) in enumerate(zip(blocks, exits, strict=True)):
+        conv, linear = cast(VGGBlock, block).conv, cast(ExitHead, exit).linear
+        if index == 0:
+            conv.reset_parameters()
+        else:
+            parts = Partition(conv.in_channels, beta)
+            _draw_parts(conv.weight, parts.shared, parts.exit)
+        parts = Partition(linear.in_features, beta)
+        _draw_parts(linear.weight, parts.exit, parts.shared)
+
+
+def _draw_parts(weight: Tensor, *parts: ChannelSlice) -> None:
+    """Draws each slice of input columns as that of a layer of its own, whose fan-in it is."""
+    for columns in parts:
+        if columns.width > 0:
+            view = columns.of(weight, 1)
+            drawn = torch.empty_like(view, memory_format=torch.contiguous_format)
+            view.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+
+
 def _create_vgg(
     name: str,
     *,
@@ -55,26 +100,40 @@ def _create_vgg(
     reference: bool,
     exit_gradient: str | None,
     backend: str | None,
+    init: str = "published",
     width: int = 64,
     in_channels: int = 3,
     device: Any = None,
     dtype: Any = None,
 ) -> MultiExitModel:
-    """`width`: channels of the first stage. `in_channels`: of the image."""
+    """The published net of `_CONFIGS`.
+
+    Args:
+        init: "published": a layer behind a fork starts as two layers of their own, of the columns of f+ and of f-, each
+            with its own fan-in; the same in every variant, as published. "torch": as one layer.
+        width: channels of the first stage.
+        in_channels: of the image.
+    """
+    check_choice("init", init, INITS)
     convs_per_stage, multiples, image_size = _CONFIGS[name]
     dd = {"device": device, "dtype": dtype}
     blocks: list[Block] = []
     exits: list[nn.Module] = []
     channels = in_channels
-    for num_convs, multiple in zip(convs_per_stage, multiples, strict=True):
-        for index in range(num_convs):
-            is_last = index == num_convs - 1
-            blocks.append(VGGBlock(channels, width * multiple, bias=not blocks, pool=is_last, **dd))
-            channels = width * multiple
-            exits.append(ExitHead(channels, num_classes, **dd))
+    with torch.random.fork_rng(devices=[], enabled=init == "published"):  # which draws anew, and nothing else
+        for num_convs, multiple in zip(convs_per_stage, multiples, strict=True):
+            for index in range(num_convs):
+                is_last = index == num_convs - 1
+                blocks.append(VGGBlock(channels, width * multiple, bias=not blocks, pool=is_last, **dd))
+                channels = width * multiple
+                exits.append(ExitHead(channels, num_classes, **dd))
     fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "own", backend=backend)
+    if init == "published":
+        _draw_as_published(blocks, exits, fork.beta)
     shape = (in_channels, image_size, image_size)
-    return MultiExitModel(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
+    model = VGG(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
+    model.options = {"init": init}
+    return model
 
 
 @register_model

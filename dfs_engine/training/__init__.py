@@ -5,5 +5,6 @@
 
 from dfs_engine.training.checkpoint import load_model
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
+from dfs_engine.training.idle_columns import hold_idle_columns
 
-__all__ = ["ModelConfig", "OptimConfig", "TrainConfig", "load_model"]
+__all__ = ["ModelConfig", "OptimConfig", "TrainConfig", "hold_idle_columns", "load_model"]

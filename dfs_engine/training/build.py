@@ -12,6 +12,7 @@ from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.training.checkpoint import WEIGHTS_FILE
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
+from dfs_engine.training.idle_columns import hold_idle_columns
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,10 +50,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
+    optimizer: Optimizer
     if config.name == "adamw":
         betas = (config.adam_beta1, config.adam_beta2)
-        return AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        optimizer = AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    else:
+        optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    for part in model.modules():
+        if isinstance(part, MultiExitModel):
+            hold_idle_columns(optimizer, part)
+    return optimizer
 
 
 def accelerator_for(device: str, precision: str) -> "Accelerator":

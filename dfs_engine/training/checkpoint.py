@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 _MANIFEST = "manifest.json"
 _METADATA_KEY = "dfs_engine"
+# What configs did not say while it was the only way.
+_ONCE_IMPLIED = {"vgg7_64": {"init": "torch"}, "vgg16_64": {"init": "torch"}}
 _REMEDY = "Train anew in another --run_dir, or restore the file from a copy."
 
 
@@ -104,6 +106,7 @@ def latest(run_dir: Path, model_config: dict[str, Any]) -> tuple[Path, dict[str,
             raise ValueError(
                 f"checkpoint: expected {path} with [size, crc] {expected}, got {found}: truncated or damaged. {_REMEDY}"
             )
+    manifest["model"] = _completed(manifest["model"])
     check_same_model(manifest["model"], model_config, str(folder))
     return folder, manifest
 
@@ -207,7 +210,14 @@ def _header(path: Path | str, file: Any) -> dict[str, Any]:
         raise ValueError(
             f"path: expected weights written by dfs_engine, got {weights_path(path)} that does not describe its model."
         )
-    return json.loads(text)
+    header = json.loads(text)
+    header["model"] = _completed(header["model"])
+    return header
+
+
+def _completed(model_config: dict[str, Any]) -> dict[str, Any]:
+    """A saved config, with what it says by being old."""
+    return {**_ONCE_IMPLIED.get(model_config["name"], {}), **model_config}
 
 
 def _complete(run_dir: Path) -> list[Path]:

@@ -63,6 +63,16 @@ def test_weights_that_do_not_fit_their_description(weights, tmp_path):
         load_model(path)
 
 
+def test_weights_from_before_their_start_was_recorded(tmp_path):
+    """Old VGGs started as torch starts a layer, and did not say so."""
+    model = create_model("vgg7_64", width=4, init="torch")
+    config = {key: value for key, value in model.get_config().items() if key != "init"}
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path, metadata={"dfs_engine": json.dumps({"model": config})})
+    loaded, description = load_model(path)
+    assert description["model"]["init"] == loaded.get_config()["init"] == "torch"
+
+
 def test_missing_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="path: expected a run folder"):
         load_model(tmp_path)
