@@ -123,6 +123,11 @@ def _print_accuracy(metrics: dict[str, Any], title: str) -> None:
     _print_table(title, ("exit", *headings), rows)
 
 
+def _print_further(results: dict[str, dict[str, Any]]) -> None:
+    for name, metrics in results.items():
+        _print_accuracy(metrics, f"{name}, {metrics['num_samples']} samples")
+
+
 def _train_flags(parser: Parser) -> None:
     from dfs_engine.recipes import list_recipes
     from dfs_engine.training.config import TrainConfig
@@ -158,8 +163,10 @@ def _train(values: Any, line: list[str]) -> int:
         _print_accuracy(
             result.metrics, f"Test results after {trainer.progress.epoch} epochs on {trainer.data.description}"
         )
+        _print_further(result.further_metrics)
         print(f"run folder: {result.run_dir}")
-        _write_json(values.json, {"run_dir": str(result.run_dir), "metrics": result.metrics, "epochs": result.rows})
+        written = {"run_dir": str(result.run_dir), "metrics": result.metrics, "further": result.further_metrics}
+        _write_json(values.json, {**written, "epochs": result.rows})
     trainer.accelerator.end_training()
     return 0
 
@@ -188,6 +195,7 @@ def _eval(values: Any, line: list[str]) -> int:
         result = evaluate.run(_config(evaluate.EvalConfig, values))
     model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
     _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
+    _print_further(result["further"])
     if result["normalization"] is not None:
         print(f"images normalised by {Normalization(**result['normalization'])}")
     _write_json(values.json, result)

@@ -1,13 +1,17 @@
 """Datasets: real digits that need no files, CIFAR, image folders, synthetic images, and GLUE's sentences."""
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch.utils.data import Subset
 
 from dfs_engine.data.cifar import load_cifar
 from dfs_engine.data.config import DATASETS, TEXT_DATASETS, DataConfig, RawSplits
 from dfs_engine.data.dataset import ImageDataset
 from dfs_engine.data.digits import load_digits
+from dfs_engine.data.draw import draw_share
 from dfs_engine.data.folder import load_folder
 from dfs_engine.data.glue import load_glue
 from dfs_engine.data.normalization import Normalization
@@ -29,11 +33,14 @@ _LOADERS: dict[str, Callable[[DataConfig, tuple[int, int]], RawSplits]] = {
 }
 
 
+Samples = ImageDataset | TextDataset | Subset[Any]
+
+
 class DataSplits(NamedTuple):
     """What the trainer learns from and is measured on. Items are (input, label), see `ImageDataset`, `TextDataset`."""
 
-    train: ImageDataset | TextDataset
-    test: ImageDataset | TextDataset
+    train: Samples
+    test: Samples
     num_classes: int
     """1: the labels are numbers, and the model is to predict them."""
     class_names: list[str]
@@ -43,6 +50,15 @@ class DataSplits(NamedTuple):
     """What is measured (see `ExitMetrics`), the main one first."""
     normalization: Normalization | None = None
     """Of the images."""
+    val: Samples | None = None
+    """Kept out of training, seen as test samples are (`DataConfig.val_fraction`)."""
+    further_tests: Mapping[str, Samples] = MappingProxyType({})
+    """Test sets besides `test`, by a name that begins with "test_" (MNLI's mismatched one)."""
+
+    @property
+    def measured(self) -> dict[str, Samples]:
+        """All that is measured after an epoch, by the names that the columns of metrics.csv begin with."""
+        return {"test": self.test, **self.further_tests, **({} if self.val is None else {"val": self.val})}
 
 
 def load_data(config: DataConfig, *, input_shape: tuple[int, ...]) -> DataSplits:
@@ -71,24 +87,47 @@ def _load_images(config: DataConfig, input_shape: tuple[int, ...]) -> DataSplits
     augmentation = config.augmentation(raw.augmentation)
     normalization = config.normalization(raw.normalization)
     logger.info("data: %s; training images: %s; normalised by %s", raw.description, augmentation, normalization)
-    return DataSplits(
+    as_test = BatchTransform(size, *normalization)
+    splits = DataSplits(
         train=ImageDataset(raw.train, BatchTransform(size, *normalization, augmentation)),
-        test=ImageDataset(raw.test, BatchTransform(size, *normalization)),
+        test=ImageDataset(raw.test, as_test),
         num_classes=len(raw.class_names),
         class_names=raw.class_names,
         description=raw.description,
         normalization=normalization,
     )
+    source = raw.train.source if raw.train_as_test is None else raw.train_as_test
+    train_as_test = ImageDataset(raw.train._replace(source=source), as_test)
+    return _with_val(splits, train_as_test, raw.train.labels, config)
 
 
 def _load_text(config: DataConfig, longest: int) -> DataSplits:
-    train, test, task, description = load_glue(config, longest)
+    train, test, further_tests, task, description = load_glue(config, longest)
     logger.info("data: %s", description)
-    return DataSplits(
+    splits = DataSplits(
         train=train,
         test=test,
         num_classes=len(task.class_names) or 1,
         class_names=list(task.class_names),
         description=description,
         metrics=task.metrics,
+        further_tests=further_tests,
+    )
+    return _with_val(splits, train, train.labels, config)
+
+
+def _with_val(splits: DataSplits, train_as_test: Samples, labels: Sequence[Any], config: DataConfig) -> DataSplits:
+    """`splits` with the share of `train` as `val` that `config` asks for."""
+    if config.val_fraction == 0:
+        return splits
+    kept, drawn = draw_share(labels, config.val_fraction, config.split_seed)
+    if not drawn or not kept:
+        raise ValueError(
+            f"data.val_fraction: expected a share that leaves some of the {len(labels)} training samples on both "
+            f"sides, got {config.val_fraction}, which is {len(drawn)} of them."
+        )
+    return splits._replace(
+        train=Subset(splits.train, kept),
+        val=Subset(train_as_test, drawn),
+        description=f"{splits.description}, of train {len(drawn)} kept out as val",
     )

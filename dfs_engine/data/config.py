@@ -51,6 +51,11 @@ class DataConfig:
     Nothing is ever downloaded, but for a GLUE task without root, which the datasets library gets."""
     max_train: int | None = None
     """Train on so many samples an epoch, drawn afresh for each. Default: on all of them."""
+    val_fraction: float = 0.0
+    """Share of the training samples to keep out of training. They are seen as test samples are, and measured after each
+    epoch too (val_* in metrics.csv): for what must not be chosen on the test samples."""
+    split_seed: int = 0
+    """Which samples those are: another seed than the run's, so that all its repetitions leave out the same."""
     tokenizer: str | None = None
     """Of a GLUE task: folder that transformers saved, or an installed package that contains one.
     Default: model.pretrained."""
@@ -95,6 +100,7 @@ class DataConfig:
         check_choice("data.name", self.name, DATASETS)
         minima = {
             "max_train": 1,
+            "split_seed": 0,
             "max_tokens": 3,
             "image_size": 1,
             "num_workers": 0,
@@ -112,6 +118,8 @@ class DataConfig:
         if not (math.isfinite(self.color_jitter) and self.color_jitter >= 0):
             raise ValueError(f"data.color_jitter: expected a number >= 0, got {self.color_jitter}.")
         self._check_crops()
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction: expected a number in [0, 1), got {self.val_fraction}.")
         check_normalization(self.mean, self.std)
 
     def _check_crops(self) -> None:
@@ -182,3 +190,5 @@ class RawSplits(NamedTuple):
     description: str
     normalization: Normalization
     augmentation: Augmentation
+    train_as_test: ImageSource | None = None
+    """The training images as test images are read, where reading them already draws at random (crops)."""

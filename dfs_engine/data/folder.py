@@ -58,8 +58,10 @@ def load_folder(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         return Images(FolderImages(list(paths), v2.Compose([*steps, v2.PILToTensor()])), labels), found.classes
 
     resized = math.floor(min(size) / (config.crop_pct or CROP_PCT))
+    as_test = (v2.Resize(resized), v2.CenterCrop(size))
     train, class_names = part(train_folder, v2.RandomResizedCrop(size, scale=config.crop_scale or CROP_SCALE))
-    test, test_class_names = part(test_folder, v2.Resize(resized), v2.CenterCrop(size))
+    train_as_test, _ = part(train_folder, *as_test)
+    test, test_class_names = part(test_folder, *as_test)
     if test_class_names != class_names:
         odd = sorted(set(class_names) ^ set(test_class_names))
         raise ValueError(
@@ -73,4 +75,5 @@ def load_folder(config: DataConfig, size: tuple[int, int]) -> RawSplits:
         description=f"image folder {root} ({len(train.labels)} train / {len(test.labels)} test)",
         normalization=PRESETS["imagenet"],
         augmentation=Augmentation(flip=True, policy="imagenet"),
+        train_as_test=train_as_test.source,
     )

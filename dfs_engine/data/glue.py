@@ -20,12 +20,14 @@ class Task(NamedTuple):
         class_names: by label; none: the label is a number.
         metrics: GLUE's, the one it is ranked by first (see `ExitMetrics`).
         validation: the split that is measured, because the test split has no labels.
+        further: other splits that are measured, by the name of each.
     """
 
     columns: tuple[str, ...]
     class_names: tuple[str, ...]
     metrics: tuple[str, ...]
     validation: str = "validation"
+    further: tuple[tuple[str, str], ...] = ()
 
 
 TASKS = {
@@ -35,7 +37,11 @@ TASKS = {
     "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearman")),
     "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "top1")),
     "mnli": Task(
-        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("top1",), "validation_matched"
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("top1",),
+        "validation_matched",
+        (("test_mismatched", "validation_mismatched"),),
     ),
     "qnli": Task(("question", "sentence"), _ENTAILMENT, ("top1",)),
     "rte": Task(("sentence1", "sentence2"), _ENTAILMENT, ("top1",)),
@@ -48,6 +54,7 @@ class TextSplits(NamedTuple):
 
     train: TextDataset
     test: TextDataset
+    further_tests: dict[str, TextDataset]
     task: Task
     description: str
 
@@ -87,8 +94,10 @@ def load_glue(config: DataConfig, longest: int) -> TextSplits:
         )
 
     train, test = encode("train"), encode(task.validation)
-    description = f"GLUE {config.name} (real, {len(train)} train / {len(test)} validation)"
-    return TextSplits(train, test, task, description)
+    further = {name: encode(split) for name, split in task.further}
+    counts = [f"{len(train)} train", f"{len(test)} {task.validation}"]
+    counts += [f"{len(further[name])} {split}" for name, split in task.further]
+    return TextSplits(train, test, further, task, f"GLUE {config.name} (real, {' / '.join(counts)})")
 
 
 def _expected(name: str, task: Task) -> str:

@@ -76,7 +76,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     """Measures saved weights on the test data of `config.data`.
 
     Returns:
-        `ExitMetrics.compute`, and under "model", "data", "normalization" (of images) and "epoch" what was measured.
+        `ExitMetrics.compute` of the test data, under "further" that of whatever else `DataSplits.measured` names, and
+        under "model", "data", "normalization" (of images) and "epoch" what was measured.
 
     Raises:
         FileNotFoundError, ValueError: the weights or the data cannot be read, or do not fit each other.
@@ -102,11 +103,17 @@ def run(config: EvalConfig) -> dict[str, Any]:
     model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    loader = eval_loader(
-        data.test, config.batch_size, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    result = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
+    on_gpu = accelerator.device.type == "cuda"
+    options = {"num_workers": config.data.num_workers, "pin_memory": on_gpu}
+    result: dict[str, Any] = {"further": {}}
+    for name, samples in data.measured.items():
+        loader = eval_loader(samples, config.batch_size, **options)
+        found = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
+        if name == "test":
+            result |= found
+        else:
+            result["further"][name] = found
     return {
         **result,
         "model": description["model"],

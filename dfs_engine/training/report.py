@@ -17,19 +17,20 @@ from dfs_engine.training.checkpoint import atomic_file
 Row = dict[str, float]
 
 
-def metrics_row(result: dict[str, Any], train_losses: Sequence[float]) -> Row:
-    """One epoch's columns from `ExitMetrics.compute` and the training loss of each exit."""
+def metrics_row(results: dict[str, dict[str, Any]], train_losses: Sequence[float]) -> Row:
+    """One epoch's columns from the `ExitMetrics.compute` of each of `DataSplits.measured` and the training losses."""
     row = {f"train_loss_exit{index}": loss for index, loss in enumerate(train_losses, start=1)}
-    named = [(f"exit{index}", values) for index, values in enumerate(result["exits"], start=1)]
-    for name, values in [*named, ("ensemble", result["ensemble"])]:
-        row |= {f"test_{metric}_{name}": value for metric, value in values.items()}
+    for split, result in results.items():
+        named = [(f"exit{index}", values) for index, values in enumerate(result["exits"], start=1)]
+        for name, values in [*named, ("ensemble", result["ensemble"])]:
+            row |= {f"{split}_{metric}_{name}": value for metric, value in values.items()}
     return row
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Writes one line per row, replacing what was there."""
     with atomic_file(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
         writer.writeheader()
         writer.writerows(rows)
 

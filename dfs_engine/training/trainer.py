@@ -54,7 +54,9 @@ class TrainResult:
     rows: list[report.Row]
     """One per epoch, the columns of metrics.csv."""
     metrics: dict[str, Any]
-    """`ExitMetrics.compute` of the last epoch."""
+    """`ExitMetrics.compute` of the test data after the last epoch."""
+    further_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same of whatever else `DataSplits.measured` names: val, further test sets."""
 
 
 @dataclass
@@ -126,9 +128,10 @@ class Trainer:
             num_processes=num_processes,
         )
         self.train_loader = train_loader(self.data.train, self.batches, **loader_options)
-        self.eval_loader = eval_loader(
-            self.data.test, config.eval_batch_size, rank=rank, num_processes=num_processes, **loader_options
-        )
+        share = {"rank": rank, "num_processes": num_processes, **loader_options}
+        self.eval_loaders = {
+            name: eval_loader(samples, config.eval_batch_size, **share) for name, samples in self.data.measured.items()
+        }
 
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
@@ -159,7 +162,7 @@ class Trainer:
         config, progress = self.config, self.progress
         if self.accelerator.is_main_process:
             self._describe_run()
-        metrics: dict[str, Any] | None = None
+        metrics: dict[str, dict[str, Any]] | None = None
         caches = config.caching_allocator and self.accelerator.device.type == "cpu" and memory.is_available()
         with self._tensorboard() as self._writer, memory.caching_allocator(caches):
             while progress.epoch < config.epochs:
@@ -167,8 +170,9 @@ class Trainer:
                 metrics = self._finish_epoch()
         if metrics is None:  # resumed after the last epoch
             metrics = self.evaluate()
+        test, further = metrics["test"], {name: found for name, found in metrics.items() if name != "test"}
         self.accelerator.wait_for_everyone()
-        return TrainResult(self.run_dir, progress.rows, metrics)
+        return TrainResult(self.run_dir, progress.rows, test, further)
 
     def train_step(self, input: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
         """One optimizer step; returns each exit's loss, (num_exits,)."""
@@ -181,10 +185,13 @@ class Trainer:
         self.optimizer.step()
         return losses
 
-    def evaluate(self) -> dict[str, Any]:
-        """Metrics of every exit and of the ensemble on the test data."""
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """Metrics of every exit and of the ensemble on each of `DataSplits.measured`, "test" first."""
         channels_last, metrics = self.config.channels_last, self.data.metrics
-        return evaluate(self.model, self.eval_loader, self.accelerator, channels_last=channels_last, metrics=metrics)
+        return {
+            name: evaluate(self.model, loader, self.accelerator, channels_last=channels_last, metrics=metrics)
+            for name, loader in self.eval_loaders.items()
+        }
 
     def _train_epoch(self) -> None:
         config, progress, device = self.config, self.progress, self.accelerator.device
@@ -208,7 +215,7 @@ class Trainer:
                 if every and progress.step % every == 0 and progress.step_in_epoch < self.batches.num_batches:
                     self._save_checkpoint()
 
-    def _finish_epoch(self) -> dict[str, Any]:
+    def _finish_epoch(self) -> dict[str, dict[str, Any]]:
         """Evaluates, reports and saves; moves on to the next epoch."""
         progress = self.progress
         metrics = self.evaluate()
@@ -260,7 +267,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step}
             checkpoint.save_weights(self.run_dir / checkpoint.WEIGHTS_FILE, self.raw_model, extras)
-        description = {"model": self.raw_model.get_config(), "config": config, "progress": vars(progress)}
+        description = {
+            "model": self.raw_model.get_config(),
+            "config": config,
+            "num_train": len(self.data.train),
+            "progress": vars(progress),
+        }
         self.last_checkpoint = checkpoint.save(
             self.accelerator, self.run_dir, step=progress.step, description=description
         )
@@ -273,6 +285,7 @@ class Trainer:
         for name in data:
             if name in before and name not in _FREE_DATA_KEYS:  # a run of before that option has no value of it
                 fixed[f"data.{name}"] = (before[name], data[name])
+        fixed["data: number of training samples"] = (saved.get("num_train", len(self.data.train)), len(self.data.train))
         for name, (expected, got) in fixed.items():
             if expected != got:
                 raise ValueError(
@@ -360,15 +373,17 @@ class Trainer:
     def _log_epoch(self, row: report.Row) -> None:
         self._write_scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")})
         metric = self.data.metrics[0]
-        exits = [f"{row[f'test_{metric}_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1)]
+        measured = []
+        for split in self.eval_loaders:
+            exits = [f"{row[f'{split}_{metric}_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1)]
+            ensemble = row[f"{split}_{metric}_ensemble"]
+            measured.append(f"{split} {TITLES[metric]} of the exits {' '.join(exits)}, ensemble {ensemble:.2f}")
         logger.info(
-            "epoch %d/%d: loss %.4f, test %s of the exits %s, ensemble %.2f, %.0f samples/s",
+            "epoch %d/%d: loss %.4f, %s, %.0f samples/s",
             row["epoch"],
             self.config.epochs,
             row["train_loss"],
-            TITLES[metric],
-            " ".join(exits),
-            row[f"test_{metric}_ensemble"],
+            ", ".join(measured),
             row["samples_per_second"],
         )
 

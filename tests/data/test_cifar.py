@@ -99,6 +99,7 @@ def test_default_augmentation_is_the_published_recipe(tmp_path):
         "flip": True,
         "autoaugment": True,
         "policy": "cifar10",
+        "color_jitter": 0.0,
         "cutout": 16,
     }
     assert not any([splits.test.transform.augmentation.flip, splits.test.transform.augmentation.autoaugment])

@@ -38,6 +38,8 @@ def columns_of(name, count, first=0):
 def write(root, name, train=(5, 3), validation=(4,)):
     """As the hub has them: several files a split."""
     splits = {"train": train, ("validation_matched" if name == "mnli" else "validation"): validation}
+    if name == "mnli":
+        splits["validation_mismatched"] = (*validation, 2)
     for split, sizes in splits.items():
         for part, size in enumerate(sizes):
             table = pa.table(columns_of(name, size, first=sum(sizes[:part])))
@@ -63,13 +65,24 @@ def test_parquet_files_of_every_task(name, tmp_path, tiny_bert):
     assert len(splits.class_names) == (num_classes if num_classes > 1 else 0)
     assert splits.metrics[0] == metric
     ExitMetrics(2, metrics=splits.metrics)
-    assert splits.description == f"GLUE {name} (real, 8 train / 4 validation)"
+    validation = "4 validation_matched / 6 validation_mismatched" if name == "mnli" else "4 validation"
+    assert splits.description == f"GLUE {name} (real, 8 train / {validation})"
     batch, target = next(iter(DataLoader(splits.train, batch_size=8)))
     # [CLS] a b c [SEP], and once more d e f [SEP] for a pair.
     assert batch["input_ids"].shape == (8, 1 + 4 * len(columns))
     assert torch.equal(target, torch.tensor(columns_of(name, 8)["label"]))
     assert target.dtype == (torch.float32 if num_classes == 1 else torch.int64)
     assert batch["token_type_ids"].any() == (len(columns) == 2)
+
+
+def test_both_of_mnlis_validation_sets_are_measured(tmp_path, tiny_bert):
+    write(tmp_path, "mnli")
+    splits = load(tmp_path, "mnli", str(tiny_bert))
+    assert {name: len(samples) for name, samples in splits.measured.items()} == {"test": 4, "test_mismatched": 6}
+    (tmp_path / "validation_mismatched-00000-of-00002.parquet").unlink()
+    (tmp_path / "validation_mismatched-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"got no validation_mismatched\*\.parquet in"):
+        load(tmp_path, "mnli", str(tiny_bert))
 
 
 def test_long_texts_are_cut(tmp_path, tiny_bert):
@@ -90,8 +103,8 @@ def test_through_the_datasets_library(name, monkeypatch, tiny_bert, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     write(tmp_path, name, train=(5,), validation=(5,))
     there, here = (load(root, name, str(tiny_bert)) for root in (None, tmp_path))
-    validation = "validation_matched" if name == "mnli" else "validation"
-    assert asked == [(HUB_NAME, name, "train"), (HUB_NAME, name, validation)]
+    validation = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+    assert asked == [(HUB_NAME, name, split) for split in ("train", *validation)]
     for left, right in zip(there.train, here.train, strict=True):
         assert torch.equal(left[0]["input_ids"], right[0]["input_ids"])
         assert left[1] == right[1]
