@@ -93,9 +93,11 @@ def _forward(ctx, z, gamma, beta, residual, mean, variance, eps, pool, relu_firs
     return feature, average, mean, variance
 
 
-def _gradients(ctx, grad_shared: Tensor, grad_average: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx, saved: tuple[Tensor, ...], grad_shared: Tensor, grad_average: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Of z, gamma, beta and residual, where they are wanted."""
-    grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *ctx.saved_tensors, *ctx.modes)
+    grads = torch.ops.dfs_engine.conv_block_backward(grad_shared, grad_average, *saved, *ctx.modes)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, ctx.needs_input_grad, strict=False))
 
 
@@ -116,7 +118,8 @@ class _ConvBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad_shared: Tensor | None, __, grad_exit: Tensor | None, *___):
         _refuse_graph()
-        z = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
+        z = saved[0]
         shared_shape, exit_shape, exit_dtype = ctx.shapes
         if grad_shared is None:
             if grad_exit is None:
@@ -126,7 +129,7 @@ class _ConvBlock(torch.autograd.Function):
             grad_exit = z.new_zeros(exit_shape, dtype=exit_dtype)
         # The exit's gradient on all channels, zero where the exit trains nothing: it is small.
         grad_average = F.pad(grad_exit, (ctx.exit_start, 0))
-        return *_gradients(ctx, grad_shared, grad_average), None, None, None, None, None, None, None
+        return *_gradients(ctx, saved, grad_shared, grad_average), None, None, None, None, None, None, None
 
 
 class _NormReLU(torch.autograd.Function):
@@ -143,7 +146,7 @@ class _NormReLU(torch.autograd.Function):
         _refuse_graph()
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
-        return *_gradients(ctx, grad_output, None), None, None, None
+        return *_gradients(ctx, ctx.saved_tensors, grad_output, None), None, None, None
 
 
 class _LiveMean(torch.autograd.Function):

@@ -167,10 +167,11 @@ class _PartitionedNormLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        live, full, mean, rstd, output, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
+        live, full, mean, rstd, output, norm_weight, norm_bias, weight, bias = saved
         needs_input, _, needs_gain, needs_shift, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if _common.creating_graph() and live is not None:
-            return _differentiable_backward(ctx, grad_output)
+            return _differentiable_backward(ctx, saved, grad_output)
         is_aten = ctx.kernels == "aten" or _common.creating_graph()
         grad_input = grad_gain = grad_shift = grad_weight = None
         sums: Any = None
@@ -198,9 +199,9 @@ class _PartitionedNormLinear(torch.autograd.Function):
         return grad_input, None, grad_gain, grad_shift, grad_weight, grad_bias, None, None, None
 
 
-def _differentiable_backward(ctx, grad_output: Tensor):
+def _differentiable_backward(ctx, saved: tuple[Tensor, ...], grad_output: Tensor):
     """Only stock operators can be differentiated again."""
-    live, full, *_, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+    live, full, *_, norm_weight, norm_bias, weight, bias = saved
     given = (live, full, norm_weight, norm_bias, weight, bias)
     # Views: a parameter may be a function of another one, whose gradient is not the one wanted here.
     views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
