@@ -16,6 +16,7 @@ from setuptools import setup
 
 PACKAGES = [
     "dfs_engine",
+    "dfs_engine.calibration",
     "dfs_engine.data",
     "dfs_engine.evaluation",
     "dfs_engine.methods",

@@ -269,10 +269,19 @@ def _info(values: Any, _line: list[str]) -> int:
     return 0
 
 
+def _doctor_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--recalibrate",
+        action="store_true",
+        help="Measure anew which kernels are the faster ones here, and keep that. Let nothing else run meanwhile.",
+    )
+    _add_json(parser)
+
+
 def _doctor(values: Any, _line: list[str]) -> int:
     from dfs_engine import doctor
 
-    report = doctor.report()
+    report = doctor.report(values.recalibrate)
     print(doctor.format_report(report))
     _write_json(values.json, report)
     return 0
@@ -391,9 +400,10 @@ _COMMANDS = {
     ),
     "doctor": Command(
         "say what this installation can do",
-        "Prints versions, CPU features, threads, which backends are there and why one is not.",
-        "  dfs doctor\n  dfs doctor --json doctor.json",
-        _add_json,
+        "Prints versions, CPU features, threads, which backends are there and why one is not, and which kernels this"
+        " machine is faster with.",
+        "  dfs doctor\n  dfs doctor --json doctor.json\n  dfs doctor --recalibrate",
+        _doctor_flags,
         _doctor,
     ),
     "bench": Command(

@@ -1,5 +1,6 @@
 """What this machine and this installation can do: `dfs doctor`. Needs only torch."""
 
+import logging
 import os
 import platform
 import sys
@@ -8,9 +9,12 @@ from typing import Any
 
 import torch
 
-from dfs_engine import backend
+from dfs_engine import backend, calibration
+from dfs_engine.calibration import answers, kept, table
 from dfs_engine.kernels import config as kernels
-from dfs_engine.machine import cpu_model, num_cores
+from dfs_engine.machine import busy_reason, cpu_model, num_cores
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "dfs_engine", "torch", "triton", "numpy", "torchvision", "timm", "transformers", "accelerate", "jsonargparse",
@@ -45,8 +49,12 @@ def device_types() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def report() -> dict[str, Any]:
-    """Everything that `dfs doctor` tells, as JSON-able values."""
+def report(recalibrate: bool = False) -> dict[str, Any]:
+    """Everything that `dfs doctor` tells, as JSON-able values.
+
+    Args:
+        recalibrate: measure anew which kernels are the faster ones, and forget what was kept.
+    """
     devices = device_types()
     return {
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
@@ -61,6 +69,7 @@ def report() -> dict[str, Any]:
         },
         "libraries": _libraries(),
         "extension": _extension(),
+        "calibration": _calibration(recalibrate),
         "triton": _triton(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if "cuda" in devices else [],
         "backends": {
@@ -90,6 +99,35 @@ def _extension() -> dict[str, str]:
     from dfs_engine import _C
 
     return {"instructions": _C.instruction_set(), **_C.build_info()}
+
+
+def _calibration(recalibrate: bool) -> dict[str, Any]:
+    """Which of the C++ kernels are in use and how that is known; empty where they were not built."""
+    if backend.unavailable_reason("cpp") is not None:
+        if recalibrate:
+            logger.warning("dfs doctor: nothing to calibrate, because %s.", backend.unavailable_reason("cpp"))
+        return {}
+    busy = busy_reason()
+    if recalibrate and busy is not None:
+        logger.warning(
+            "dfs doctor: the machine is busy (%s). What is measured now may not be kept, or be wrong. "
+            "Repeat it when nothing else runs.",
+            busy,
+        )
+    state = calibration.recalibrate() if recalibrate else calibration.settled()
+    machine = table.this_machine()
+    return {
+        "machine": None if machine is None else machine._asdict(),
+        "in_table": bool(table.known(machine)),
+        "file": str(kept.file()),
+        "busy": busy,
+        "kernels": {
+            name: {"on": on, "speedup": state.speedups[name], "origin": state.origins[name]}
+            for name, on in state.wins._asdict().items()
+        },
+        "answers": answers.to_rows(state.answers),
+        "failed": [{**question._asdict(), "reason": reason} for question, reason in state.failed.items()],
+    }
 
 
 def _triton() -> dict[str, str]:
@@ -137,6 +175,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"  {name:<14} {text or 'torch was built without it'}" for name, text in report["libraries"].items()]
     lines += ["C++ kernels"]
     lines += [f"  {name:<14} {text}" for name, text in report["extension"].items()] or ["  not built"]
+    lines += _calibration_lines(report["calibration"])
     lines += ["Triton kernels"]
     lines += [f"  {name:<14} {text}" for name, text in report["triton"].items()]
     lines += ["GPU"]
@@ -157,3 +196,20 @@ def format_report(report: dict[str, Any]) -> str:
         for name, entry in report["environment"].items()
     ]
     return "\n".join(lines)
+
+
+def _calibration_lines(state: dict[str, Any]) -> list[str]:
+    if not state:
+        return []
+    lines = ["Calibration (kernels that are on where they are faster than what they replace, by which ratio)"]
+    for name, entry in state["kernels"].items():
+        ratio = "" if entry["speedup"] is None else f"{entry['speedup']:.2f} x; "
+        lines.append(f"  {name:<16} {'on ' if entry['on'] else 'off'} {ratio}{entry['origin']}")
+    if state["failed"]:
+        questions = ", ".join(f"{row['op']} {row['dtype']} ({row['shape']})" for row in state["failed"])
+        busy = f"; the machine is busy: {state['busy']}" if state["busy"] else ""
+        lines.append(f"  not answered     {questions}{busy}")
+    lines.append("  to ask again     dfs doctor --recalibrate, while nothing else runs")
+    if state["in_table"]:
+        lines.append(f"  table            has this machine; what was asked again is kept in {state['file']}, before it")
+    return lines

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dfs_engine import backend as backends
+from dfs_engine import calibration
 
 
 def pytest_addoption(parser):
@@ -45,6 +46,18 @@ def _winograd_on_small_images():
 
 def pytest_report_header(config):
     return f"random inputs: --seed {config.option.seed} repeats this run"
+
+
+@pytest.fixture
+def fresh_calibration(tmp_path, monkeypatch):
+    """As in a new process on a machine of which nothing is known; what this process runs on comes back afterwards."""
+    before = calibration._current
+    monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration.table, "entries", list)
+    monkeypatch.setattr(calibration, "_current", None)
+    yield
+    if backends.unavailable_reason("cpp") is None:
+        calibration._switch(before.wins if before else calibration.Wins(False, False, False, False))
 
 
 @pytest.fixture(autouse=True)
