@@ -14,6 +14,7 @@ from dfs_engine.names import check_choice
 IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "image_folder", "synthetic")
 TEXT_DATASETS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 DATASETS = IMAGE_DATASETS + TEXT_DATASETS
+MIXUP_MODES = ("batch", "pair", "elem")
 
 
 class Augmentation(NamedTuple):
@@ -82,6 +83,18 @@ class DataConfig:
     example 0.4; 0 is off."""
     cutout: int | None = None
     """Side in pixels of one square blacked out at random; 0 is off. Default: the dataset's (CIFAR 16)."""
+    mixup: float = 0.0
+    """Alpha of mixup (timm's): pairs of images and their labels are blended, by a share drawn from Beta(alpha, alpha);
+    0.8 is usual for ViTs, 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (timm's): a random rectangle comes from the other image of a pair; 0 is off. With both on, each
+    batch gets one of them."""
+    mixup_prob: float = 1.0
+    """Share of the batches that are mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Share of the mixed batches that get CutMix where both are on."""
+    mixup_mode: str = "batch"
+    """batch (one draw for all images of a batch), pair (one for each pair) or elem (one for each image)."""
     crop_scale: tuple[float, float] | None = None
     """Of image_folder: the random crop that becomes a training image has between these shares of the area.
     Default: [0.08, 1.0]."""
@@ -115,8 +128,14 @@ class DataConfig:
             value = getattr(self, field)
             if value is not None and value < minimum:
                 raise ValueError(f"data.{field}: expected an integer >= {minimum}, got {value}.")
-        if not (math.isfinite(self.color_jitter) and self.color_jitter >= 0):
-            raise ValueError(f"data.color_jitter: expected a number >= 0, got {self.color_jitter}.")
+        for field in ("color_jitter", "mixup", "cutmix"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"data.{field}: expected a number >= 0, got {value}.")
+        for field in ("mixup_prob", "mixup_switch_prob"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"data.{field}: expected a number in [0, 1], got {getattr(self, field)}.")
+        check_choice("data.mixup_mode", self.mixup_mode, MIXUP_MODES)
         self._check_crops()
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"data.val_fraction: expected a number in [0, 1), got {self.val_fraction}.")

@@ -6,7 +6,7 @@ from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
 from dfs_engine.nn.dropout import Dropout, attend, convert_dropouts
 from dfs_engine.nn.exit_head import ExitHead, TokenHead
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
-from dfs_engine.nn.loss import exit_loss
+from dfs_engine.nn.loss import exit_loss, smooth_labels
 from dfs_engine.nn.norm_linear import apply_norm_linear
 from dfs_engine.nn.routing import (
     VARIANTS,
@@ -48,5 +48,6 @@ __all__ = [
     "multiply",
     "produce_readings",
     "read_like",
+    "smooth_labels",
     "whole",
 ]

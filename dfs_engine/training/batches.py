@@ -110,6 +110,17 @@ def to_device(
     return input.to(device, non_blocking=True, memory_format=memory_format)
 
 
+def micro_batches(
+    input: Tensor | Mapping[str, Tensor], target: Tensor, size: int | None
+) -> Iterator[tuple[Tensor | dict[str, Tensor], Tensor]]:
+    """A batch in pieces of `size` samples, the last of what is left; None: in one piece."""
+    size = len(target) if size is None else size
+    for start in range(0, len(target), size):
+        piece = slice(start, start + size)
+        part = {name: tensor[piece] for name, tensor in input.items()} if isinstance(input, Mapping) else input[piece]
+        yield part, target[piece]
+
+
 def train_loader(
     dataset: Dataset[Any], batches: EpochBatches, *, num_workers: int, pin_memory: bool
 ) -> DataLoader[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from dfs_engine.extras import needs
 from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.training.checkpoint import WEIGHTS_FILE
@@ -16,6 +17,7 @@ from dfs_engine.training.idle_columns import hold_idle_columns
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from timm.utils import ModelEmaV3
 
 
 def build_model(config: ModelConfig, num_classes: int, device: str | None = None) -> MultiExitModel:
@@ -60,6 +62,19 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         if isinstance(part, MultiExitModel):
             hold_idle_columns(optimizer, part)
     return optimizer
+
+
+def build_ema(model: MultiExitModel, config: OptimConfig) -> "ModelEmaV3 | None":
+    """timm's moving average of the weights of `model`, a copy of it that is not to be prepared yet; None: no average.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
+    if config.ema_decay == 0:
+        return None
+    with needs("vision"):
+        from timm.utils import ModelEmaV3
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
 
 
 def accelerator_for(device: str, precision: str) -> "Accelerator":

@@ -98,16 +98,31 @@ class OptimConfig:
     """Factor of each multistep decay."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate first rises linearly to lr."""
+    clip_grad: float | None = None
+    """Scale the gradient down to this norm, of all weights together, where it is larger; 1.0 is usual for transformers.
+    Default: never."""
+    ema_decay: float = 0.0
+    """Keep a moving average (EMA) of the weights too: each step it keeps this share of itself, for example 0.9998. It
+    is what gets evaluated and what model.safetensors holds; the checkpoint has both. 0 is off. Needs timm."""
+    ema_warmup: bool = False
+    """Let the share that the average keeps rise to ema_decay over the first steps, so that a short run forgets its
+    start."""
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
         check_choice("optim.schedule", self.schedule, SCHEDULES)
         not_negative = ("lr", "momentum", "adam_eps", "weight_decay", "gamma", "warmup_epochs")
         _check_minimum(self, "optim.", dict.fromkeys(not_negative, 0))
-        for field_name in ("adam_beta1", "adam_beta2"):
+        for field_name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, field_name)
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{field_name}: expected a number in [0, 1), got {value}.")
+        if self.clip_grad is not None and not (math.isfinite(self.clip_grad) and self.clip_grad > 0):
+            raise ValueError(
+                f"optim.clip_grad: expected a number > 0, got {self.clip_grad}. Leave it out to clip never."
+            )
+        if self.ema_warmup and self.ema_decay == 0:
+            raise ValueError("optim.ema_warmup: expected optim.ema_decay > 0, got 0. Set it, for example to 0.9998.")
         if self.nesterov and self.name != "sgd":
             raise ValueError(f"optim.nesterov: expected optim.name=sgd, got {self.name}. Turn nesterov off.")
         if self.nesterov and self.momentum == 0:
@@ -139,6 +154,13 @@ class TrainConfig:
     """Passes over the training data."""
     batch_size: int = 100
     """Images or sentences of one optimizer step, over all processes together."""
+    micro_batch_size: int | None = None
+    """Gradient accumulation: compute the batch in pieces of so many samples in each process, and step once for all of
+    them. Needs the memory of one piece; the step is the whole batch's, but for batch norms, which see the pieces.
+    Default: the whole batch at once."""
+    label_smoothing: float = 0.0
+    """Share of each target that all classes get equally, for example 0.1. Training losses are then those of the
+    smoothed targets."""
     eval_batch_size: int = 256
     """Images or sentences of one evaluation batch in each process."""
     precision: str = "fp32"
@@ -183,8 +205,17 @@ class TrainConfig:
             "seed": 0,
         }
         _check_minimum(self, "", minima)
-        if self.num_threads is not None:
-            _check_minimum(self, "", {"num_threads": 1})
+        for name in ("num_threads", "micro_batch_size"):
+            if getattr(self, name) is not None:
+                _check_minimum(self, "", {name: 1})
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}.")
+        if self.micro_batch_size is not None and self.method == "byot" and self.byot.lam > 0:
+            raise ValueError(
+                f"micro_batch_size: expected none with method=byot and byot.lam={self.byot.lam}, got "
+                f"{self.micro_batch_size}: its distance of features is a norm over the whole batch. "
+                "Leave it out, or set byot.lam to 0."
+            )
         if self.data.name in TEXT_DATASETS and self.data.tokenizer is None:
             object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.pretrained))
         if self.resume and self.run_dir is None:

@@ -1,7 +1,6 @@
 """The training loop: one epoch after another, each ending in an evaluation, a report and a checkpoint."""
 
 import contextlib
-import itertools
 import logging
 import os
 import sys
@@ -22,11 +21,11 @@ from dfs_engine import memory
 from dfs_engine.backend import select
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.metrics import TITLES
-from dfs_engine.methods import exit_losses
 from dfs_engine.models import MultiExitModel
 from dfs_engine.training import checkpoint, report
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader
 from dfs_engine.training.build import (
+    build_ema,
     build_method,
     build_model,
     build_optimizer,
@@ -37,6 +36,7 @@ from dfs_engine.training.build import (
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.schedules import Schedule
+from dfs_engine.training.step import OptimizerStep
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class Trainer:
 
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
+        self.ema = build_ema(self.raw_model, config.optim)  # a copy, hence before `prepare` ties `forward` to the model
         if config.compile:
             self.raw_model.compile()  # in place: the state_dict's names stay
         self.raw_method.to(self.accelerator.device)
@@ -142,6 +143,9 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, build_optimizer(trained, config.optim))
         has_parameters = next(self.raw_method.parameters(), None) is not None  # then they are part of the checkpoint
         self.method = self.accelerator.prepare(self.raw_method) if has_parameters else self.raw_method
+        if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
+            self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
+        self.step = OptimizerStep(config, self.accelerator, self.model, self.method, self.optimizer)
         unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
         if unreached:
             logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
@@ -176,20 +180,25 @@ class Trainer:
 
     def train_step(self, input: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
         """One optimizer step; returns each exit's loss, (num_exits,)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        logits, features = self.raw_method.run(self.model, input)
-        loss = self.method(logits, target, features)
-        self.accelerator.backward(loss)
-        losses = exit_losses([exit_logits.detach() for exit_logits in logits], target)
-        self._check_finite(loss, losses)
-        self.optimizer.step()
+        try:
+            losses = self.step(input, target, self.progress.step)
+        except FloatingPointError as error:
+            where = f"step {self.progress.step + 1} (epoch {self.progress.epoch + 1})"
+            kept = f"The last good checkpoint is {self.last_checkpoint or '(none was saved yet)'}."
+            raise FloatingPointError(
+                f"training: expected finite losses and gradients, got at {where}: {error}. "
+                f"{kept} Lower --optim.lr, add --optim.warmup_epochs, or use --precision fp32."
+            ) from None
+        if self.ema is not None:
+            self.ema.update(self.raw_model, step=self.progress.step + 1)
         return losses
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Metrics of every exit and of the ensemble on each of `DataSplits.measured`, "test" first."""
         channels_last, metrics = self.config.channels_last, self.data.metrics
+        model = self.model if self.ema is None else self.ema.module
         return {
-            name: evaluate(self.model, loader, self.accelerator, channels_last=channels_last, metrics=metrics)
+            name: evaluate(model, loader, self.accelerator, channels_last=channels_last, metrics=metrics)
             for name, loader in self.eval_loaders.items()
         }
 
@@ -241,32 +250,14 @@ class Trainer:
         self._save_checkpoint()
         return metrics
 
-    def _check_finite(self, loss: Tensor, losses: Tensor) -> None:
-        """Refuses the step, in every process at once, while the weights are still good."""
-        finite = loss.detach().isfinite()
-        parameters = itertools.chain(self.raw_model.named_parameters(), self.raw_method.named_parameters())
-        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
-        if self.config.precision != "fp16":  # whose loss scaling skips steps with infinite gradients by itself
-            finite &= nn.utils.get_total_norm(gradients.values()).isfinite()
-        if finite.item():
-            return
-        where = f"step {self.progress.step + 1} (epoch {self.progress.epoch + 1})"
-        by_exit = ", ".join(f"exit {index} {value:.4g}" for index, value in enumerate(losses.tolist(), start=1))
-        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        of_gradient = f"; not finite: the gradient of {broken[0]} and of {len(broken) - 1} others" if broken else ""
-        kept = f"The last good checkpoint is {self.last_checkpoint or '(none was saved yet)'}."
-        raise FloatingPointError(
-            f"training: expected finite losses and gradients, got at {where}: {by_exit}{of_gradient}. "
-            f"{kept} Lower --optim.lr, add --optim.warmup_epochs, or use --precision fp32."
-        )
-
     def _save_checkpoint(self) -> None:
         progress = self.progress
         progress.loss_sums = self._total_losses()
         config = self.config.to_dict()
         if self.accelerator.is_main_process:
-            extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step}
-            checkpoint.save_weights(self.run_dir / checkpoint.WEIGHTS_FILE, self.raw_model, extras)
+            model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
+            extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step, "weights": weights}
+            checkpoint.save_weights(self.run_dir / checkpoint.WEIGHTS_FILE, model, extras)
         description = {
             "model": self.raw_model.get_config(),
             "config": config,
@@ -286,6 +277,7 @@ class Trainer:
             if name in before and name not in _FREE_DATA_KEYS:  # a run of before that option has no value of it
                 fixed[f"data.{name}"] = (before[name], data[name])
         fixed["data: number of training samples"] = (saved.get("num_train", len(self.data.train)), len(self.data.train))
+        fixed["optim.ema_decay"] = (saved["config"]["optim"].get("ema_decay", 0.0), now["optim"]["ema_decay"])
         for name, (expected, got) in fixed.items():
             if expected != got:
                 raise ValueError(
