@@ -205,11 +205,11 @@ def _calibration_lines(state: dict[str, Any]) -> list[str]:
     for name, entry in state["kernels"].items():
         ratio = "" if entry["speedup"] is None else f"{entry['speedup']:.2f} x; "
         lines.append(f"  {name:<16} {'on ' if entry['on'] else 'off'} {ratio}{entry['origin']}")
-    if state["failed"]:
-        questions = ", ".join(f"{row['op']} {row['dtype']} ({row['shape']})" for row in state["failed"])
-        busy = f"; the machine is busy: {state['busy']}" if state["busy"] else ""
-        lines.append(f"  not answered     {questions}{busy}")
+    if state["failed"] and state["busy"]:
+        lines.append(f"  the machine      is busy: {state['busy']}")
     lines.append("  to ask again     dfs doctor --recalibrate, while nothing else runs")
     if state["in_table"]:
-        lines.append(f"  table            has this machine; what was asked again is kept in {state['file']}, before it")
+        lines.append(
+            f"  the table        has this machine; what was asked again and kept in {state['file']} comes before it"
+        )
     return lines

@@ -166,6 +166,18 @@ def test_asking_again_without_an_answer_forgets_what_was_kept(measured, tmp_path
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_asking_again_without_an_answer_leaves_the_table_and_says_so(measured, monkeypatch):
+    monkeypatch.setattr(table, "entries", lambda: [entry()])
+    measured.failing = {*STRIDED}
+    again = calibration.recalibrate()
+    assert again.wins == WINS
+    assert again.origins["conv_grad_weight"] == (
+        "the table of known machines, measured on 2026-01-02; "
+        "asked again without an answer, because the halves disagreed"
+    )
+    assert again.origins["half_conv"].endswith(f"kept in {kept.file()}")
+
+
 def test_a_new_entry_of_the_table_comes_before_what_was_kept(measured, monkeypatch):
     measured.speedups = dict.fromkeys(SPEEDUPS, 0.5)
     assert calibration.settle() == NONE

@@ -149,7 +149,8 @@ def _source(
         day = in_file[question].measured
         return f"measured on {day}, kept in {kept.file()}" if error is None else f"measured now, not kept: {error}"
     if question in known:
-        return f"the table of known machines, measured on {known[question].measured}"
+        asked_again = f"; asked again without an answer, because {failed[question]}" if question in failed else ""
+        return f"the table of known machines, measured on {known[question].measured}{asked_again}"
     return f"by default: measured now, not kept, because {failed[question]}"
 
 

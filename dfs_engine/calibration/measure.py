@@ -23,9 +23,9 @@ Call = Callable[[], object]
 
 _AGREEMENT = 1.10
 _CPU_SHARE = 0.8  # waiting for other threads counts only where they sleep meanwhile; a second process takes half
-_ROUNDS, _SECONDS = 5, 4.0
+_ROUNDS, _SECONDS = 4, 6.0
 
-_ROWS_INPUTS_OUTPUTS = ((1024, 384, 384), (1576, 192, 768))
+_ROWS_INPUTS_OUTPUTS = ((1576, 192, 768), (2048, 384, 1536))  # ViT-Ti and BERT
 # Images, channels, pixels a side. Strided: a batch as large as training's.
 _STRIDED = {answers.LARGE_IMAGES: (32, 64, 32), answers.SMALL_IMAGES: (32, 256, 8)}
 # Large enough that the transformation of the weights, which is the same for any batch, does not decide.
