@@ -1,21 +1,116 @@
-"""The recipes in `configs/` are what `dfs train` reads."""
+"""The recipes in `configs/` are what `dfs train` reads, build what they name, and have the published numbers."""
 
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfs_engine.cli_parser import Parser
+from dfs_engine.training.build import build_method, build_model, build_optimizer
 from dfs_engine.training.config import TrainConfig
+from dfs_engine.training.schedules import Schedule
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+NUM_CLASSES = {"cifar100": 100, "image_folder": 1000, "mnli": 3, "stsb": 1}
+
+# What the published code trains with: (epochs, batch, lr, weight decay, schedule, milestones).
+CIFAR_RESNET = (300, 500, 0.1, 5e-4, "multistep", (250, 280, 295))
+CIFAR_VGG = (300, 500, 0.1, 1e-4, "multistep", (270, 280, 295))
+PUBLISHED = {
+    "cifar100_msdnet_dfs": CIFAR_RESNET,
+    "cifar100_resnet18_byot": CIFAR_RESNET,
+    "cifar100_resnet18_dfs": CIFAR_RESNET,
+    "cifar100_resnet18_dsn": CIFAR_RESNET,
+    "cifar100_vgg7_dfs": CIFAR_VGG,
+    "cifar10_resnet18_dfs": CIFAR_RESNET,
+    "cifar10_vgg7_dense": CIFAR_VGG,
+    "cifar10_vgg7_dfs": CIFAR_VGG,
+    "imagenet_msdnet_dfs": (90, 256, 0.1, 0.0, "multistep", (70, 80, 85)),
+    "imagenet_vit_tiny_dfs": (60, 1024, 5e-5 * (1024 / 256) ** 0.5, 0.0, "cosine", ()),
+}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_recipe_is_a_valid_config(path):
+def parse(line):
     parser = Parser()
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(TrainConfig)
-    values = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    values = parser.instantiate(parser.parse_args(line))
     del values["config"]
-    config = TrainConfig(**vars(values))
-    assert config.data.name == "image_folder" or config.data.name in path.stem
+    return TrainConfig(**vars(values))
+
+
+def load(name):
+    return parse(["--config", str(CONFIGS[0].parent / f"{name}.yaml")])
+
+
+def of_every_recipe(test):
+    return pytest.mark.parametrize("name", [path.stem for path in CONFIGS])(test)
+
+
+@of_every_recipe
+def test_recipe_builds(name, tiny_bert):
+    config = load(name)
+    assert config.data.name == "image_folder" or config.data.name in name
+    model_config = config.model
+    if model_config.name == "bert":
+        model_config = replace(model_config, pretrained=str(tiny_bert))
+    model = build_model(model_config, NUM_CLASSES.get(config.data.name, 10), device="meta")
+    build_method(config, model)
+    build_optimizer(torch.nn.Linear(2, 2), config.optim)
+    last_step = config.epochs * 7 - 1
+    assert 0 < Schedule(config.optim, 7, config.epochs)(last_step) < config.optim.lr
+
+
+@of_every_recipe
+def test_commands_of_the_header_parse(name):
+    """One for each way to start it; a loop's variable stands for one of its values."""
+    path = CONFIGS[0].parent / f"{name}.yaml"
+    header = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = re.findall(r"dfs train (?:--\S+ \S+ ?)+", "\n".join(header))
+    values = re.findall(r"for beta in (.*); do", "\n".join(header))
+    betas = values[0].split() if values else ["0.5"]
+    for command in commands:
+        for beta in betas:
+            words = shlex.split(command.replace("$beta", beta))[2:]
+            assert words[:2] == ["--config", name]
+            config = parse(["--config", str(path), *words[2:]])
+            assert "$beta" not in command or (config.model.beta == float(beta) and beta in str(config.run_dir))
+    assert commands or name == "digits_vgg7_dfs"  # `make train` is that one's
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name):
+    config = load(name)
+    optim = config.optim
+    expected = PUBLISHED[name]
+    found = (config.epochs, config.batch_size, optim.lr, optim.weight_decay, optim.schedule, optim.milestones)
+    assert found == (*expected[:2], pytest.approx(expected[2]), *expected[3:])
+    assert (optim.gamma, optim.warmup_epochs, optim.decay_norm_and_bias) == (0.1, 0, True)
+    if "cifar" in name:
+        assert (config.data.mean, config.data.crop_padding, config.data.flip) == ("published", 4, True)
+        assert optim.momentum == 0.9
+        assert config.data.autoaugment == ("msdnet" not in name)
+
+
+def test_vit_is_the_published_one():
+    config = load("imagenet_vit_tiny_dfs")
+    optim, data = config.optim, config.data
+    assert (optim.name, optim.adam_beta1, optim.adam_beta2, optim.clip_grad) == ("adamw", 0.9, 0.999, 1.0)
+    assert (config.label_smoothing, config.precision) == (0.1, "fp16")
+    assert (data.color_jitter, data.crop_pct, data.flip, data.autoaugment) == (0.4, 0.9, True, None)
+    model = build_model(config.model, 1000, device="meta")
+    assert model.num_exits == 6
+    vits = [model.blocks[0].vit, *(exit.tail for exit in model.exits)]
+    blocks = [*vits[0].blocks, *(block.block for block in model.blocks[1:])]
+    assert [block.attn.attn_drop.p for block in blocks] == [0.1] * 12
+    assert [exit.tail.head_drop.p for exit in model.exits] == [0.1] * 6
+    assert model.fork.exit_gradient == "whole"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS if path.stem.startswith("glue_")])
+def test_glue_is_the_published_one(name):
+    optim = load(name).optim
+    assert (optim.name, optim.adam_eps) == ("adamw", 1e-6)
