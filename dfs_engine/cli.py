@@ -1,6 +1,7 @@
 """The `dfs` command: it reads flags into a config, calls what does the work, and prints.
 
-Exit status: 0 success, 1 the work failed (a breach, a loss that is not finite), 2 wrong input.
+Exit status: 0 success, 1 the work failed (a breach, a loss that is not finite, a full disk), 2 wrong input, 130 and 143
+stopped by Ctrl-C and SIGTERM.
 Only the subcommand that is called gets imported, so that `dfs doctor` works where half of the installation is missing.
 """
 
@@ -8,11 +9,12 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse.typing import Path_fc
 
@@ -49,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = _parse(line)
         return _COMMANDS[line[0]].run(values, line)
-    except KeyboardInterrupt:
-        print("dfs: interrupted; --resume true continues a training run from its last checkpoint", file=sys.stderr)
-        return 130
+    except MemoryError as error:
+        _fail(str(error) or "the memory does not suffice", 1)
+    except KeyboardInterrupt as error:
+        if is_main_process:
+            print(f"dfs: {error or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
 
 
 def _parse(line: list[str]) -> Any:
@@ -80,7 +85,7 @@ def _input_errors(*more: type[Exception]) -> Iterator[None]:
         _fail(str(error), 2)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     print(f"dfs: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -154,11 +159,12 @@ def _train(values: Any, line: list[str]) -> int:
         from dfs_engine.training.trainer import Trainer
 
         trainer = Trainer(_config(TrainConfig, values))
-    try:
-        with logging_redirect_tqdm(), _input_errors():
-            result = trainer.fit()
-    except FloatingPointError as error:
-        _fail(str(error), 1)
+    with _input_errors():
+        try:
+            with logging_redirect_tqdm():
+                result = trainer.fit()
+        except (FloatingPointError, OSError) as error:
+            _fail(str(error), 1)
     if trainer.accelerator.is_main_process:
         _print_accuracy(
             result.metrics, f"Test results after {trainer.progress.epoch} epochs on {trainer.data.description}"

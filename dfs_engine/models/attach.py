@@ -337,11 +337,16 @@ class AttachedModel(MultiExitModel):
             yield from self.exit_parameters(index)
 
     def get_config(self) -> dict[str, Any]:
-        """Raises NotImplementedError: a name does not rebuild somebody else's backbone."""
-        raise NotImplementedError(
-            "get_config: expected a model that create_model builds by name, got one that attach_exits made. "
-            "Save its state_dict; to load it, attach the same exits to the same backbone."
-        )
+        """As `MultiExitModel.get_config`; "name" is the backbone's class, and "at" names the modules with exits.
+
+        It does not rebuild somebody else's backbone: to load the weights, attach the same exits to such a backbone.
+        """
+        backbone = type(self.backbone)
+        return {
+            **super().get_config(),
+            "name": f"{backbone.__module__}.{backbone.__qualname__}",
+            "at": [cast(AttachedExit, exit).name for exit in self.exits],
+        }
 
     def to_backbone(self) -> nn.Module:
         """Gives the backbone back as it came, trained; this model is of no use afterwards."""

@@ -136,10 +136,13 @@ class MultiExitModel(nn.Module):
         yield from ()
 
     def get_config(self) -> dict[str, Any]:
-        """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`."""
+        """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`.
+
+        Of a model that `create_model` did not build, "name" is its class, which tells it from others.
+        """
         fork = self.fork
         return {
-            "name": self.name,
+            "name": self.name or _path_of(type(self)),
             "num_classes": self.num_classes,
             "beta": fork.beta,
             "variant": fork.variant,
@@ -148,3 +151,7 @@ class MultiExitModel(nn.Module):
             "backend": fork.backend,
             **self.options,
         }
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -4,6 +4,7 @@ A resumed run therefore continues with the very batches, and the very augmentati
 seen, whatever the number of worker processes.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,11 @@ def micro_batches(
         yield part, target[piece]
 
 
+def _leave_process_group(_worker: int) -> None:
+    """Ctrl-C in a terminal, and torchrun's SIGTERM, go to all of a group; the main process alone ends its workers."""
+    os.setpgrp()
+
+
 def train_loader(
     dataset: Dataset[Any], batches: EpochBatches, *, num_workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -131,6 +137,7 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator(),  # without one, starting an epoch draws from the global generator
     )
 
@@ -145,5 +152,6 @@ def eval_loader(
         sampler=range(rank, len(dataset), num_processes),
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator(),
     )

@@ -1,7 +1,6 @@
 """The parts of a run, built from its config."""
 
 import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from dfs_engine.extras import needs
 from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
-from dfs_engine.training.checkpoint import WEIGHTS_FILE
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.idle_columns import hold_idle_columns
 
@@ -111,13 +109,3 @@ def _has_unused_parameters(model: MultiExitModel, method: Method) -> bool:
     logits, features = method.run(probe, model.example_input(2))
     copy.deepcopy(method)(logits, torch.zeros(2, dtype=torch.long), features).backward()
     return any(parameter.grad is None for parameter in probe.parameters())
-
-
-def check_free(run_dir: Path) -> None:
-    """Raises FileExistsError if `run_dir` already holds a run."""
-    for name in ("checkpoints", "metrics.csv", WEIGHTS_FILE):
-        if (run_dir / name).exists():
-            raise FileExistsError(
-                f"run_dir: expected a folder without a run, got {run_dir} with {name}. "
-                "Add --resume true to go on with that run, or give another --run_dir."
-            )

@@ -19,6 +19,8 @@ from dfs_engine.training.config import DEVICES, PRECISIONS
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dfs_engine.training.signals import StopRequest
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -56,8 +58,12 @@ def evaluate(
     *,
     channels_last: bool,
     metrics: Sequence[str] = IMAGE_METRICS,
+    stop: "StopRequest | None" = None,
 ) -> dict[str, Any]:
-    """`ExitMetrics.compute` over the loaders of all processes together. Leaves the model in eval mode."""
+    """`ExitMetrics.compute` over the loaders of all processes together. Leaves the model in eval mode.
+
+    After a signal that some process's `stop` received, it breaks off and returns an empty dict.
+    """
     from accelerate.utils import gather_object
 
     model.eval()
@@ -67,6 +73,10 @@ def evaluate(
     for input, target in loader:
         logits = run_model(model, to_device(input, device, memory_format))
         found.update(logits, target.to(device, non_blocking=True))
+        if stop is not None and stop.received:
+            break
+    if stop is not None and stop.agreed():
+        return {}
     found.counters = accelerator.reduce(found.counters, "sum")
     found.predictions = gather_object([batch.cpu() for batch in found.predictions])
     return found.compute()
@@ -85,6 +95,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     from dfs_engine.data import load_data
     from dfs_engine.training.build import accelerator_for
     from dfs_engine.training.checkpoint import load_model
+    from dfs_engine.training.out_of_memory import batch_in_memory
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -109,7 +120,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"further": {}}
     for name, samples in data.measured.items():
         loader = eval_loader(samples, config.batch_size, **options)
-        found = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
+        with batch_in_memory("batch_size", config.batch_size):
+            found = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
         if name == "test":
             result |= found
         else:

@@ -3,17 +3,17 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,28 +22,25 @@ from dfs_engine.backend import select
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
-from dfs_engine.training import checkpoint, report
+from dfs_engine.training import checkpoint, report, run_folder
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader
 from dfs_engine.training.build import (
     build_ema,
     build_method,
     build_model,
     build_optimizer,
-    check_free,
     input_shape,
     train_accelerator,
 )
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.evaluate import evaluate
+from dfs_engine.training.out_of_memory import batch_in_memory
+from dfs_engine.training.resume import check_same_run
 from dfs_engine.training.schedules import Schedule
+from dfs_engine.training.signals import Interrupted, StopRequest
 from dfs_engine.training.step import OptimizerStep
 
 logger = logging.getLogger(__name__)
-
-# With another value of these a resumed run would be another run.
-_FIXED_ON_RESUME = ("method", "batch_size", "seed")
-# These say where the data are and how they are read, not what they are.
-_FREE_DATA_KEYS = ("root", "tokenizer", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,19 @@ class Progress:
     rows: list[report.Row] = field(default_factory=list)
     """Metrics of the completed epochs."""
 
+    @classmethod
+    def load(cls, saved: dict[str, Any], num_exits: int) -> "Progress":
+        """Of a checkpoint's manifest. Raises ValueError for what `vars(progress)` cannot have written."""
+        names = [item.name for item in fields(cls)]
+        counts, sums = [saved.get(name) for name in names[:3]], saved.get("loss_sums")
+        well_formed = saved.keys() == set(names) and all(isinstance(count, int) and count >= 0 for count in counts)
+        if not well_formed or not isinstance(sums, list) or len(sums) not in (0, num_exits):
+            raise ValueError(
+                f"checkpoint: expected progress of {', '.join(names)} in its manifest, got {str(saved)[:200]}. "
+                "Train anew in another --run_dir, or restore the file from a copy."
+            )
+        return cls(**saved)
+
 
 class Trainer:
     """Trains a multi-exit model as `config` says.
@@ -83,12 +93,14 @@ class Trainer:
     The constructor checks and loads everything and writes nothing; `fit` writes the run folder.
 
     Args:
-        model: trained instead of the one that `config.model` names.
+        model: trained instead of the one that `config.model` names: with exits attached to a backbone, or of a class of
+            one's own. To resume, give it again.
         data: used instead of what `config.data` names.
 
     Raises:
         ValueError, FileNotFoundError: something in the config, the data or the checkpoint to resume from is wrong.
-        FileExistsError: the run folder already holds a run.
+        FileExistsError: the run folder already holds a run. BlockingIOError: a run is writing to it.
+        NotADirectoryError, PermissionError: it cannot be made or written.
     """
 
     def __init__(
@@ -100,21 +112,28 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
-        if config.run_dir is not None and not config.resume:
-            check_free(config.run_dir)
+        if config.run_dir is not None:
+            run_folder.check_writable(config.run_dir)
+            run_folder.check_unlocked(config.run_dir)
+            if not config.resume:
+                run_folder.check_free(config.run_dir)
         set_seed(config.seed)
         shape = input_shape(config.model) if model is None else model.input_shape
         self.data = data or load_data(config.data, input_shape=shape)
-        if (
-            self.data.normalization is not None
-        ):  # the numbers themselves: a preset, or the dataset's default, may change
+        if self.data.normalization is not None:  # the numbers themselves: a preset, or the default, may change
             config = self.config = replace(config, data=replace(config.data, **self.data.normalization._asdict()))
         self.raw_model = model or build_model(config.model, self.data.num_classes)
+        if self.raw_model.num_classes != self.data.num_classes:
+            raise ValueError(
+                f"model: expected one of {self.data.num_classes} classes, as in {self.data.description}, got one of "
+                f"{self.raw_model.num_classes}."
+            )
+        self.is_custom = model is not None
         self.raw_method = build_method(config, self.raw_model)
 
         self.accelerator = train_accelerator(config, self.raw_model, self.raw_method)
         rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.run_dir = self._name_run_dir()
+        self.run_dir = config.run_dir or run_folder.default_path(config.data.name, self.raw_model.get_config())
         loader_options: dict[str, Any] = {
             "num_workers": config.data.num_workers,
             "pin_memory": self.accelerator.device.type == "cuda",
@@ -153,6 +172,8 @@ class Trainer:
         self.progress = Progress()
         self.loss_sums = self._zero_losses()
         self.last_checkpoint: Path | None = None
+        self._saved_at: tuple[int, int] | None = None
+        self._stop = StopRequest(self.accelerator)
         set_seed(config.seed + rank)  # every process draws its own dropout
         if config.resume:
             self._resume()
@@ -161,8 +182,19 @@ class Trainer:
         """Trains until the last epoch.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite. The last checkpoint stays as it was.
+            FloatingPointError: the loss or a gradient is not finite. MemoryError: the batch does not fit. OSError: the
+                disk is full, or another process changed the run folder. The last checkpoint stays as it was.
+            Interrupted: SIGINT (Ctrl-C) or SIGTERM; a checkpoint was saved first. A second one raises it at once.
         """
+        with run_folder.locked(self.run_dir, self.accelerator), self._stop.caught():
+            if checkpoint.last(self.run_dir) != self.last_checkpoint:
+                raise FileExistsError(
+                    f"run_dir: expected {self.run_dir} as this run left it, got another run's checkpoint in it."
+                )
+            with self._says_how_to_go_on():
+                return self._fit()
+
+    def _fit(self) -> TrainResult:
         config, progress = self.config, self.progress
         if self.accelerator.is_main_process:
             self._describe_run()
@@ -183,11 +215,10 @@ class Trainer:
         try:
             losses = self.step(input, target, self.progress.step)
         except FloatingPointError as error:
-            where = f"step {self.progress.step + 1} (epoch {self.progress.epoch + 1})"
-            kept = f"The last good checkpoint is {self.last_checkpoint or '(none was saved yet)'}."
+            where = self._where(self.progress.step + 1)
             raise FloatingPointError(
                 f"training: expected finite losses and gradients, got at {where}: {error}. "
-                f"{kept} Lower --optim.lr, add --optim.warmup_epochs, or use --precision fp32."
+                f"Lower --optim.lr, add --optim.warmup_epochs, or use --precision fp32. {self._kept()}"
             ) from None
         if self.ema is not None:
             self.ema.update(self.raw_model, step=self.progress.step + 1)
@@ -195,12 +226,50 @@ class Trainer:
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """Metrics of every exit and of the ensemble on each of `DataSplits.measured`, "test" first."""
-        channels_last, metrics = self.config.channels_last, self.data.metrics
+        options: dict[str, Any] = {"channels_last": self.config.channels_last, "metrics": self.data.metrics}
         model = self.model if self.ema is None else self.ema.module
-        return {
-            name: evaluate(model, loader, self.accelerator, channels_last=channels_last, metrics=metrics)
-            for name, loader in self.eval_loaders.items()
-        }
+        found = {}
+        for name, loader in self.eval_loaders.items():
+            with batch_in_memory("eval_batch_size", self.config.eval_batch_size):
+                found[name] = evaluate(model, loader, self.accelerator, stop=self._stop, **options)
+            self._stop_if_asked()
+        return found
+
+    def _stop_if_asked(self) -> None:
+        """Between two steps: saves and raises Interrupted if a process got a signal."""
+        signum = self._stop.agreed()
+        if signum is not None:
+            if self._saved_at != self._position():
+                self._save_checkpoint()
+            raise Interrupted(signum)
+
+    def _position(self) -> tuple[int, int]:
+        return self.progress.epoch, self.progress.step_in_epoch
+
+    @contextlib.contextmanager
+    def _says_how_to_go_on(self) -> Iterator[None]:
+        """Adds to what ended the run from outside: the checkpoint that there is, and the command that resumes it."""
+        try:
+            yield
+        except Interrupted as error:
+            where = f"stopped by {signal.Signals(error.signum).name} after {self._where(self.progress.step)}"
+            raise Interrupted(error.signum, f"{where}. {self._kept()}") from None
+        except OSError as error:
+            raise OSError(
+                f"training stopped after {self._where(self.progress.step)}: {error} {self._kept()}"
+            ) from error
+        except MemoryError as error:
+            raise MemoryError(f"{error} {self._kept()}") from error
+
+    def _where(self, step: int) -> str:
+        return f"step {step} (epoch {self.progress.epoch + 1})"
+
+    def _kept(self) -> str:
+        if self.last_checkpoint is None:
+            return "No checkpoint was saved yet: start again."
+        command = run_folder.resume_command(self.run_dir, self.accelerator.num_processes)
+        how = "Trainer(config, model=...) with the same model and resume=True" if self.is_custom else command
+        return f"The last good checkpoint is {self.last_checkpoint}. Go on with: {how}"
 
     def _train_epoch(self) -> None:
         config, progress, device = self.config, self.progress, self.accelerator.device
@@ -208,7 +277,8 @@ class Trainer:
         self.batches.epoch, self.batches.start = progress.epoch, progress.step_in_epoch
         started = time.perf_counter() - progress.seconds
         self.schedule.apply(self.optimizer, progress.step)
-        with self._progress_bar() as bar:
+        self._stop_if_asked()
+        with self._progress_bar() as bar, batch_in_memory("batch_size", config.batch_size):
             for input, target in self.train_loader:
                 target = target.to(device, non_blocking=True)
                 losses = self.train_step(to_device(input, device, self.memory_format), target)
@@ -223,6 +293,7 @@ class Trainer:
                 every = config.checkpoint_every_steps
                 if every and progress.step % every == 0 and progress.step_in_epoch < self.batches.num_batches:
                     self._save_checkpoint()
+                self._stop_if_asked()
 
     def _finish_epoch(self) -> dict[str, dict[str, Any]]:
         """Evaluates, reports and saves; moves on to the next epoch."""
@@ -267,61 +338,44 @@ class Trainer:
         self.last_checkpoint = checkpoint.save(
             self.accelerator, self.run_dir, step=progress.step, description=description
         )
+        self._saved_at = self._position()
 
     def _resume(self) -> None:
         folder, saved = checkpoint.latest(self.run_dir, self.raw_model.get_config())
-        now = self.config.to_dict()
-        fixed = {name: (saved["config"][name], now[name]) for name in _FIXED_ON_RESUME}
-        before, data = saved["config"]["data"], now["data"]
-        for name in data:
-            if name in before and name not in _FREE_DATA_KEYS:  # a run of before that option has no value of it
-                fixed[f"data.{name}"] = (before[name], data[name])
-        fixed["data: number of training samples"] = (saved.get("num_train", len(self.data.train)), len(self.data.train))
-        fixed["optim.ema_decay"] = (saved["config"]["optim"].get("ema_decay", 0.0), now["optim"]["ema_decay"])
-        for name, (expected, got) in fixed.items():
-            if expected != got:
-                raise ValueError(
-                    f"{name}: expected {expected!r} as in the run to resume, got {got!r}. "
-                    "Give the same value, or start another run in another --run_dir."
-                )
-        changed = [name for name in now if saved["config"].get(name) != now[name] and name != "run_dir"]
-        if changed:
-            logger.warning("resume: going on with another %s than the run began with", ", ".join(changed))
-        self.accelerator.load_state(str(folder))
-        self.progress = Progress(**saved["progress"])
+        progress = Progress.load(saved["progress"], self.raw_model.num_exits)
+        epoch = progress.epoch + (progress.step_in_epoch > 0)
+        steps = self.batches.num_batches
+        check_same_run(saved, self.config, num_train=len(self.data.train), steps_per_epoch=steps, epoch=epoch)
+        settings = [{**group, "params": None} for group in self.optimizer.param_groups]
+        checkpoint.restore(self.accelerator, folder)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update({**setting, "params": group["params"]})  # of now, not of the run before
+        self.progress = progress
         if self.accelerator.is_main_process:  # it alone continues the sum over all processes
-            self.loss_sums += torch.tensor(self.progress.loss_sums, dtype=torch.float64)
-        self.last_checkpoint = folder
-        logger.info("resume: %s, epoch %d, step %d", folder, self.progress.epoch + 1, self.progress.step)
-
-    def _name_run_dir(self) -> Path:
-        """The configured folder, or a fresh one that all processes agree on."""
-        if self.config.run_dir is not None:
-            return self.config.run_dir
-        model = self.config.model
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-        names = [f"runs/{stamp}-{self.config.data.name}-{model.name}-{model.variant}"]
-        return Path(broadcast_object_list(names)[0])
+            self.loss_sums += torch.tensor(progress.loss_sums, dtype=torch.float64)
+        self.last_checkpoint, self._saved_at = folder, self._position()
+        logger.info("resume: %s, %s", folder, self._where(progress.step))
 
     def _describe_run(self) -> None:
         config, accelerator = self.config, self.accelerator
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
-        is_fused = self.raw_model.get_config()["variant"] == "dfs"
+        model = self.raw_model.get_config()
+        is_fused = model["variant"] == "dfs"
         op = "partitioned_conv2d" if self.raw_model.fork.dim == 1 else "partitioned_linear"
         environment = {
             **report.environment(accelerator.device, accelerator.num_processes),
             "backend": select(op, accelerator.device, dtype, config.model.backend) if is_fused else "stock",
             "data": self.data.description,
-            "model": self.raw_model.get_config(),
+            "model": model,
+            "process": run_folder.this_process(),
         }
-        checkpoint.write_text(self.run_dir / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
+        checkpoint.write_text(self.run_dir / run_folder.ENVIRONMENT_FILE, yaml.safe_dump(environment, sort_keys=False))
         logger.info(
             "training %s (%s, beta %g) on %s: %s, %s, %d threads, backend %s, in %s",
-            config.model.name,
-            config.model.variant,
-            config.model.beta,
+            checkpoint.describe_model(model),
+            model["variant"],
+            model["beta"],
             self.data.description,
             environment["device"],
             config.precision,
@@ -331,8 +385,8 @@ class Trainer:
         )
 
     def _title(self) -> str:
-        model = self.config.model
-        return f"{model.name}, {model.variant}, beta {model.beta:g}\n{self.data.description}"
+        model = self.raw_model.get_config()
+        return f"{model['name']}, {model['variant']}, beta {model['beta']:g}\n{self.data.description}"
 
     def _zero_losses(self) -> Tensor:
         """On the device, so that adding to it does not wait for the step."""

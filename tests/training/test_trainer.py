@@ -52,6 +52,7 @@ def test_run_folder(make_config, make_model):
     result = Trainer(config, model=make_model()).fit()
     names = {path.name for path in config.run_dir.iterdir()}
     assert names == {
+        ".lock",
         "accuracy_per_exit.png",
         "checkpoints",
         "config.yaml",
@@ -195,7 +196,7 @@ def test_more_epochs_on_resume_says_so(make_config, make_model, caplog):
     Trainer(config, model=make_model()).fit()
     with caplog.at_level(logging.WARNING):
         result = Trainer(replace(config, resume=True, epochs=2), model=make_model()).fit()
-    assert "another epochs" in caplog.text
+    assert "another epochs: 2, was 1" in caplog.text
     assert len(result.rows) == 2
 
 
