@@ -35,6 +35,10 @@ _ONCE_IMPLIED = {"vgg7_64": {"init": "torch"}, "vgg16_64": {"init": "torch"}}
 _REMEDY = "Train anew in another --run_dir, or restore the file from a copy."
 
 
+class WriteError(OSError):
+    """A file could not be written; the message names it and the room that the disk has left."""
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to; on success it replaces `path`, on an exception it is removed."""
@@ -66,14 +70,14 @@ def save(accelerator: "Accelerator", run_dir: Path, *, step: int, description: d
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
     try:
-        with _together(accelerator, partial):
+        with together(accelerator, partial):
             if accelerator.is_main_process:
                 for left in folder.glob(".*.partial"):  # by a process that was killed
                     shutil.rmtree(left)
                 partial.mkdir(parents=True)
-        with _together(accelerator, partial):
+        with together(accelerator, partial):
             accelerator.save_state(str(partial))
-        with _together(accelerator, partial):
+        with together(accelerator, partial):
             if accelerator.is_main_process:
                 _complete(partial, description)
                 _publish(partial, final)
@@ -85,8 +89,8 @@ def save(accelerator: "Accelerator", run_dir: Path, *, step: int, description: d
 
 
 @contextlib.contextmanager
-def _together(accelerator: "Accelerator", path: Path) -> Iterator[None]:
-    """Raises OSError in every process where the block failed to write in one, so that none waits for it in vain."""
+def together(accelerator: "Accelerator", path: Path) -> Iterator[None]:
+    """Raises WriteError in every process where the block failed to write in one, so that none waits for it in vain."""
     from accelerate.utils import gather_object
     from safetensors import SafetensorError
 
@@ -98,14 +102,16 @@ def _together(accelerator: "Accelerator", path: Path) -> Iterator[None]:
     reasons = gather_object([None if error is None else str(_write_error(path, error))])
     for reason in reasons:
         if reason is not None:
-            raise OSError(reason) from error
+            raise WriteError(reason) from error
 
 
-def _write_error(path: Path, error: Exception) -> OSError:
+def _write_error(path: Path, error: Exception) -> WriteError:
     """torch and safetensors write files by themselves, and do not say what the system said."""
+    if isinstance(error, WriteError):
+        return error
     free = shutil.disk_usage(path.parent if path.parent.is_dir() else path.parent.parent).free
     reason = " ".join(str(error).split())[:200]
-    return OSError(f"expected to write {path}, got {reason}; {free / 2**20:.1f} MiB of the disk are free.")
+    return WriteError(f"expected to write {path}, got {reason}; {free / 2**20:.1f} MiB of the disk are free.")
 
 
 def _complete(partial: Path, description: dict[str, Any]) -> None:

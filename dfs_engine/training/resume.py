@@ -57,9 +57,7 @@ def check_same_run(
     lr_before = Schedule(optim, steps_per_epoch, saved["config"]["epochs"])(saved["progress"]["step"])
     lr = Schedule(config.optim, steps_per_epoch, config.epochs)(saved["progress"]["step"])
     if lr != lr_before:
-        logger.warning(
-            "resume: the next step's learning rate is %.4g; with the run's own schedule: %.4g", lr, lr_before
-        )
+        logger.warning("resume: the next step's learning rate is %.4g; by the run's schedule: %.4g", lr, lr_before)
 
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:

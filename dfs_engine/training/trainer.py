@@ -262,11 +262,11 @@ class Trainer:
             raise MemoryError(f"{error} {self._kept()}") from error
 
     def _where(self, step: int) -> str:
-        return f"step {step} (epoch {self.progress.epoch + 1})"
+        return f"step {step} (epoch {max(step - 1, 0) // self.schedule.steps_per_epoch + 1})"
 
     def _kept(self) -> str:
         if self.last_checkpoint is None:
-            return "No checkpoint was saved yet: start again."
+            return "No checkpoint was saved yet: start again in another --run_dir."
         command = run_folder.resume_command(self.run_dir, self.accelerator.num_processes)
         how = "Trainer(config, model=...) with the same model and resume=True" if self.is_custom else command
         return f"The last good checkpoint is {self.last_checkpoint}. Go on with: {how}"
@@ -313,11 +313,12 @@ class Trainer:
         }
         progress.rows.append(row)
         progress.step_in_epoch, progress.seconds, self.loss_sums = 0, 0.0, self._zero_losses()
-        if self.accelerator.is_main_process:
-            report.write_csv(self.run_dir / "metrics.csv", progress.rows)
-            plot = self.run_dir / "accuracy_per_exit.png"
-            report.plot_metric(plot, progress.rows, self.data.metrics[0], title=self._title())
-            self._log_epoch(row)
+        with checkpoint.together(self.accelerator, self.run_dir):
+            if self.accelerator.is_main_process:
+                report.write_csv(self.run_dir / "metrics.csv", progress.rows)
+                plot = self.run_dir / "accuracy_per_exit.png"
+                report.plot_metric(plot, progress.rows, self.data.metrics[0], title=self._title())
+                self._log_epoch(row)
         self._save_checkpoint()
         return metrics
 
@@ -325,10 +326,12 @@ class Trainer:
         progress = self.progress
         progress.loss_sums = self._total_losses()
         config = self.config.to_dict()
-        if self.accelerator.is_main_process:
-            model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
-            extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step, "weights": weights}
-            checkpoint.save_weights(self.run_dir / checkpoint.WEIGHTS_FILE, model, extras)
+        file = self.run_dir / checkpoint.WEIGHTS_FILE
+        with checkpoint.together(self.accelerator, file):
+            if self.accelerator.is_main_process:
+                model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
+                extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step, "weights": weights}
+                checkpoint.save_weights(file, model, extras)
         description = {
             "model": self.raw_model.get_config(),
             "config": config,
