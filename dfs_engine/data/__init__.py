@@ -1,4 +1,4 @@
-"""Datasets: real digits that need no files, CIFAR, image folders, synthetic images, and GLUE's sentences."""
+"""Datasets: real digits that need no files, CIFAR, GLUE, synthetic images, and images and texts of one's own."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,12 @@ from dfs_engine.data.config import DATASETS, TEXT_DATASETS, DataConfig, RawSplit
 from dfs_engine.data.dataset import ImageDataset
 from dfs_engine.data.digits import load_digits
 from dfs_engine.data.draw import draw_share
-from dfs_engine.data.folder import load_folder
+from dfs_engine.data.folder import load_folder, load_image_parquet
 from dfs_engine.data.glue import load_glue
 from dfs_engine.data.normalization import Normalization
 from dfs_engine.data.synthetic import load_synthetic
 from dfs_engine.data.text import TextDataset
+from dfs_engine.data.text_files import load_text_files
 from dfs_engine.data.transforms import BatchTransform
 from dfs_engine.evaluation.metrics import IMAGE_METRICS
 
@@ -29,6 +30,7 @@ _LOADERS: dict[str, Callable[[DataConfig, tuple[int, int]], RawSplits]] = {
     "cifar10": load_cifar,
     "cifar100": load_cifar,
     "image_folder": load_folder,
+    "image_parquet": load_image_parquet,
     "synthetic": load_synthetic,
 }
 
@@ -102,18 +104,18 @@ def _load_images(config: DataConfig, input_shape: tuple[int, ...]) -> DataSplits
 
 
 def _load_text(config: DataConfig, longest: int) -> DataSplits:
-    train, test, further_tests, task, description = load_glue(config, longest)
-    logger.info("data: %s", description)
+    raw = (load_text_files if config.name == "text_files" else load_glue)(config, longest)
+    logger.info("data: %s", raw.description)
     splits = DataSplits(
-        train=train,
-        test=test,
-        num_classes=len(task.class_names) or 1,
-        class_names=list(task.class_names),
-        description=description,
-        metrics=task.metrics,
-        further_tests=further_tests,
+        train=raw.train,
+        test=raw.test,
+        num_classes=len(raw.class_names) or 1,
+        class_names=raw.class_names,
+        description=raw.description,
+        metrics=raw.metrics,
+        further_tests=raw.further_tests,
     )
-    return _with_val(splits, train, train.labels, config)
+    return _with_val(splits, raw.train, raw.train.labels, config)
 
 
 def _with_val(splits: DataSplits, train_as_test: Samples, labels: Sequence[Any], config: DataConfig) -> DataSplits:

@@ -12,7 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
+from dfs_engine.data.encoded import report_skipped
 from dfs_engine.data.normalization import PRESETS
+from dfs_engine.data.tables import take
 
 SIZE = 32
 
@@ -72,7 +74,7 @@ def load_cifar(config: DataConfig, size: tuple[int, int]) -> RawSplits:
     if (root / layout.folder).is_dir():
         train, test, class_names = _read_pickles(root / layout.folder, layout)
     elif any(root.glob("*.parquet")):
-        train, test, class_names = _read_parquet(root, layout)
+        train, test, class_names = _read_parquet(root, layout, config)
     else:
         raise FileNotFoundError(f"data.root: expected {layout.expected}, got {root}, which holds neither.")
     return RawSplits(
@@ -151,19 +153,19 @@ def _read_pickles(folder: Path, layout: Layout) -> tuple[Images, Images, list[st
 # Hugging Face parquet files
 
 
-def _read_parquet(root: Path, layout: Layout) -> tuple[Images, Images, list[str]]:
+def _read_parquet(root: Path, layout: Layout, config: DataConfig) -> tuple[Images, Images, list[str]]:
     def read(split: str) -> tuple[Images, list[str]]:
         paths = sorted(root.glob(f"{split}*.parquet"))
         if not paths:
             raise FileNotFoundError(f"data.root: expected {layout.expected}, got no {split}*.parquet in {root}.")
-        parts, names = zip(*(_read_parquet_file(path, layout) for path in paths), strict=True)
+        parts, names = zip(*(_read_parquet_file(path, layout, config) for path in paths), strict=True)
         return _joined(list(parts)), names[0]
 
     train, class_names = read("train")
     return train, read("test")[0], class_names
 
 
-def _read_parquet_file(path: Path, layout: Layout) -> tuple[Images, list[str]]:
+def _read_parquet_file(path: Path, layout: Layout, config: DataConfig) -> tuple[Images, list[str]]:
     """The images and labels of one file, and the class names that its metadata gives (else their numbers)."""
     import pyarrow
     import pyarrow.parquet
@@ -172,32 +174,47 @@ def _read_parquet_file(path: Path, layout: Layout) -> tuple[Images, list[str]]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise _corrupt(path, error, layout) from error
-    image_column = next((name for name in ("img", "image") if name in table.column_names), None)
-    label_column = next((name for name in layout.columns if name in table.column_names), None)
+    image_names = ("img", "image") if config.image_column is None else (config.image_column,)
+    label_names = layout.columns if config.label_column is None else (config.label_column,)
+    image_column = next((name for name in image_names if name in table.column_names), None)
+    label_column = next((name for name in label_names if name in table.column_names), None)
     if image_column is None or label_column is None:
-        raise _corrupt(path, f"its columns are {', '.join(table.column_names)}", layout)
+        columns = ", ".join(table.column_names)
+        remedy = "name others with data.image_column and data.label_column"
+        raise _corrupt(path, f"its columns are {columns}; {remedy}", layout)
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     class_names = features.get(label_column, {}).get("names") or [str(label) for label in range(layout.num_classes)]
     cells = (cell for chunk in table[image_column].chunks for cell in chunk.to_pylist())
-    images = _decode(path, cells, table.num_rows, layout)
-    return _checked(path, images, table[label_column].to_pylist(), layout), class_names
+    images, broken = _decode(path, cells, table.num_rows, layout, config)
+    labels = table[label_column].to_pylist()
+    if broken:
+        report_skipped([f"row {row} of {path}" for row in broken], table.num_rows, path.name)
+        kept = sorted(set(range(table.num_rows)) - set(broken))
+        images, labels = images[kept], take(labels, kept)
+    return _checked(path, images, labels, layout), class_names
 
 
-def _decode(path: Path, cells: Iterable[Any], num_images: int, layout: Layout) -> Tensor:
-    """uint8 (num_images, 3, 32, 32) from the encoded image (JPEG, PNG, ...) in each cell."""
+def _decode(
+    path: Path, cells: Iterable[Any], num_images: int, layout: Layout, config: DataConfig
+) -> tuple[Tensor, list[int]]:
+    """uint8 (num_images, 3, 32, 32) from the encoded image (JPEG, PNG, ...) in each cell, and rows to skip."""
     from torchvision.io import ImageReadMode, decode_image
 
     images = torch.empty(num_images, 3, SIZE, SIZE, dtype=torch.uint8)
+    broken: list[int] = []
     # disable=None: no bar where nobody watches.
     for row, cell in enumerate(tqdm(cells, total=num_images, desc=f"decoding {path.name}", unit="img", disable=None)):
         try:
             encoded = torch.frombuffer(bytearray(cell["bytes"]), dtype=torch.uint8)
             image = decode_image(encoded, ImageReadMode.RGB)
         except (RuntimeError, ValueError, TypeError) as error:  # damaged, empty, null
-            raise _corrupt(path, f"row {row}: {error}", layout) from error
+            if config.skip_broken:
+                broken.append(row)
+                continue
+            remedy = "replace it, or leave out all such images: --data.skip_broken true"
+            raise _corrupt(path, f"row {row}: {error}; {remedy}", layout) from error
         if image.shape != images.shape[1:]:
-            raise _corrupt(
-                path, f"row {row}: the image has {image.shape[2]}x{image.shape[1]} pixels, not 32x32", layout
-            )
+            found = f"the image has {image.shape[2]}x{image.shape[1]} pixels, not 32x32"
+            raise _corrupt(path, f"row {row}: {found}; data.name image_parquet takes any size", layout)
         images[row] = image
-    return images
+    return images, broken

@@ -11,10 +11,23 @@ from torch import Tensor
 from dfs_engine.data.normalization import PRESETS, Channels, Normalization, check_normalization
 from dfs_engine.names import check_choice
 
-IMAGE_DATASETS = ("digits", "cifar10", "cifar100", "image_folder", "synthetic")
-TEXT_DATASETS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+_OWN_IMAGES = ("image_folder", "image_parquet")
+_ENCODED_IMAGES = ("cifar10", "cifar100", *_OWN_IMAGES)
+IMAGE_DATASETS = ("digits", *_ENCODED_IMAGES, "synthetic")
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+TEXT_DATASETS = (*GLUE_TASKS, "text_files")
 DATASETS = IMAGE_DATASETS + TEXT_DATASETS
 MIXUP_MODES = ("batch", "pair", "elem")
+# Which datasets an option is of, where it is not of all.
+_OPTIONS_OF = {
+    "label_column": ("cifar10", "cifar100", "image_parquet", *TEXT_DATASETS),
+    "image_column": ("cifar10", "cifar100", "image_parquet"),
+    "text_column": TEXT_DATASETS,
+    "test_fraction": (*_OWN_IMAGES, "text_files"),
+    "skip_broken": _ENCODED_IMAGES,
+    "crop_scale": _OWN_IMAGES,
+    "crop_pct": _OWN_IMAGES,
+}
 
 
 class Augmentation(NamedTuple):
@@ -44,24 +57,35 @@ class DataConfig:
     """Which images or sentences to learn, and how training images are augmented. Test images never are."""
 
     name: str = "digits"
-    """digits (1,797 real handwritten digits, needs no files), cifar10, cifar100, image_folder, synthetic, or one of
-    GLUE's tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli."""
+    """digits (1,797 real handwritten digits, needs no files), cifar10, cifar100, synthetic, one of GLUE's tasks (cola,
+    sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli), or one's own: image_folder, image_parquet, text_files."""
     root: str | None = None
-    """Folder of cifar10, cifar100 (torchvision's layout or Hugging Face train*.parquet, test*.parquet),
-    of image_folder (train/<class>/*.png and val/ or test/), or of a GLUE task (train*.parquet, validation*.parquet).
-    Nothing is ever downloaded, but for a GLUE task without root, which the datasets library gets."""
+    """Folder of cifar10, cifar100 (torchvision's layout or Hugging Face train*.parquet, test*.parquet), of image_folder
+    (train/<class>/*.png and val/ or test/; or <class>/*.png), of image_parquet and text_files (train* and val*, dev* or
+    test*, or other names, or a single file; texts as .csv, .tsv, .jsonl or .parquet), or of a GLUE task (train*,
+    validation*). Nothing is ever downloaded, but for a GLUE task without root, which the datasets library gets."""
+    label_column: str | None = None
+    """Column of the labels: words, or whole numbers. Default: label (cifar100: fine_label)."""
+    image_column: str | None = None
+    """Column of the encoded images. Default: image (CIFAR also: img)."""
+    text_column: tuple[str, str] | str | None = None
+    """Column of the texts, or of both texts of a pair: [premise,hypothesis]. Default: text; of a GLUE task, its own."""
+    skip_broken: bool = False
+    """Decode all images before training, leave out those that cannot be, and say how many. Else they are errors."""
     max_train: int | None = None
     """Train on so many samples an epoch, drawn afresh for each. Default: on all of them."""
     val_fraction: float = 0.0
     """Share of the training samples to keep out of training. They are seen as test samples are, and measured after each
     epoch too (val_* in metrics.csv): for what must not be chosen on the test samples."""
+    test_fraction: float | None = None
+    """Share of the samples to test on, where one's own data have no split for that. Default: 0.2."""
     split_seed: int = 0
     """Which samples those are: another seed than the run's, so that all its repetitions leave out the same."""
     tokenizer: str | None = None
-    """Of a GLUE task: folder that transformers saved, or an installed package that contains one.
+    """Of text: folder that transformers saved, or an installed package that contains one.
     Default: model.pretrained."""
     max_tokens: int = 128
-    """Of a GLUE task: longer sentences and pairs are cut."""
+    """Of text: longer texts and pairs are cut."""
     image_size: int | None = None
     """Height and width of the images that the model gets. Default: what the model was made for."""
     mean: Channels | str | None = None
@@ -75,7 +99,7 @@ class DataConfig:
     crop_padding: int | None = None
     """Pad the image by so many pixels, then crop its own size at random; 0 is off. Default: the dataset's (CIFAR 4)."""
     flip: bool | None = None
-    """Mirror half of the images. Default: the dataset's (on for CIFAR and image_folder)."""
+    """Mirror half of the images. Default: the dataset's (on for CIFAR, image_folder and image_parquet)."""
     autoaugment: bool | None = None
     """AutoAugment with the dataset's policy. Default: the dataset's (on for CIFAR)."""
     color_jitter: float = 0.0
@@ -96,10 +120,11 @@ class DataConfig:
     mixup_mode: str = "batch"
     """batch (one draw for all images of a batch), pair (one for each pair) or elem (one for each image)."""
     crop_scale: tuple[float, float] | None = None
-    """Of image_folder: the random crop that becomes a training image has between these shares of the area.
-    Default: [0.08, 1.0]."""
+    """Of image_folder and image_parquet: the random crop that becomes a training image has between these shares of the
+    area. Default: [0.08, 1.0]."""
     crop_pct: float | None = None
-    """Of image_folder: share of a test image's shorter side that the centre crop keeps. Default: 0.875 (224 of 256)."""
+    """Of image_folder and image_parquet: share of a test image's shorter side that the centre crop keeps.
+    Default: 0.875 (224 of 256)."""
     synthetic_train: int = 512
     """Number of training images of the synthetic dataset."""
     synthetic_test: int = 128
@@ -136,18 +161,20 @@ class DataConfig:
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"data.{field}: expected a number in [0, 1], got {getattr(self, field)}.")
         check_choice("data.mixup_mode", self.mixup_mode, MIXUP_MODES)
+        for field, names in _OPTIONS_OF.items():
+            if getattr(self, field) and self.name not in names:
+                raise ValueError(
+                    f"data.{field}: expected none with data.name={self.name}, got {getattr(self, field)}. Leave it "
+                    f"out: it is an option of {', '.join(names)}."
+                )
         self._check_crops()
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"data.val_fraction: expected a number in [0, 1), got {self.val_fraction}.")
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise ValueError(f"data.test_fraction: expected a number in (0, 1), got {self.test_fraction}.")
         check_normalization(self.mean, self.std)
 
     def _check_crops(self) -> None:
-        for field in ("crop_scale", "crop_pct"):
-            if getattr(self, field) is not None and self.name != "image_folder":
-                raise ValueError(
-                    f"data.{field}: expected none with data.name={self.name}, whose images have one size, got "
-                    f"{getattr(self, field)}. Leave it out."
-                )
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"data.crop_pct: expected a number in (0, 1], got {self.crop_pct}.")
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -172,11 +199,27 @@ class DataConfig:
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return default._replace(**chosen)
 
-    def folder(self, expected: str) -> Path:
-        """`root` as an existing folder that is not empty; `expected` says in the error what belongs there."""
+    def text_columns(self) -> tuple[str, ...] | None:
+        """One or two, as `text_column` says."""
+        return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
+
+    def test_share(self, num_samples: int) -> float:
+        """`test_fraction`, once it leaves some of the samples on both sides."""
+        share = 0.2 if self.test_fraction is None else self.test_fraction
+        if not 0 < round(share * num_samples) < num_samples:
+            raise ValueError(
+                f"data.test_fraction: expected a share that leaves some of the {num_samples} samples on both sides, "
+                f"got {share}. The data at data.root={self.root} have no test split of their own."
+            )
+        return share
+
+    def folder(self, expected: str, *, or_file: bool = False) -> Path:
+        """`root` as an existing folder that is not empty, or as a file; `expected` says in errors what it should be."""
         if self.root is None:
             raise ValueError(f"data.root: expected a folder for data.name={self.name}, got none. Give {expected}.")
         folder = Path(self.root).expanduser()
+        if or_file and folder.is_file():
+            return folder
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing there"
             raise FileNotFoundError(f"data.root: expected a folder, got {folder} ({found}). Give {expected}.")

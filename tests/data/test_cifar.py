@@ -19,8 +19,8 @@ REAL = Path(__file__).parents[3] / "shared/data/cifar10"
 NAMES = ("cifar10", "cifar100")
 
 
-def load(name, root):
-    return load_data(DataConfig(name=name, root=str(root)), input_shape=(3, 32, 32))
+def load(name, root, **options):
+    return load_data(DataConfig(name=name, root=str(root), **options), input_shape=(3, 32, 32))
 
 
 def random_split(num_images, num_classes):
@@ -183,6 +183,27 @@ def test_corrupt_parquet_row_or_column_is_named(options, problem, tmp_path):
     write_parquet(tmp_path / "train-0.parquet", *random_split(4, 10), **options)
     write_parquet(tmp_path / "test-0.parquet", *random_split(4, 10))
     with pytest.raises(ValueError, match=rf"{tmp_path / 'train-0.parquet'}: {problem}"):
+        load("cifar10", tmp_path)
+
+
+def test_columns_of_other_names(tmp_path):
+    split = random_split(3, 10)
+    for name in ("train", "test"):
+        write_parquet(tmp_path / f"{name}.parquet", *split, "picture", "kind")
+    splits = load("cifar10", tmp_path, image_column="picture", label_column="kind")
+    assert_split(splits.train, *split)
+
+
+def test_broken_images_are_left_out_and_counted(tmp_path, caplog):
+    images, labels = random_split(6, 10)
+    write_parquet(tmp_path / "train.parquet", images, labels, row_1=None, row_4=b"nothing")
+    write_parquet(tmp_path / "test.parquet", images, labels)
+    splits = load("cifar10", tmp_path, skip_broken=True)
+    kept = [0, 2, 3, 5]
+    assert_split(splits.train, images[kept], [labels[row] for row in kept])
+    assert_split(splits.test, images, labels)
+    assert "left out 2 of 6 images of train.parquet, which cannot be decoded: row 1 of" in caplog.text
+    with pytest.raises(ValueError, match=r"row 1: .*--data\.skip_broken true"):
         load("cifar10", tmp_path)
 
 

@@ -48,7 +48,8 @@ def test_wrong_jitter_and_crops_are_refused(options, message):
 
 def test_unknown_dataset_lists_the_valid_ones_and_the_nearest():
     with pytest.raises(
-        ValueError, match=r"data\.name: .*digits, cifar10, cifar100, image_folder, synthetic.*mean 'cifar10'"
+        ValueError,
+        match=r"data\.name: .*digits, cifar10, cifar100, image_folder, image_parquet, synthetic.*mean 'cifar10'",
     ):
         DataConfig(name="cifar-10")
 

@@ -1,5 +1,7 @@
 """A folder of image files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -69,37 +71,80 @@ def test_classes_must_agree(root):
         load(root)
 
 
-def test_corrupt_image_is_named(root):
-    path = root / "val" / "bee" / "1.png"
-    path.write_bytes(path.read_bytes()[:60])
+def truncate(path, kept):
+    path.write_bytes(path.read_bytes()[:kept])
+    return path
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_what_is_no_image_is_named_before_training(root, kept):
+    path = truncate(root / "train" / "bee" / "1.png", kept)
+    with pytest.raises(ValueError, match=rf"data\.root: expected an image, got {path} .*--data\.skip_broken true"):
+        load(root)
+
+
+def test_truncated_image_is_named_when_it_is_read(root):
+    path = truncate(root / "val" / "bee" / "1.png", 60)
     splits = load(root)
     with pytest.raises(ValueError, match=str(path)):
         splits.test[3]
 
 
-@pytest.mark.parametrize(("crop_pct", "resized"), [(None, 256), (0.9, 248), (1.0, 224)])
-def test_centre_crop_keeps_its_share(root, crop_pct, resized):
-    noise = np.random.default_rng(0).integers(0, 256, (300, 260, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(root / "val" / "ant" / "0.png")
-    tall = (resized, int(resized * 300 / 260))  # the shorter side becomes `resized`
-    expected = np.asarray(Image.fromarray(noise).resize(tall, Image.Resampling.BILINEAR))
-    top, left = round((tall[1] - 224) / 2), round((tall[0] - 224) / 2)
-    expected = torch.from_numpy(expected[top : top + 224, left : left + 224].copy()).permute(2, 0, 1)
-    image, _ = load(root, 224, crop_pct=crop_pct).test[0]
-    torch.testing.assert_close(pixels(image), expected.float(), atol=0.01, rtol=0)
+def test_broken_images_are_left_out_and_counted(root, caplog):
+    broken = [truncate(root / "train" / "ant" / f"{index}.png", kept) for index, kept in ((0, 0), (2, 60))]
+    test = truncate(root / "val" / "bee" / "0.png", 60)
+    splits = load(root, skip_broken=True)
+    assert "left out 2 of 6 images of the training images, which cannot be decoded: " + ", ".join(map(str, broken)) in (
+        caplog.text
+    )
+    assert f"left out 1 of 4 images of the test images, which cannot be decoded: {test}" in caplog.text
+    assert "(4 train / 3 test)" in splits.description
+    assert [label for _, label in splits.train] == [0, 1, 1, 1]
+    assert [label for _, label in splits.test] == [0, 0, 1]
 
 
-def test_random_crop_takes_its_share_of_the_area(root):
-    """Of a ramp, the crop's range of values is the crop's width."""
-    ramp = np.broadcast_to(np.arange(240, dtype=np.uint8)[None, :, None], (240, 240, 3))
-    Image.fromarray(np.ascontiguousarray(ramp)).save(root / "train" / "ant" / "0.png")
+def test_nothing_but_broken_images(root):
+    for path in (root / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"expected images in the test images, got 4 that cannot be decoded"):
+        load(root, skip_broken=True)
 
-    def widths(**options):
-        images = torch.stack([pixels(load(root, 16, flip=False, **options).train[0][0]) for _ in range(40)])
-        return (images.amax((1, 2, 3)) - images.amin((1, 2, 3))) / 225  # 15/16 of the crop, between pixels' centres
 
-    whole = widths(crop_scale=(1.0, 1.0))
-    torch.testing.assert_close(whole, torch.ones(40), atol=0.02, rtol=0)
-    small = widths(crop_scale=(0.09, 0.16))  # sides of 0.3 to 0.4, in aspects of 3:4 to 4:3
-    assert torch.all((small > 0.24) & (small < 0.48))
-    assert widths().max() > small.max()
+@pytest.fixture
+def flat(tmp_path):
+    for name, value, count in [("ant", 10, 20), ("bee", 200, 10)]:
+        for index in range(count):
+            write_image(tmp_path / "flat" / name / f"{index}.png", value + index, (20 + index, 30))
+    return tmp_path / "flat"
+
+
+def test_flat_folder_gives_a_share_for_testing(flat):
+    splits = load(flat)
+    assert splits.class_names == ["ant", "bee"]
+    assert splits.description == f"image folder {flat} (24 train / 6 test drawn by split_seed 0)"
+    assert [label for _, label in splits.test] == [0] * 4 + [1] * 2
+    assert len(splits.train) == 24
+
+    def files(images):
+        return {images.source.encoded.where(row) for row in images.source.rows}
+
+    assert not files(splits.train.images) & files(splits.test.images)
+    assert files(load(flat).test.images) == files(splits.test.images)
+    assert files(load(flat, split_seed=1).test.images) != files(splits.test.images)
+    assert len(load(flat, test_fraction=0.5).test) == 15
+    with pytest.raises(
+        ValueError, match=r"data\.test_fraction: .*30 samples on both sides, got 0\.01\. .*no test split"
+    ):
+        load(flat, test_fraction=0.01)
+
+
+def test_val_images_are_cropped_as_test_images_are(flat):
+    splits = load(flat, val_fraction=0.25, flip=False)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 6, 6)
+    draws = [torch.stack([image for image, _ in splits.val]) for _ in range(2)]
+    assert torch.equal(*draws)
+    source = splits.val.dataset.images.source
+    for (image, label), position in zip(splits.val, splits.val.indices, strict=True):
+        number = int(Path(source.encoded.where(source.rows[position])).stem)
+        expected = ((200 if label else 10) + number) / 255
+        assert image[0].mean().item() * 0.229 + 0.485 == pytest.approx(expected, abs=1e-4)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dfs_engine.data import DataConfig, load_data
-from dfs_engine.data.config import TEXT_DATASETS
+from dfs_engine.data.config import GLUE_TASKS
 from dfs_engine.data.glue import HUB_NAME, TASKS
 from dfs_engine.evaluation import ExitMetrics
 
@@ -52,7 +52,7 @@ def load(root, name, tokenizer, **options):
 
 
 def test_the_nine_tasks():
-    assert tuple(TASKS) == TEXT_DATASETS == tuple(PUBLISHED)
+    assert tuple(TASKS) == GLUE_TASKS == tuple(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -163,7 +163,7 @@ def test_data_and_model_that_do_not_fit(tmp_path, tiny_bert):
         load_data(
             DataConfig(name="rte", root=str(tmp_path), tokenizer=str(tiny_bert), max_tokens=30), input_shape=(20,)
         )
-    with pytest.raises(ValueError, match=r"data\.name: expected one of cola, .*wnli for this model, got digits"):
+    with pytest.raises(ValueError, match=r"data\.name: expected one of cola, .*text_files for this model, got digits"):
         load_data(DataConfig(), input_shape=(20,))
     with pytest.raises(ValueError, match=r"data\.name: expected one of digits, .*synthetic for this model, got rte"):
         load_data(DataConfig(name="rte"), input_shape=(3, 32, 32))

@@ -206,7 +206,7 @@ def test_two_processes_train_and_measure_as_one(make_config, tmp_path, task):
 
 def test_data_and_model_that_do_not_fit(make_config, tiny_bert):
     config = make_config()
-    with pytest.raises(ValueError, match=r"data\.name: expected one of cola"):
+    with pytest.raises(ValueError, match=r"data\.name: expected one of cola, .*text_files"):
         Trainer(replace(config, data=DataConfig(name="digits")))
     with pytest.raises(ValueError, match=r"data\.name: expected one of digits"):
         Trainer(replace(config, model=ModelConfig(name="vgg7_64")))
