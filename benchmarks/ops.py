@@ -30,21 +30,21 @@ class BenchOpsConfig:
     """What `dfs bench ops` times. Lists are comma-separated.
 
     Attributes:
-        ops: of conv2d, linear, conv_block.
-        shapes: patterns of "family/shape" to keep, e.g. "vgg7/*,bert/*".
-        backends: of dense (stock, full gradient), detach (stock, published cat + detach), aten, cpp.
-        layouts: of nchw, channels_last; linear layers have one.
-        dtypes: of fp32, bf16, fp16, fp64. One interleaving each.
-        beta: shares of channels with gradient, in the same interleaving.
-        rounds: turns of every case, at least 20 for numbers to publish.
-        warmup: turns before that, not timed.
-        max_seconds: per shape and dtype, start no further round after this time.
-        num_threads: of torch; None leaves them as they are.
-        seed: of the data.
-        detail: also time the two gradients of convolutions and linears one by one.
-        quick: one shape of each family and op, fp32, 5 rounds: to see that it works.
-        output: CSV file to append the measurements to; empty: none.
-        progress: show a progress bar in a terminal.
+        ops: Some of conv2d, linear, conv_block.
+        shapes: Which shapes: patterns of family/shape, for example "vgg7/*,bert/*".
+        backends: Some of dense (stock, full gradient), detach (stock, published cat + detach), aten, cpp.
+        layouts: Some of nchw, channels_last; linear layers have one.
+        dtypes: Some of fp32, bf16, fp16, fp64. Each is a measurement of its own.
+        beta: Shares of channels with gradient, timed in turns with each other.
+        rounds: How often every case is timed; at least 20 for numbers to publish.
+        warmup: How often it runs before that, not timed.
+        max_seconds: Start no further round of a shape and dtype after this time. Default: no limit.
+        num_threads: CPU threads. Default: torch's.
+        seed: Of the random data.
+        detail: Time the two gradients of convolutions and linears one by one too.
+        quick: One shape of each family and op, fp32, 5 rounds: to see that it works.
+        output: CSV file to append the measurements to. Default: none.
+        progress: Show a progress bar in a terminal.
     """
 
     ops: str = "conv2d,linear,conv_block"

@@ -25,12 +25,13 @@ _PHASE_COLOURS = {"forward": "#56b4e9", "backward": "#e69f00", "grad_input": "#0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchPlotConfig:
-    """What `dfs bench plot` draws, and from what. Every PNG file comes to lie beside its CSV file.
+    """What `dfs bench plot` draws, and from what. Each PNG file is written beside its CSV file.
 
     Attributes:
-        results: a CSV file of `dfs bench train` or `dfs bench ops`, or a folder of them.
-        beta: of the split variants, where a figure is not about beta.
-        batch_size: of the bars of forward, backward and other; None: 100 where that was measured, else the largest.
+        results: A CSV file of `dfs bench train` or `dfs bench ops`, or a folder of them.
+        beta: The split variants' beta, in figures that do not compare several.
+        batch_size: Batch size in the figure of forward, backward and the rest. Default: 100 where that was measured,
+            else the largest.
     """
 
     results: Path = Path("benchmarks/results")

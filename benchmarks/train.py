@@ -27,34 +27,35 @@ _LAPS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchTrainConfig:
-    """What `dfs bench train` times. Lists are comma-separated; data is synthetic: normal images or random tokens,
-    random labels.
+    """What `dfs bench train` times. Lists are comma-separated.
 
-    Dropout is off, so that the variants can be compared.
+    Data is synthetic: normal images or random tokens, random labels. Dropout is off, so that the variants can be
+    compared.
 
     Attributes:
-        model: a name of `list_models("*")`.
-        options: the family's own options, for example {config: {num_hidden_layers: 6}} of a BERT.
-        batch_size: images (or texts of 128 tokens) per step; several: one interleaving each.
-        variants: of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
-        layouts: of nchw, channels_last; one is enough for a model of linear layers.
-        compile: of off, on (torch.compile, whole graph).
-        allocators: of stock, caching (dfs_engine.memory, with which `dfs train` runs); "auto": both where it is there,
-            on the CPU with the C++ extension.
-        dtypes: of fp32, bf16, fp16 (autocast, float32 parameters), fp64. One interleaving each.
-        beta: shares of channels that deeper exits train, in the same interleaving.
-        backend: of the dfs variant; "auto" picks.
-        num_classes: width of every exit's logits.
-        image_size: pixels a side; None: the model's own.
-        rounds: turns of every case, at least 20 for numbers to publish.
-        warmup: turns before that, not timed.
-        max_seconds: per interleaving, start no further round after this time; all its cases have the same n.
-        num_threads: of torch; None leaves them as they are.
-        device: "cpu" or "cuda".
-        seed: of weights and data.
-        breakdown: also profile the eager cases, and say where a step's time goes.
-        output: CSV file to append the measurements to; empty: none.
-        progress: show a progress bar in a terminal.
+        model: A model's name, as of `dfs train --model.name`.
+        options: The family's own options, for example {config: {num_hidden_layers: 6}} of a BERT.
+        batch_size: Images (or texts of 128 tokens) per step. Each is a measurement of its own.
+        variants: Some of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
+        layouts: Some of nchw, channels_last; one is enough for a model of linear layers.
+        compile: Some of off, on (torch.compile, whole graph).
+        allocators: Some of stock, caching (dfs_engine.memory, with which `dfs train` runs); "auto" is both where it is
+            there, on the CPU with the C++ extension.
+        dtypes: Some of fp32, bf16, fp16 (autocast, float32 parameters), fp64. Each is a measurement of its own.
+        beta: Shares of channels that the deeper layers train, timed in turns with each other.
+        backend: Kernels of the dfs variant: auto, aten, cpp or triton.
+        num_classes: Width of every exit's logits.
+        image_size: Height and width of the images. Default: what the model was made for.
+        rounds: How often every case is timed; at least 20 for numbers to publish.
+        warmup: How often it runs before that, not timed.
+        max_seconds: Start no further round of a measurement after this time; all its cases have the same n. Default:
+            no limit.
+        num_threads: CPU threads. Default: torch's.
+        device: cpu or cuda.
+        seed: Of the random weights and data.
+        breakdown: Profile the eager cases too, and say where a step's time goes.
+        output: CSV file to append the measurements to. Default: none.
+        progress: Show a progress bar in a terminal.
     """
 
     model: str = "vgg7_64"

@@ -29,21 +29,23 @@ _OPS = ("conv2d", "linear", "norm_linear", "conv_block")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchTuneConfig:
-    """What `dfs bench tune` measures: each shape class once, every configuration and aten in turns. Lists are
-    comma-separated.
+    """What `dfs bench tune` measures. Lists are comma-separated.
+
+    Each shape class once, every configuration and aten in turns.
 
     Attributes:
-        ops: of conv2d, linear, norm_linear, conv_block.
-        shapes: patterns of "family/shape" to keep, e.g. "vgg16/*".
-        dtypes: of bf16, fp16, tf32 (fp32 with tf32 allowed), fp32.
-        beta: shares of channels with gradient; sizes count as the nearest power of two, so that these stand for all.
-        batch_size: images per batch, as you train with; empty: one for each family that fills a GPU.
-        rounds: turns of every configuration.
-        max_seconds: start no further class after this time; the same command goes on where it stopped.
-        again: measure anew what the table has already.
-        dry_run: list what would be measured; needs no GPU.
-        output: file of the table; empty: where dfs_engine looks for it.
-        progress: show a progress bar.
+        ops: Some of conv2d, linear, norm_linear, conv_block.
+        shapes: Which shapes: patterns of family/shape, for example "vgg16/*".
+        dtypes: Some of bf16, fp16, tf32 (fp32 with tf32 allowed), fp32.
+        beta: Shares of channels with gradient; sizes count as the nearest power of two, so that these stand for all.
+        batch_size: Images per batch, as you train with. Default: one for each family that fills a GPU.
+        rounds: How often every configuration is timed.
+        max_seconds: Start no further class after this time; the same command goes on where it stopped. Default: no
+            limit.
+        again: Measure again what the table has already.
+        dry_run: List what would be measured; needs no GPU.
+        output: File of the table. Default: where dfs_engine looks for it.
+        progress: Show a progress bar.
     """
 
     ops: str = ",".join(_OPS)

@@ -3,7 +3,9 @@
 import argparse
 import difflib
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -20,14 +22,42 @@ _NO_KEYS = ("help", "config", "print_config", "print_shtab")
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of examples."""
+    """Keeps the line breaks of examples; names a flag's default, where it has one, and no Python type."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_default = action.option_strings and action.default not in (None, argparse.SUPPRESS, "", (), {})
+        return f"{text} (default: %(default)s)" if has_default else text
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with flags for booleans (`--quick` is `--quick true`) and short errors."""
+    """jsonargparse's parser with flags for booleans (`--quick` is `--quick true`) and short errors.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+    Args:
+        description: what --help says first. examples: command lines that it ends with.
+    """
+
+    def __init__(self, *args: Any, description: str = "", examples: str = "", **kwargs: Any) -> None:
+        super().__init__(
+            *args,
+            description=textwrap.fill(description, min(120, shutil.get_terminal_size().columns) - 2),
+            epilog=f"examples:\n{examples}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    @property
+    def command(self) -> str:
+        """How to call it: `dfs bench train`."""
+        return self.prog.replace(" [options]", "")
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Its first line is short: one with every flag would fill the screen that a reader sees first."""
+        words = [action.dest for action in self._actions if not action.option_strings]
+        places = ["COMMAND" if word == "subcommand" else word.upper() for word in words]
+        self.usage = " ".join([self.command, *places, "[options]"])
+        return super().format_help(*args, **kwargs)
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         added = super().add_class_arguments(*args, **kwargs)
@@ -38,7 +68,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))
-        print(f"{self.prog.replace(' [options]', '')}: error: {text}{self._suggestion(text)}", file=sys.stderr)
+        print(f"{self.command}: error: {text}{self._suggestion(text)}", file=sys.stderr)
         sys.exit(2)
 
     def _suggestion(self, message: str) -> str:

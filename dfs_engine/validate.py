@@ -34,11 +34,11 @@ class ValidateConfig:
     Attributes:
         ops: "all", or names of ops.
         backends: "all" (every usable one), or names of backends; an unusable one is then an error.
-        dtypes: of fp64, fp32, bf16, fp16.
-        device: "cpu" or "cuda".
-        quick: a random sample of the combinations, under 40 s on 2 slow cores, instead of all of them.
-        seed: of the inputs and of the sample.
-        progress: show a progress bar in a terminal.
+        dtypes: Some of fp64, fp32, bf16, fp16.
+        device: cpu or cuda.
+        quick: A random sample of the combinations, under 40 s on 2 slow cores, instead of all of them.
+        seed: Of the random inputs and of the sample.
+        progress: Show a progress bar in a terminal.
     """
 
     ops: str = "all"

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,30 @@ def test_help_teaches(capsys, command):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert f"dfs {command}" in text.partition("examples:")[2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "train", "eval", "convert", "validate", "info", "doctor"),
+        *("bench", "bench train", "bench ops", "bench plot", "bench tune"),
+    ],
+)
+def test_help_is_for_people(capsys, line):
+    """Its first line fits a screen, every flag has a text, and Python's types stay out of it."""
+    with pytest.raises(SystemExit):
+        main([*line.split(), "--help"])
+    text = capsys.readouterr().out
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith(f"usage: dfs {line}".rstrip())
+    assert usage.endswith("[options]")
+    assert "\n" not in usage
+    for word in ("type:", "<class '", "default: null", "None", "Optional["):
+        assert word not in rest
+    flags = re.findall(r"^  (?:-h, )?(--[\w.]+)(.*\n(?: {20,}\S.*\n)*)", text, re.MULTILINE)
+    assert flags
+    for flag, explanation in flags:
+        assert re.search(r"[a-z]{2}", re.sub(r"[{\[].*?[}\]]|\(default.*", "", explanation)), flag
 
 
 def test_every_flag_of_train_is_explained(capsys):

@@ -73,7 +73,7 @@ class DataConfig:
     skip_broken: bool = False
     """Decode all images before training, leave out those that cannot be, and say how many. Else they are errors."""
     max_train: int | None = None
-    """Train on so many samples an epoch, drawn afresh for each. Default: on all of them."""
+    """Number of training samples in an epoch, drawn afresh for each. Default: all of them."""
     val_fraction: float = 0.0
     """Share of the training samples to keep out of training. They are seen as test samples are, and measured after each
     epoch too (val_* in metrics.csv): for what must not be chosen on the test samples."""
@@ -93,18 +93,19 @@ class DataConfig:
     (timm's ViTs: 0.5) or published (the published code's, for both CIFARs). Default: the dataset's; of `dfs eval`, the
     one that the weights were trained with."""
     std: Channels | str | None = None
-    """What that is then divided by: as mean. Default: of the same preset."""
+    """What the difference is then divided by; given as mean is. Default: the same preset's."""
     num_workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     crop_padding: int | None = None
-    """Pad the image by so many pixels, then crop its own size at random; 0 is off. Default: the dataset's (CIFAR 4)."""
+    """Pixels around a training image from which a crop of its own size is taken at random; 0 is off. Default: the
+    dataset's (CIFAR 4)."""
     flip: bool | None = None
     """Mirror half of the images. Default: the dataset's (on for CIFAR, image_folder and image_parquet)."""
     autoaugment: bool | None = None
     """AutoAugment with the dataset's policy. Default: the dataset's (on for CIFAR)."""
     color_jitter: float = 0.0
-    """Change each training image's brightness, contrast and saturation by random factors within so much of 1, for
-    example 0.4; 0 is off."""
+    """Strength of colour jitter, for example 0.4: each training image's brightness, contrast and saturation are scaled
+    by random factors in [1 - strength, 1 + strength]; 0 is off."""
     cutout: int | None = None
     """Side in pixels of one square blacked out at random; 0 is off. Default: the dataset's (CIFAR 16)."""
     mixup: float = 0.0

@@ -14,13 +14,13 @@ class InfoConfig:
     """What `dfs info` counts.
 
     Attributes:
-        model: name of a model.
-        num_classes: width of every exit's logits.
-        beta: comma-separated shares of channels that deeper exits train.
-        reference: each side also reads the other's channels, without sending gradient.
-        exit_gradient: own (the exit trains its channels only) or whole (all of them); None: the family's.
-        batch_size: of the training step.
-        options: the family's own options, for example {growth: 6} of an MSDNet.
+        model: A model's name, as of `dfs train --model.name`.
+        num_classes: Width of every exit's logits.
+        beta: Shares of each feature's channels that the deeper layers train, comma-separated.
+        reference: Each side also reads the other's channels, without sending gradient.
+        exit_gradient: own (the exit trains its channels only) or whole (all of them). Default: the family's.
+        batch_size: Of the training step.
+        options: The family's own options, for example {growth: 6} of an MSDNet.
         device: meta (nothing is computed) or cpu (for a model that looks at values).
     """
 

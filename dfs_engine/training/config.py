@@ -38,8 +38,9 @@ class ModelConfig:
     """Which multi-exit model, and how its features are split between the exits and the deeper layers."""
 
     name: str = "vgg7_64"
-    """vgg7_64, msdnet_cifar or msdnet_cifar_lin_grow (32 pixels; 6, 7 and 5 exits), vgg16_64 or msdnet_imagenet (224
-    pixels; 13 and 5 exits), bert (tokens, an exit per layer), or any timm ViT by its own name."""
+    """For images of 32 pixels: vgg7_64 (6 exits), resnet18, resnet34, resnet50 (4), msdnet_cifar (7),
+    msdnet_cifar_lin_grow (5). Of 224: vgg16_64 (13), msdnet_imagenet (5), any timm ViT by its own name. For sentences:
+    bert (an exit after every layer)."""
     beta: float = 0.5
     """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
     variant: str = "dfs"
@@ -155,8 +156,8 @@ class TrainConfig:
     batch_size: int = 100
     """Images or sentences of one optimizer step, over all processes together."""
     micro_batch_size: int | None = None
-    """Gradient accumulation: compute the batch in pieces of so many samples in each process, and step once for all of
-    them. Needs the memory of one piece; the step is the whole batch's, but for batch norms, which see the pieces.
+    """Gradient accumulation: samples that each process computes at once; the optimizer steps once for the whole batch.
+    Needs the memory of one such piece; the step is the whole batch's, but for batch norms, which see the pieces.
     Default: the whole batch at once."""
     label_smoothing: float = 0.0
     """Share of each target that all classes get equally, for example 0.1. Training losses are then those of the
@@ -182,11 +183,11 @@ class TrainConfig:
     run_dir: Path | None = None
     """Folder of everything the run writes. Default: runs/<time>-<data>-<model>-<variant>."""
     resume: bool = False
-    """Go on from the last checkpoint in run_dir."""
+    """Continue the run in run_dir from its last checkpoint."""
     checkpoint_every_steps: int = 0
-    """Save a checkpoint after so many steps, besides the one after every epoch; 0 is off."""
+    """Steps between checkpoints, besides the one after every epoch; 0 is none."""
     log_every_steps: int = 50
-    """Report the loss of every so-manieth step; 0 is off."""
+    """Steps between reports of the training loss; 0 is none."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     progress: bool = True

@@ -32,7 +32,7 @@ class ConvertConfig:
     output: Path
     """The file or run folder to write."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model of a published checkpoint; weights of dfs say themselves what they are of."""
+    """The model of a published checkpoint; weights of dfs name their own."""
     num_classes: int | None = None
     """Classes of a published checkpoint. Default: as many as its last classifier has."""
     overwrite: bool = False

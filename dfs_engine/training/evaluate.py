@@ -29,7 +29,7 @@ class EvalConfig:
     path: Path
     """A run folder, or the model.safetensors of one."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data. Default: what the run was trained on, normalised as it was then."""
+    """The data. What is not given is as it was in the run, whatever default is named below."""
     batch_size: int = 256
     """Images or sentences of one batch."""
     precision: str = "fp32"
