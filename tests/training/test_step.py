@@ -1,5 +1,6 @@
 """One optimizer step against plain PyTorch: soft targets, accumulation, clipping, the average of the weights."""
 
+import contextlib
 import copy
 import logging
 import sys
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 
 from dfs_engine.data import DataConfig
 from dfs_engine.data.mixup import Mixup
-from dfs_engine.methods import ByotConfig
+from dfs_engine.methods import ByotConfig, Joint
 from dfs_engine.training.batches import micro_batches
 from dfs_engine.training.checkpoint import read_description
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.evaluate import EvalConfig
 from dfs_engine.training.evaluate import run as run_evaluation
+from dfs_engine.training.step import OptimizerStep
 from dfs_engine.training.trainer import Trainer
 
 PLAIN_SGD = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -93,6 +95,79 @@ def test_accumulated_step_is_that_of_the_whole_batch(first_step, micro_batch_siz
     joint_loss(before, images, shares.double(), label_smoothing=0.2).backward()
     torch.nn.utils.clip_grad_norm_(before.parameters(), 0.5)
     assert_is_sgd_step(before, trainer)
+
+
+class ScaledLoss:
+    """As much of an accelerator as a step needs, with fp16's loss scaling by torch's own scaler."""
+
+    process_index = 0
+
+    def __init__(self):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def unwrap_model(self, model):
+        return model
+
+    def no_sync(self, module):
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def unscale_gradients(self, optimizer):
+        self.scaler.unscale_(optimizer.optimizer)
+
+
+class ScaledOptimizer:
+    """What accelerate makes of an optimizer under fp16."""
+
+    def __init__(self, optimizer, scaler):
+        self.optimizer, self.scaler = optimizer, scaler
+
+    def zero_grad(self, set_to_none):
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self):
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_under_fp16_clips_what_was_unscaled_and_skips_what_overflows(make_model, clip_grad, overflows):
+    config = TrainConfig(precision="fp16", optim=OptimConfig(clip_grad=clip_grad), micro_batch_size=3)
+    model = make_model(dropout=0.0).eval()
+    before = copy.deepcopy(model).double()
+    accelerator = ScaledLoss()
+    optimizer = ScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), accelerator.scaler)
+    step = OptimizerStep(config, accelerator, model, Joint(), optimizer)
+    images, target = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    if overflows:
+        model.blocks[2].conv.weight.register_hook(lambda grad: grad * float("inf"))
+    step(images, target, 0)
+    joint_loss(before, images.double(), target).backward()
+    if clip_grad is not None:
+        torch.nn.utils.clip_grad_norm_(before.parameters(), clip_grad)
+    if overflows:
+        before.zero_grad(set_to_none=False)
+    for name, parameter in before.named_parameters():
+        expected = (parameter - 0.1 * parameter.grad).float()
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert accelerator.scaler.get_scale() == (512.0 if overflows else 1024.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gpu_trains_and_resumes_with_everything_on(make_config, make_model, precision):
+    data = replace(make_config().data, mixup=0.8, cutmix=1.0, color_jitter=0.4)
+    optim = OptimConfig(name="adamw", lr=1e-3, clip_grad=1.0, ema_decay=0.9)
+    config = make_config(precision=precision, device="auto", data=data, optim=optim, label_smoothing=0.1, epochs=1)
+    config = replace(config, micro_batch_size=3)
+    Trainer(config, model=make_model()).fit()
+    result = Trainer(replace(config, resume=True, epochs=2), model=make_model()).fit()
+    assert len(result.rows) == 2
+    assert result.rows[-1]["train_loss"] < 100
 
 
 def test_accumulation_keeps_the_count_of_steps_and_the_losses(make_config, make_model, frozen_norms, tmp_path):
