@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -162,6 +163,7 @@ def _train(values: Any, line: list[str]) -> int:
             values = _parse([line[0], "--config", str(saved), *line[1:]])
     with _input_errors(RuntimeError):
         from dfs_engine.training.config import TrainConfig
+        from dfs_engine.training.report import counted
         from dfs_engine.training.trainer import Trainer
 
         trainer = Trainer(_config(TrainConfig, values))
@@ -172,11 +174,11 @@ def _train(values: Any, line: list[str]) -> int:
         except (FloatingPointError, OSError) as error:
             _fail(str(error), 1)
     if trainer.accelerator.is_main_process:
-        _print_accuracy(
-            result.metrics, f"Test results after {trainer.progress.epoch} epochs on {trainer.data.description}"
-        )
+        epochs = counted(trainer.progress.epoch, "epoch")
+        _print_accuracy(result.metrics, f"Test results after {epochs} on {trainer.data.description}")
         _print_further(result.further_metrics)
-        print(f"run folder: {result.run_dir}")
+        print(f"run folder: {result.run_dir} (accuracy_per_exit.png, metrics.csv, model.safetensors, ...)")
+        print(f"to measure these weights again: dfs eval {shlex.quote(str(result.run_dir))}")
         written = {"run_dir": str(result.run_dir), "metrics": result.metrics, "further": result.further_metrics}
         _write_json(values.json, {**written, "epochs": result.rows})
     trainer.accelerator.end_training()

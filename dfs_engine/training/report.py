@@ -12,9 +12,19 @@ import torch
 
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.machine import cpu_and_instructions
-from dfs_engine.training.checkpoint import atomic_file
+from dfs_engine.training.checkpoint import atomic_file, describe_model
 
 Row = dict[str, float]
+
+
+def title(model: dict[str, Any]) -> str:
+    """A model as logs and plots name it, by its `get_config`; a dense one has no use for beta."""
+    surgery = "" if model["variant"] == "dense" else f", beta {model['beta']:g}"
+    return f"{describe_model(model)} ({model['variant']}{surgery})"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def metrics_row(results: dict[str, dict[str, Any]], train_losses: Sequence[float]) -> Row:
@@ -56,7 +66,11 @@ def plot_metric(path: Path, rows: Sequence[Row], metric: str, *, title: str) -> 
         )
         values = [row[column] for row in rows]
         axes.plot(epochs, values, marker="o", markersize=3, label=f"{label}: {values[-1]:.2f} %", **style)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    # Per cent: the margin around the curves ends a little beyond 100 and, but for correlations below it, 0.
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(max(lowest, min(0.0, min(row[name] for row in rows for name in columns)) - 1), min(highest, 101))
     axes.grid(alpha=0.3)
     axes.legend(title="last epoch", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     with atomic_file(path) as partial:

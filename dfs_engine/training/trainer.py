@@ -317,7 +317,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 report.write_csv(self.run_dir / "metrics.csv", progress.rows)
                 plot = self.run_dir / "accuracy_per_exit.png"
-                report.plot_metric(plot, progress.rows, self.data.metrics[0], title=self._title())
+                title = f"{report.title(self.raw_model.get_config())}\n{self.data.description}"
+                report.plot_metric(plot, progress.rows, self.data.metrics[0], title=title)
                 self._log_epoch(row)
         self._save_checkpoint()
         return metrics
@@ -375,21 +376,22 @@ class Trainer:
         }
         checkpoint.write_text(self.run_dir / run_folder.ENVIRONMENT_FILE, yaml.safe_dump(environment, sort_keys=False))
         logger.info(
-            "training %s (%s, beta %g) on %s: %s, %s, %d threads, backend %s, in %s",
-            checkpoint.describe_model(model),
-            model["variant"],
-            model["beta"],
+            "training: %s with %s for %s of %d samples in batches of %d, on %s",
+            report.title(model),
+            report.counted(self.raw_model.num_exits, "exit"),
+            report.counted(config.epochs, "epoch"),
+            self.batches.num_in_epoch,
+            config.batch_size,
             self.data.description,
-            environment["device"],
-            config.precision,
-            environment["num_threads"],
-            environment["backend"],
-            self.run_dir,
         )
-
-    def _title(self) -> str:
-        model = self.raw_model.get_config()
-        return f"{model['name']}, {model['variant']}, beta {model['beta']:g}\n{self.data.description}"
+        logger.info(
+            "machine: %s, %s, %s, backend %s",
+            environment["device"],
+            report.counted(environment["num_threads"], "thread"),
+            config.precision,
+            environment["backend"],
+        )
+        logger.info("results: %s", self.run_dir)
 
     def _zero_losses(self) -> Tensor:
         """On the device, so that adding to it does not wait for the step."""
@@ -417,7 +419,7 @@ class Trainer:
         self._write_scalars({"step/train_loss": loss, "step/lr": self.schedule(progress.step - 1)})
         if bar.disable:  # no terminal: lines instead of a bar
             done = f"{progress.step_in_epoch}/{self.batches.num_batches}"
-            logger.info("epoch %d, step %s: loss %.4f", progress.epoch + 1, done, loss)
+            logger.info("epoch %d, step %s: training loss %.4f", progress.epoch + 1, done, loss)
 
     def _log_epoch(self, row: report.Row) -> None:
         self._write_scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")})
@@ -426,9 +428,9 @@ class Trainer:
         for split in self.eval_loaders:
             exits = [f"{row[f'{split}_{metric}_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1)]
             ensemble = row[f"{split}_{metric}_ensemble"]
-            measured.append(f"{split} {TITLES[metric]} of the exits {' '.join(exits)}, ensemble {ensemble:.2f}")
+            measured.append(f"{split} {TITLES[metric]} of the exits {' '.join(exits)} %, ensemble {ensemble:.2f} %")
         logger.info(
-            "epoch %d/%d: loss %.4f, %s, %.0f samples/s",
+            "epoch %d/%d: training loss %.4f, %s, %.0f samples/s",
             row["epoch"],
             self.config.epochs,
             row["train_loss"],
