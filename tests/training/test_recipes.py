@@ -1,17 +1,23 @@
 """The recipes in `configs/` are what `dfs train` reads, build what they name, and have the published numbers."""
 
+import itertools
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from dfs_engine.cli_parser import Parser
+from dfs_engine.training import evaluate
 from dfs_engine.training.build import build_method, build_model, build_optimizer
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.schedules import Schedule
+from dfs_engine.training.trainer import Trainer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NUM_CLASSES = {"cifar100": 100, "image_folder": 1000, "mnli": 3, "stsb": 1}
@@ -81,6 +87,19 @@ def test_commands_of_the_header_parse(name):
     assert commands or name == "digits_vgg7_dfs"  # `make train` is that one's
 
 
+@of_every_recipe
+def test_saved_config_reads_back(name, tmp_path):
+    """As a run folder has it, and as `dfs eval` takes its data section for flags."""
+    config = load(name)
+    saved = config.to_dict()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    assert (
+        parse([f"--data.{key}={value}" for key, value in saved["data"].items() if value is not None]).data
+        == config.data
+    )
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers(name):
     config = load(name)
@@ -108,6 +127,35 @@ def test_vit_is_the_published_one():
     assert [block.attn.attn_drop.p for block in blocks] == [0.1] * 12
     assert [exit.tail.head_drop.p for exit in model.exits] == [0.1] * 6
     assert model.fork.exit_gradient == "whole"
+
+
+def test_vit_trains_by_its_recipe(tmp_path):
+    """A smaller one, on 8 images and without its pretrained weights, with timm's additions and in pieces."""
+    generator = np.random.default_rng(0)
+    for split, label, index in itertools.product(("train", "val"), ("ant", "bee"), range(4)):
+        path = tmp_path / "data" / split / label / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (250, 240, 3), dtype=np.uint8)).save(path)
+    config = load("imagenet_vit_tiny_dfs")
+    options = config.model.options | {"pretrained": False, "depth": 8, "embed_dim": 24, "num_heads": 2}
+    config = replace(
+        config,
+        model=replace(config.model, options=options),
+        data=replace(config.data, root=str(tmp_path / "data"), mixup=0.8, cutmix=1.0),
+        optim=replace(config.optim, ema_decay=0.9),
+        precision="bf16",  # fp16 needs a GPU
+        batch_size=4,
+        micro_batch_size=3,
+        epochs=1,
+        run_dir=tmp_path / "run",
+        device="cpu",
+        tensorboard=False,
+    )
+    result = Trainer(config).fit()
+    assert result.rows[0]["step"] == 2
+    assert 0.5 < result.rows[0]["train_loss_exit2"] < 1.5  # two classes: about ln 2
+    again = evaluate.run(evaluate.EvalConfig(path=tmp_path / "run", data=config.data, device="cpu", precision="bf16"))
+    assert again["exits"] == result.metrics["exits"]
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS if path.stem.startswith("glue_")])
