@@ -94,15 +94,27 @@ class BenchOpsConfig:
     def chosen_dtypes(self) -> list[str]:
         return ["fp32"] if self.quick else split_choices("dtypes", self.dtypes, DTYPES)
 
-    def cases(self, shape: Shape) -> list[OpCase]:
+    @property
+    def paths(self) -> list[str]:
+        return split_choices("backends", self.backends, (*STOCK, "aten", "cpp"))
+
+    def cases(self, shape: Shape, dtype: str) -> list[OpCase]:
         """One interleaving, without the backends that are not there."""
         return [
             OpCase(path, layout, beta)
-            for path in split_choices("backends", self.backends, (*STOCK, "aten", "cpp"))
-            if path in STOCK or backends.unavailable_reason(path) is None
+            for path in self.paths
+            if _unmeasured(path, shape.op, dtype) is None
             for beta in ([None] if path == "dense" else split_betas("beta", self.beta))
             for layout in (["-"] if isinstance(shape, LinearShape) else split_choices("layouts", self.layouts, LAYOUTS))
         ]
+
+
+def _unmeasured(path: str, op: str, dtype: str) -> str | None:
+    """Why a way of computing cannot be timed, or None."""
+    if path in STOCK:
+        return None
+    refused = backends.unsupported_dtype(OP_NAMES[op], path, DTYPES[dtype])
+    return backends.unavailable_reason(path) or (refused and f"{op} in {dtype}: {refused}")
 
 
 def run(config: BenchOpsConfig) -> OpsReport:
@@ -122,10 +134,9 @@ def run(config: BenchOpsConfig) -> OpsReport:
 def _run(config: BenchOpsConfig) -> OpsReport:
     shapes, dtypes = config.chosen_shapes, config.chosen_dtypes
     report = OpsReport(config=config, stamp=environment())
-    for path in split_choices("backends", config.backends, (*STOCK, "aten", "cpp")):
-        reason = None if path in STOCK else backends.unavailable_reason(path)
-        if reason is not None:
-            report.notes.append(f"{path} was not measured: {reason}.")
+    for path in config.paths:
+        reasons = (_unmeasured(path, shape.op, dtype) for shape in shapes for dtype in dtypes)
+        report.notes += [f"{path} was not measured: {reason}." for reason in dict.fromkeys(reasons) if reason]
     report.bandwidth = copy_bandwidth()
     report.peaks = {dtype: matmul_peak(DTYPES[dtype]) for dtype in dtypes}
     _append(config, report, report.machine_csv_rows())
@@ -149,7 +160,7 @@ def _append(config: BenchOpsConfig, report: OpsReport, rows: list[dict[str, Any]
 def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]:
     """One interleaving: compares, then times."""
     operands = Operands(shape, DTYPES[dtype], config.seed)
-    timed = [TimedOp(case, operands) for case in config.cases(shape)]
+    timed = [TimedOp(case, operands) for case in config.cases(shape, dtype)]
     check(timed, operands)
     variants = {str(one.case): one.phases for one in timed}
     if config.detail and shape.op != "conv_block":

@@ -122,6 +122,8 @@ class TrainReport:
         lines = [
             f"Training step of {config.model} on synthetic data, SGD with momentum, weight decay; cases interleaved.",
             *str(self.stamp).splitlines(),
+            "Compared before: in float64 dfs by aten (no kernel computes in float64) with the plain formulation; every "
+            "case, in its dtype, with float64.",
             f"Load average at the end {self.loadavg_end:.2f}. Times in ms, median / minimum of n. Peak: MiB beyond "
             "weights and optimizer state. Ratios: the baseline's best step over this one, medians / minima (and what "
             "FLOPs alone imply).",

@@ -129,14 +129,14 @@ class StepBuilder:
             self.inputs = torch.randn(*self.inputs.shape[:2], config.image_size, config.image_size)
         self.target = torch.randint(config.num_classes, (batch_size,))
 
-    def _model(self, variant: str, beta: float | None) -> MultiExitModel:
+    def _model(self, variant: str, beta: float | None, backend: str | None = None) -> MultiExitModel:
         config = self.config
         model = create_model(
             config.model,
             num_classes=config.num_classes,
             beta=0.5 if beta is None else beta,
             variant="dense" if variant == "byot" else variant,
-            backend=config.backend,
+            backend=backend or config.backend,
             **config.options,
         )
         for module in model.modules():
@@ -144,12 +144,12 @@ class StepBuilder:
                 module.p = 0.0  # what is drawn anew each time cannot be compared
         return model
 
-    def build(self, case: Case, dtype: str, batch_size: int | None = None) -> Step:
-        """The step of `case`; on the first `batch_size` inputs, default all."""
+    def build(self, case: Case, dtype: str, batch_size: int | None = None, backend: str | None = None) -> Step:
+        """The step of `case`; on the first `batch_size` inputs, default all; by `backend`, default the config's."""
         torch_dtype, device = DTYPES[dtype], self.config.device
         # As in mixed-precision training, parameters stay float32.
         held = torch.float64 if dtype == "fp64" else torch.float32
-        model = self._model(case.variant, case.beta).train()
+        model = self._model(case.variant, case.beta, backend).train()
         model.load_state_dict(self.weights)
         model.to(device=device, dtype=held).to(memory_format=LAYOUTS[case.layout])
         method = copy.deepcopy(self.byot) if case.variant == "byot" else None
@@ -163,12 +163,16 @@ class StepBuilder:
             self.target[:batch_size].to(device),
             compiled=case.compile == "on",
             autocast=None if torch_dtype == held else torch_dtype,
-            backend_used=self._backend_used(torch_dtype) if case.variant == "dfs" else "stock",
+            backend_used=self._backend_used(torch_dtype, backend or self.config.backend)
+            if case.variant == "dfs"
+            else "stock",
         )
 
-    def _backend_used(self, dtype: torch.dtype) -> str:
-        device = torch.device(self.config.device)
-        return "+".join(dict.fromkeys(backends.select(op, device, dtype, self.config.backend) for op in backends.OPS))
+    def _backend_used(self, dtype: torch.dtype, backend: str) -> str:
+        """Of the ops that it has in this dtype; a model with another one raises when it runs."""
+        device, asked = torch.device(self.config.device), backends.requested(backend)
+        ops = [op for op in backends.OPS if asked is None or backends.unsupported_dtype(op, asked, dtype) is None]
+        return "+".join(dict.fromkeys(backends.select(op, device, dtype, asked) for op in ops))
 
     def count_flops(self, case: Case) -> FlopCount:
         """Of the whole batch, counted on two samples: all of it is proportional to the batch."""
@@ -178,15 +182,21 @@ class StepBuilder:
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
 
     def check_formulation(self, cases: Iterable[Case]) -> None:
-        """In float64, where rounding hides nothing, every variant computes what its plain formulation computes."""
+        """In float64, where rounding hides nothing, every variant computes what its plain formulation computes.
+
+        `dfs` by `aten`: no kernel computes in float64 (`check_kernels` compares those in the dtypes that they have).
+        """
         batch_size = min(self.batch_size, _GATE_BATCH)
         cases = dict.fromkeys(case._replace(compile="off", allocator="stock") for case in cases)
-        expected = {truth: self.build(truth, "fp64", batch_size).results() for truth in map(_truth, cases)}
+        expected = {truth: self._exact(truth, batch_size) for truth in map(_truth, cases)}
         for case in cases:
-            results = self.build(case, "fp64", batch_size).results()
-            breach = _breach(case, "float64", results, expected[_truth(case)], TOLERANCES[torch.float64])
+            results = self._exact(case, batch_size)
+            breach = _breach(case, "float64, by aten,", results, expected[_truth(case)], TOLERANCES[torch.float64])
             if breach:
                 raise RuntimeError(breach)
+
+    def _exact(self, case: Case, batch_size: int | None = None) -> dict[str, Tensor]:
+        return self.build(case, "fp64", batch_size, backend="aten").results()
 
     def check_kernels(self, dtype: str, steps: dict[Case, Step]) -> None:
         """As they will be timed, they are about as near to float64 as the stock formulation is in that dtype.
@@ -207,7 +217,7 @@ class StepBuilder:
 
     def _breaches(self, dtype: str, truth: Case, steps: dict[Case, Step]) -> dict[Case, str]:
         """The cases that are too far from `truth` in float64, and how far."""
-        expected = self.build(truth, "fp64").results()
+        expected = self._exact(truth)
         scales, noise = _scales(expected), 0.0
         # In every layout, because stock kernels of one layout round otherwise than those of another.
         for layout in LAYOUTS:

@@ -21,7 +21,19 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "aten", "cpp", "triton")
 OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "conv_block")
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# backend -> op -> the dtypes in which this project's code computes it; in half precision `cpp` does it in float32 where
+# the CPU lacks the instructions. `reference` and `aten` are stock operators, and take what those take.
+KERNEL_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "cpp": {
+        "partitioned_conv2d": _FLOATS,
+        "partitioned_linear": _FLOATS,
+        "partitioned_norm_linear": _FLOATS,
+        "conv_block": (torch.float32, torch.bfloat16),
+        "dropout": (torch.float32, torch.bfloat16),
+    },
+    "triton": dict.fromkeys(OPS, _FLOATS),
+}
 
 # The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
 _request: str | None = os.environ.get("DFS_BACKEND") or None
@@ -81,11 +93,30 @@ def _triton_unavailable(device_type: str) -> str | None:
     return None
 
 
-def unsupported_dtype(backend: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` refuses tensors of `dtype` here, or None if it takes them."""
+def unsupported_dtype(op: str, backend: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` refuses `op` on tensors of `dtype` here, or None if it takes them."""
+    if backend not in KERNEL_DTYPES:
+        return None
+    if dtype not in KERNEL_DTYPES[backend][op]:
+        names = ", ".join(str(known).removeprefix("torch.") for known in KERNEL_DTYPES[backend][op])
+        return f"it has no kernel for {str(dtype).removeprefix('torch.')}, only for {names}"
     if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
     return None
+
+
+def check_request(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """That an explicit request can be served.
+
+    Raises:
+        RuntimeError: the backend cannot run on this device, or has no kernel of `op` for this dtype.
+    """
+    reason, remedy = unavailable_reason(backend, device.type), ""
+    if reason is None:
+        reason = unsupported_dtype(op, backend, dtype)
+        remedy = " Use backend='aten' or 'auto', or convert the tensors (or the model) to another dtype."
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} was requested, but {reason}.{remedy}")
 
 
 def check_backend(name: str | None) -> str | None:
@@ -102,6 +133,27 @@ def requested(backend: str | None = None) -> str | None:
     return check_backend(backend) or check_backend(_request)
 
 
+def is_transforming() -> bool:
+    """Whether one of torch.func's transforms is active. torch.compile says by itself what it cannot trace."""
+    return (
+        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    )  # as autograd.Function asks
+
+
+def check_no_transform(op: str) -> None:
+    """That none of torch.func's transforms is active, which would want to go through a backward of this engine's.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if is_transforming():
+        raise RuntimeError(
+            f"{op}: torch.func's transforms (grad, vmap, jvp, jacrev, hessian, ...) cannot go through this engine's "
+            "backward. Use backend='reference' for an op, variant='detach' for a model or a Fork: the same gradients, "
+            "by stock autograd."
+        )
+
+
 def select(
     op: str,
     device: torch.device,
@@ -114,21 +166,25 @@ def select(
     Args:
         op: one of `OPS`.
         backend: an explicit request (see `requested`); None or "auto" picks: this project's kernels for the device
-            (`cpp` on the CPU, `triton` on CUDA) where they are there and win, else `aten`.
+            (`cpp` on the CPU, `triton` on CUDA) where they are there, take the dtype and win, else `aten`.
         wins: whether the kernels of the backend that it is given beat `aten` on the shape at hand. None: `cpp` does,
             `triton` does not.
 
     Raises:
-        RuntimeError: the requested backend cannot run on this device.
+        RuntimeError: the requested backend cannot run on this device, or has no kernel for this dtype; any but
+            `reference` under a transform of torch.func.
     """
     explicit = requested(backend)
+    if explicit != "reference":
+        check_no_transform(op)
     if explicit is not None:
-        reason = unavailable_reason(explicit, device.type)
-        if reason is not None:
-            raise RuntimeError(f"{op}: backend {explicit!r} was requested, but {reason}.")
+        check_request(op, explicit, device, dtype)
         chosen = explicit
     else:
-        chosen = _automatic(device.type, wins or (lambda kernels: kernels == "cpp"))
+        wins = wins or (lambda kernels: kernels == "cpp")
+        chosen = _automatic(
+            device.type, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels)
+        )
     if not torch.compiler.is_compiling():
         _last_used[op] = chosen
     return chosen

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfs_engine.backend import check_no_transform
 from dfs_engine.names import check_choice
 
 EXIT_GRADIENTS = ("own", "whole")
@@ -163,4 +164,5 @@ def partition(
 
 def fork_gradient(feature: Tensor, num_shared: int, exit_start: int, dim: int = 1) -> PartitionedFeature:
     """`partition` by channel numbers: the deeper path trains [0, num_shared), the exit [exit_start, C)."""
+    check_no_transform("partition")
     return PartitionedFeature(*_Partition.apply(feature, num_shared, exit_start, dim))

@@ -57,6 +57,31 @@ def partitioned_linear(
     return F.linear(live_slice(input, start, stop, reference, -1, full), weight, bias)
 
 
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`F.batch_norm`, right for parameters and statistics of any strides.
+
+    ATen's backward on channels_last reads them as if they were contiguous.
+    """
+    mean, variance, gain, shift = (
+        None if tensor is None else tensor.contiguous() for tensor in (running_mean, running_var, weight, bias)
+    )
+    output = F.batch_norm(input, mean, variance, gain, shift, training, momentum, eps)
+    if training:
+        for given, updated in ((running_mean, mean), (running_var, variance)):
+            if given is not None and updated is not None and given is not updated:
+                given.copy_(updated)
+    return output
+
+
 def conv_block(
     z: Tensor,
     weight: Tensor | None,
@@ -75,7 +100,7 @@ def conv_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `dfs_engine.ops.conv_block`: (full, shared, average, exit)."""
     feature = F.relu(z) if relu_first else z
-    feature = F.batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps)
+    feature = batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps)
     feature = feature if residual is None else feature + residual
     feature = feature if relu_first else F.relu(feature)
     feature = F.max_pool2d(feature, 2) if pool else feature

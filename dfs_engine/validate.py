@@ -158,9 +158,10 @@ def _validate_problem(
             oracle[canonical] = canonical.run(getattr(reference, op), problem, exact, make_grad)
         for name in names:
             label = f"{problem.label}: {case}"
-            reason = backends.unsupported_dtype(name, DTYPES[dtype]) or case.unsupported(problem, name, DTYPES[dtype])
+            refused = backends.unsupported_dtype(op, name, DTYPES[dtype])
+            reason = refused or case.unsupported(problem, name, DTYPES[dtype])
             if reason is not None:
-                skipped = f"{op} {name} {dtype} {reason}"
+                skipped = f"{op} {name} {dtype}: {reason}"
                 report.skipped += [] if skipped in report.skipped else [skipped]
                 continue
             try:

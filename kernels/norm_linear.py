@@ -5,6 +5,9 @@ With D = grad_output, C channels, x_hat = (input - mean) * rstd, S the slice:
     m1 = D (W norm_weight) / C,  m2 = sum_o D * (output - bias - W norm_bias) / C
     grad_input = rstd * ((D W[:, S]) * norm_weight[S] - m1 - x_hat[:, S] * m2)
 
+Columns of the output that have lost digits of the product beside a large bias or W norm_bias (by which bound, see
+`dfs_engine.ops.norm_linear`) are multiplied anew.
+
 Any strides. float32, float16 and bfloat16, accumulated in float32; input and the normalisation's tensors may be wider
 than the linear's. Deterministic.
 """
@@ -25,6 +28,9 @@ _OP = "norm_linear_grad_input"
 # Of the kernels that are bound by memory: rows and columns of a tile.
 _TILE = {"BLOCK_M": 16, "BLOCK_N": 128, **config.PLAIN}
 
+# Of the product that replaces lost digits: along the reduced axis.
+_DOT = {"BLOCK_K": 32}
+
 # The input's tile takes registers that a matrix product's tile of 128 x 128 does not leave on sm_90.
 config.define(
     _OP,
@@ -39,7 +45,7 @@ def _weight_sums_kernel(
     bias,  # (out,) or None
     norm_weight,  # (channels,) or None
     norm_bias,  # (channels,) or None
-    sums,  # (2, out) float32: W norm_weight, and bias + W norm_bias
+    sums,  # (3, out) float32: W norm_weight; bias + W norm_bias; 1 where the output has lost digits beside it, else 0
     out,
     channels,
     stride_wo,
@@ -54,29 +60,45 @@ def _weight_sums_kernel(
     m_m = o_m < out
     b_gain = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_shift = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    b_gains = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    b_shifts = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, channels, BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < channels
         p_weight = weight + o_m[:, None] * stride_wo + o_n[None, :] * stride_wc
         b_weight = tl.load(p_weight, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        b_scaled = b_weight
         if norm_weight is not None:
-            b_gain += b_weight * tl.load(norm_weight + o_n * stride_nw, mask=m_n, other=0.0).to(tl.float32)[None, :]
-        else:
-            b_gain += b_weight
+            b_scaled *= tl.load(norm_weight + o_n * stride_nw, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        b_gain += b_scaled
+        b_gains += b_scaled * b_scaled
         if norm_bias is not None:
-            b_shift += b_weight * tl.load(norm_bias + o_n * stride_nb, mask=m_n, other=0.0).to(tl.float32)[None, :]
+            b_weight *= tl.load(norm_bias + o_n * stride_nb, mask=m_n, other=0.0).to(tl.float32)[None, :]
+            b_shift += b_weight
+            b_shifts += b_weight * b_weight
     b_sum = tl.sum(b_shift, axis=1)
+    b_size = tl.abs(b_sum) + tl.sqrt(tl.sum(b_shifts, axis=1))
     if bias is not None:
-        b_sum += tl.load(bias + o_m * stride_b, mask=m_m, other=0.0).to(tl.float32)
+        b_bias = tl.load(bias + o_m * stride_b, mask=m_m, other=0.0).to(tl.float32)
+        b_sum += b_bias
+        b_size += tl.abs(b_bias)
     tl.store(sums + o_m, tl.sum(b_gain, axis=1), mask=m_m)
     tl.store(sums + out + o_m, b_sum, mask=m_m)
+    # |c| + |W b| + |W_o * b| > sqrt(C) |W_o * g|
+    b_lossy = b_size > tl.sqrt(tl.sum(b_gains, axis=1) * channels)
+    tl.store(sums + 2 * out + o_m, b_lossy.to(tl.float32), mask=m_m)
 
 
 @triton.jit
 def _row_sums_kernel(
     grad_output,  # (rows, out)
     output,  # (rows, out)
-    weight_sums,  # (2, out) float32
+    input,  # (rows, channels)
+    mean,  # (rows,) float32
+    rstd,  # (rows,) float32
+    weight,  # (out, channels)
+    norm_weight,  # (channels,) or None
+    weight_sums,  # (3, out) float32
     sums,  # (2, rows) float32: m1 and m2
     rows,
     out,
@@ -85,11 +107,18 @@ def _row_sums_kernel(
     stride_go,
     stride_om,
     stride_oo,
+    stride_im,
+    stride_ic,
+    stride_wo,
+    stride_wc,
+    stride_nw,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
+    b_mean, b_rstd = tl.load(mean + o_m, mask=m_m, other=0.0), tl.load(rstd + o_m, mask=m_m, other=0.0)
     b_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, out, BLOCK_N):
@@ -101,7 +130,23 @@ def _row_sums_kernel(
         b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
         b_output = tl.load(p_output, mask=m_tile, other=0.0).to(tl.float32)
         b_1 += b_grad * tl.load(weight_sums + o_n, mask=m_n, other=0.0)[None, :]
-        b_2 += b_grad * (b_output - tl.load(weight_sums + out + o_n, mask=m_n, other=0.0)[None, :])
+        b_product = b_output - tl.load(weight_sums + out + o_n, mask=m_n, other=0.0)[None, :]
+        b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)
+        if tl.max(b_lossy, axis=0) > 0:
+            b_exact = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for done in range(0, channels, BLOCK_K):
+                o_k = done + tl.arange(0, BLOCK_K).to(tl.int64)
+                m_k = o_k < channels
+                p_input = input + o_m[:, None] * stride_im + o_k[None, :] * stride_ic
+                p_weight = weight + o_k[:, None] * stride_wc + o_n[None, :] * stride_wo
+                b_hat = tl.load(p_input, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                b_hat = (b_hat - b_mean[:, None]) * b_rstd[:, None]
+                if norm_weight is not None:
+                    b_hat *= tl.load(norm_weight + o_k * stride_nw, mask=m_k, other=0.0).to(tl.float32)[None, :]
+                b_weight = tl.load(p_weight, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+                b_exact = tl.dot(b_hat, b_weight, b_exact, input_precision="ieee", out_dtype=tl.float32)
+            b_product = tl.where(b_lossy[None, :] > 0, b_exact, b_product)
+        b_2 += b_grad * b_product
     tl.store(sums + o_m, tl.sum(b_1, axis=1) / channels, mask=m_m)
     tl.store(sums + rows + o_m, tl.sum(b_2, axis=1) / channels, mask=m_m)
 
@@ -223,7 +268,7 @@ def norm_linear_grad_input(
         return grad_input.zero_()
     grad_output, output, input = _rows(grad_output), _rows(output), _rows(input)
     (num_rows, out), num_channels = grad_output.shape, input.size(1)
-    weight_sums, row_sums = mean.new_empty((2, out)), mean.new_empty((2, num_rows))
+    weight_sums, row_sums = mean.new_empty((3, out)), mean.new_empty((2, num_rows))
     first, last = config.aligned(start, stop)
     columns, live = weight[:, first:last], input[:, first:last]
     gain, num_columns = None if norm_weight is None else norm_weight[first:last], columns.size(1)
@@ -242,8 +287,9 @@ def norm_linear_grad_input(
             *weight.stride(), _stride(bias), _stride(norm_weight), _stride(norm_bias), **_TILE,
         )  # fmt: skip
         _row_sums_kernel[_tiles(num_rows)](
-            grad_output, output, weight_sums, row_sums, num_rows, out, num_channels,
-            *grad_output.stride(), *output.stride(), **_TILE,
+            grad_output, output, input, mean, rstd, weight, norm_weight, weight_sums, row_sums,
+            num_rows, out, num_channels, *grad_output.stride(), *output.stride(), *input.stride(), *weight.stride(),
+            _stride(norm_weight), **_TILE, **_DOT,
         )  # fmt: skip
         config.launch(_OP, config.candidates(_OP, num_rows, stop - start, out, grad_output.dtype), run)
     return grad_input
@@ -305,4 +351,5 @@ def compilations() -> Iterator[Compilation]:
     for dtype in config.TYPE_NAMES.values():
         pointers = wide | dict.fromkeys(("weight", "bias", "grad_output", "output", "normalized"), f"*{dtype}")
         for kernel in (_weight_sums_kernel, _row_sums_kernel, _normalize_kernel):
-            yield config.compilation(f"norm_linear{kernel.__name__}-{dtype}", kernel, pointers, {**_TILE, **unit})
+            constants = {**_TILE, **_DOT, **unit}
+            yield config.compilation(f"norm_linear{kernel.__name__}-{dtype}", kernel, pointers, constants)

@@ -88,6 +88,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def exact_dtype(backend) -> torch.dtype:
+    """In which a backend's results are compared with an oracle: float64, which no kernel computes in, or float32."""
+    return torch.float64 if backend == "aten" else torch.float32
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """Folder that transformers saved: a BERT with random weights, and its tokenizer, whose words are w0 ... w39."""

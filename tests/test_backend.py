@@ -10,16 +10,55 @@ import pytest
 import torch
 
 from dfs_engine import backend as backends
-from dfs_engine import calibration, ops
+from dfs_engine import calibration, create_model, ops
 
-CALLS = {
-    "partitioned_conv2d": lambda **o: ops.partitioned_conv2d(
-        torch.randn(1, 4, 3, 3), torch.randn(2, 4, 1, 1), start=0, stop=2, **o
-    ),
-    "partitioned_linear": lambda **o: ops.partitioned_linear(
-        torch.randn(2, 4), torch.randn(3, 4), start=0, stop=2, **o
-    ),
+
+def random(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(size).to(dtype)
+
+
+def convolve_4(dtype: torch.dtype = torch.float32, **options) -> torch.Tensor:
+    weight = random(2, 4, 1, 1, dtype=dtype)
+    return ops.partitioned_conv2d(random(1, 4, 3, 3, dtype=dtype), weight, start=0, stop=2, **options)
+
+
+def multiply_4(dtype: torch.dtype = torch.float32, **options) -> torch.Tensor:
+    weight = random(3, 4, dtype=dtype)
+    return ops.partitioned_linear(random(2, 4, dtype=dtype), weight, start=0, stop=2, **options)
+
+
+CALLS = {"partitioned_conv2d": convolve_4, "partitioned_linear": multiply_4}
+
+
+def normalise_4(dtype: torch.dtype, **options) -> torch.Tensor:
+    parameters = (None, None, random(3, 4, dtype=dtype))
+    return ops.partitioned_norm_linear(random(2, 4, dtype=dtype), *parameters, start=0, stop=2, **options)
+
+
+def produce_4(dtype: torch.dtype, **options) -> torch.Tensor:
+    z = random(2, 4, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    parameters = (None, None, None, None)
+    return ops.conv_block(z, *parameters, num_shared=2, exit_start=2, **options).full
+
+
+def activate_4(dtype: torch.dtype, **options) -> torch.Tensor:
+    z = random(2, 4, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return ops.norm_relu(z, None, None, None, None, **options)
+
+
+DROP = {"dropout": lambda dtype, **options: ops.dropout(random(2, 4, dtype=dtype), **options)}
+# (what is called, the op that it counts as), on tensors of a dtype
+TYPED = {
+    **{name: (call, name) for name, call in (CALLS | DROP).items()},
+    "partitioned_norm_linear": (normalise_4, "partitioned_norm_linear"),
+    "conv_block": (produce_4, "conv_block"),
+    "norm_relu": (activate_4, "conv_block"),
 }
+NO_KERNEL = [
+    *((name, "cpp", torch.float64) for name in TYPED),
+    *((name, "triton", torch.float64) for name in TYPED if name != "dropout"),
+    *((name, "cpp", torch.float16) for name in ("conv_block", "norm_relu", "dropout")),
+]
 MISSING = "the C++ extension dfs_engine._C is not built for this torch"
 
 
@@ -74,6 +113,43 @@ def test_automatic_linear_takes_what_the_calibration_found(own, onednn, monkeypa
     CALLS["partitioned_linear"]()
     is_ours = (own or onednn) and backends.unavailable_reason("cpp") is None
     assert backends.last_used("partitioned_linear") == ("cpp" if is_ours else "aten")
+
+
+@pytest.mark.parametrize(("name", "backend", "dtype"), NO_KERNEL, ids=str)
+@pytest.mark.parametrize("way", ["argument", "use_backend"])
+def test_a_dtype_without_a_kernel_is_refused(name, backend, dtype, way, monkeypatch):
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *_: None)  # whatever this machine has
+    call, op = TYPED[name]
+    number = str(dtype).removeprefix("torch.")
+    message = (
+        rf"^{op}: backend '{backend}' was requested, but it has no kernel for {number}, only for float32, .*'aten'"
+    )
+    argument, in_force = (backend, None) if way == "argument" else (None, backend)
+    with backends.use_backend(in_force), pytest.raises(RuntimeError, match=message):
+        call(dtype=dtype, backend=argument)
+
+
+@pytest.mark.parametrize("name", [name for name in TYPED if name != "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_automatic_choice_says_aten_where_there_is_no_kernel(name, dtype):
+    call, op = TYPED[name]
+    call(dtype=dtype)
+    has_kernel = dtype in backends.KERNEL_DTYPES["cpp"][op] and backends.unavailable_reason("cpp") is None
+    assert backends.last_used(op) == ("cpp" if has_kernel else "aten")
+
+
+def test_a_model_without_a_kernel_for_its_dtype_is_refused_when_it_runs():
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    model = create_model("vgg7_64", width=4, backend="cpp", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"backend 'cpp' was requested, but it has no kernel for float64.*the model"):
+        model(model.example_input(2))
+    model = create_model("vgg7_64", width=4, backend="cpp")
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(RuntimeError, match=r"conv_block: backend 'cpp' was requested.*float16"),
+    ):
+        model(model.example_input(2))
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -148,6 +224,13 @@ CALL = "ops.partitioned_linear(torch.ones(2, 4), torch.ones(3, 4), start=0, stop
 def test_environment_variable():
     done = run(f"{CALL}print(backend.last_used('partitioned_linear'))", DFS_BACKEND="aten")
     assert done.stdout == "aten\n", done.stderr
+
+
+def test_environment_variable_is_an_explicit_request():
+    double = CALL.replace("4)", "4).double()")
+    done = run(double, DFS_BACKEND="cpp")
+    assert done.returncode == 1
+    assert "partitioned_linear: backend 'cpp' was requested, but" in done.stderr
 
 
 def test_environment_variable_that_is_misspelt():

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from dfs_engine import backend as backends
@@ -17,16 +16,17 @@ from dfs_engine.ops import _common, conv2d, linear, norm_linear
 
 logger = logging.getLogger(__name__)
 
-# op -> its file in kernels/, which has a function of the op's name; what serves float64 and what fits no configuration.
-_KERNELS: dict[str, tuple[str, Callable | None]] = {
-    "linear_grad_input": ("linear", linear.aten_grad_input),
-    "linear_grad_weight": ("linear", linear.aten_grad_weight),
-    "conv2d_grad_input": ("conv2d", conv2d.aten_grad_input),
-    "conv2d_grad_weight": ("conv2d", conv2d.aten_grad_weight),
-    "norm_linear_grad_input": ("norm_linear", norm_linear.aten_grad_input),
-    "norm_linear_grad_weight": ("norm_linear", norm_linear.aten_grad_weight),
-    "conv_block": ("conv_block", None),
-    "conv_block_backward": ("conv_block", None),
+# op -> its file in kernels/, which has a function of the op's name; whose dtypes it takes; what serves it where none of
+# its configurations fits the GPU.
+_KERNELS: dict[str, tuple[str, str, Callable | None]] = {
+    "linear_grad_input": ("linear", linear.NAME, linear.aten_grad_input),
+    "linear_grad_weight": ("linear", linear.NAME, linear.aten_grad_weight),
+    "conv2d_grad_input": ("conv2d", conv2d.NAME, conv2d.aten_grad_input),
+    "conv2d_grad_weight": ("conv2d", conv2d.NAME, conv2d.aten_grad_weight),
+    "norm_linear_grad_input": ("norm_linear", norm_linear.NAME, norm_linear.aten_grad_input),
+    "norm_linear_grad_weight": ("norm_linear", norm_linear.NAME, norm_linear.aten_grad_weight),
+    "conv_block": ("conv_block", "conv_block", None),
+    "conv_block_backward": ("conv_block", "conv_block", None),
 }
 # Their forwards are cuBLAS's and cuDNN's.
 _STOCK = {"linear": F.linear, "conv2d": F.conv2d}
@@ -34,21 +34,19 @@ _STOCK = {"linear": F.linear, "conv2d": F.conv2d}
 _said: set[str] = set()
 
 
-def _implementation(op: str, file: str, aten: Callable | None) -> Callable:
-    """Runs the kernel; `aten` instead in float64, or, with one warning, where no configuration fits the GPU.
+def _implementation(op: str) -> Callable:
+    """Runs the kernel; `aten` instead, with one warning, where no configuration fits the GPU.
 
     Raises:
-        RuntimeError: a dtype that the interpreter would compute wrongly.
+        RuntimeError: a dtype without a kernel.
         NoConfigFits: a forced configuration does not fit.
     """
+    file, public, aten = _KERNELS[op]
 
     def run(*args: Any) -> Any:
-        dtype = args[0].dtype
-        if aten is not None and dtype == torch.float64:
-            return aten(*args)
-        refused = backends.unsupported_dtype("triton", dtype)
+        refused = backends.unsupported_dtype(public, "triton", args[0].dtype)
         if refused is not None:
-            raise RuntimeError(f"{op}: {refused}. Use float32, float16, or a GPU.")
+            raise RuntimeError(f"{op}: {refused}. Use another dtype, or the aten backend.")
         kernel = getattr(importlib.import_module(f"dfs_engine.kernels.{file}"), op)
         try:
             return kernel(*args)
@@ -68,5 +66,5 @@ def register() -> None:
     key = "CPU" if INTERPRETED else "CUDA"
     for op, stock in _STOCK.items():
         _common.LIBRARY.impl(op, stock, key)
-    for op, (file, aten) in _KERNELS.items():
-        _common.LIBRARY.impl(op, _implementation(op, file, aten), key)
+    for op in _KERNELS:
+        _common.LIBRARY.impl(op, _implementation(op), key)

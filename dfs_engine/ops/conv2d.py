@@ -177,6 +177,10 @@ class _PartitionedConv2d(torch.autograd.Function):
         ctx.channels_last = dense_memory_format(data) is torch.channels_last
         keeps_input = ctx.needs_input_grad[2]
         ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        if data.size(1) == 0:
+            # Stock convolutions refuse to read nothing, and of a sum of zeros not all of them make zero.
+            output = data.new_zeros(_output_size(data, weight, geometry))
+            return output if bias is None else output + bias.view(-1, 1, 1)
         compute = F.conv2d if kernels == "aten" else torch.ops.dfs_engine.conv2d
         with _common.no_autocast(weight.device.type):
             return compute(data, weight, bias, *geometry)
@@ -197,13 +201,21 @@ class _PartitionedConv2d(torch.autograd.Function):
             if needs_input:
                 compute = aten_grad_input if is_aten else torch.ops.dfs_engine.conv2d_grad_input
                 grad_input = _grad_input(compute, ctx, grad_output, weight)
-            if needs_weight:
+            if needs_weight and weight.size(1) > 0:
                 reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.conv2d_grad_weight
                 geometry: Any = (*ctx.geometry, needs_bias)
                 grad_weight, grad_bias = reduce(grad_output, data, weight.shape, *geometry)
-            elif needs_bias:
-                grad_bias = grad_output.sum((0, 2, 3))
+            else:
+                grad_weight = torch.zeros_like(weight) if needs_weight else None  # without elements
+                grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None, None
+
+
+def _output_size(data: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair, int]) -> torch.Size:
+    """As stock computes or refuses it, whatever the number of channels."""
+    image = torch.empty((data.size(0), 1, *data.shape[2:]), device="meta")
+    kernel = torch.empty((weight.size(0), 1, *weight.shape[2:]), device="meta")
+    return F.conv2d(image, kernel, None, *geometry[:3]).shape
 
 
 def _grad_input(compute, ctx, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -319,10 +331,11 @@ def partitioned_conv2d(
             they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (N, in_channels, H, W), the data of all channels; never receives gradient. Then grad_input is narrow,
             (N, stop - start, H, W), and nothing is zero-filled.
-        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: on the CPU cpp where Winograd's algorithm
-            applies (3x3, stride 1, float32), for depthwise convolutions in channels_last, where a calibration of this
-            machine found its weight gradient faster than ATen's, and in half precision; on CUDA triton where the tuned
-            table of the GPU says that it wins on this shape; else aten.
+        backend: "reference", "aten", or, of fp32, bf16 and fp16, "cpp", "triton". None or "auto" picks, of those
+            dtypes: on the CPU cpp where Winograd's algorithm applies (3x3, stride 1, float32), for depthwise
+            convolutions in channels_last, where a calibration of this machine found its weight gradient faster than
+            ATen's, and in half precision; on CUDA triton where the tuned table of the GPU says that it wins on this
+            shape. Else aten.
 
     Returns:
         (N, out_channels, H', W'), dtype of input (of autocast, where that is on).
@@ -333,7 +346,8 @@ def partitioned_conv2d(
 
     Raises:
         ValueError: a slice out of range, shapes that do not match, tensors on several devices, an unknown backend.
-        TypeError: integer, complex or mixed dtypes. RuntimeError: a requested backend that is not there.
+        TypeError: integer, complex or mixed dtypes.
+        RuntimeError: a requested backend that is not there, or that has no kernel for the dtype.
     """
     input, full, weight, bias = _common.autocast(input, full, weight, bias)  # type: ignore[assignment]
     _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
@@ -378,8 +392,7 @@ def partitioned_conv2d(
     kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
     if kernels == "cpp":
         calibration.settle()
-    reads_nothing = start == stop and not reference  # not worth a fast path
-    if kernels == "reference" or reads_nothing:
+    if kernels == "reference":
         return oracle.partitioned_conv2d(
             input, weight, bias, *geometry, start=start, stop=stop, reference=reference, full=full
         )
@@ -403,6 +416,9 @@ def _sliced_conv2d(
 ) -> Tensor:
     """Without referencing: the convolution of the live channels alone, everything else reading as zero."""
     stride, padding, dilation, groups = geometry
+    if start == stop:
+        plain = (stride, padding, dilation, 1)
+        return _PartitionedConv2d.apply(live, None, weight[:, :0], bias, plain, 0, 0, kernels)
     window = _window(start, stop, weight, groups)
     offset, end = window.channels
     first_row, last_row = window.rows

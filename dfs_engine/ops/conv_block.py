@@ -19,8 +19,6 @@ from dfs_engine.ops import _common
 from dfs_engine.partition import dense_memory_format, expect_absent_gradients, fork_gradient
 
 NAME = "conv_block"
-# backend -> the dtypes that its kernels store; the others run the stock operators.
-_FUSED = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 _common.LIBRARY.define(
     "conv_block(Tensor z, Tensor gamma, Tensor beta, Tensor? residual, Tensor? running_mean, Tensor? running_var,"
@@ -203,16 +201,17 @@ def conv_block(
         residual: (N, C, H, W) of z's dtype, added between normalisation and ReLU: with relu_first=False, pool=False.
         num_shared: channels [0, num_shared) carry the deeper path's gradient.
         exit_start: the averages of channels [exit_start, C) carry the exit's gradient; at most num_shared.
-        backend: "aten" or "reference" (stock PyTorch), "cpp" (fused for fp32 and bf16, with sums in fp32 and fp64) or
-            "triton" (fused for fp16 too); other dtypes run the stock operators; None or "auto" picks: on the CPU cpp,
-            unless rearranging an NCHW input would cost more than it gains; on CUDA triton where the tuned table of the
-            GPU says that it wins on this shape; else aten.
+        backend: "aten" or "reference" (stock PyTorch), "cpp" (fused: fp32 and bf16, with sums in fp32 and fp64) or
+            "triton" (fused: fp32, bf16, fp16); None or "auto" picks: on the CPU, in those dtypes, cpp, unless
+            rearranging an NCHW input would cost more than it gains; on CUDA triton where the tuned table of the GPU
+            says that it wins on this shape; else aten.
 
     Raises:
         ValueError: shapes or channel numbers that do not match, one value per channel when training, several devices,
             a residual where none can be added.
         TypeError: integer or complex tensors, a residual of another dtype, channel numbers that are not integers.
-        RuntimeError: a requested backend that is not there; differentiating the fused backward again.
+        RuntimeError: a requested backend that is not there or has no kernel for the dtype; differentiating the fused
+            backward again.
     """
     z, residual = _common.autocast(z, residual)  # type: ignore[assignment]
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -239,7 +238,7 @@ def conv_block(
             )
         )
     norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
-    if z.dtype in _FUSED.get(kernels, ()):
+    if kernels in backends.KERNEL_DTYPES:
         return _fused(z, norm, residual, pool, relu_first, num_shared, exit_start)
     feature = _stock(z, norm, residual, relu_first)
     feature = F.max_pool2d(feature, 2) if pool else feature
@@ -277,7 +276,7 @@ def norm_relu(
     _check_residual(z, residual, False, False)
     kernels = backends.select(NAME, z.device, z.dtype, backend, functools.partial(_wins, z, residual, False))
     norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
-    if z.dtype in _FUSED.get(kernels, ()):
+    if kernels in backends.KERNEL_DTYPES:
         feature, mean, variance = _NormReLU.apply(z, *_affine(z, norm), residual, *_given(norm), norm.eps)
         _update(z, norm, mean, variance)
         return feature
@@ -296,9 +295,7 @@ class _Norm(NamedTuple):
 
 def _stock(z: Tensor, norm: _Norm, residual: Tensor | None, relu_first: bool) -> Tensor:
     feature = F.relu(z) if relu_first else z
-    # ATen's backward on channels_last reads a strided weight as if it were contiguous.
-    dense_weight = None if norm.weight is None else norm.weight.contiguous()
-    feature = F.batch_norm(feature, norm.running_mean, norm.running_var, dense_weight, norm.bias, *norm[4:])
+    feature = oracle.batch_norm(feature, norm.running_mean, norm.running_var, norm.weight, norm.bias, *norm[4:])
     feature = feature if residual is None else feature + residual
     return feature if relu_first else F.relu(feature)
 
@@ -359,7 +356,14 @@ def _check(
     for name, parameter in parameters.items():
         if parameter is not None and parameter.shape != (channels,):
             raise ValueError(f"{NAME}: expected {name} of shape ({channels},), got {tuple(parameter.shape)}.")
-    given = [parameters[name] is not None for name in ("running_mean", "running_var")]
+    statistics = {name: parameters[name] for name in ("running_mean", "running_var")}
+    for name, statistic in statistics.items():
+        if training and statistic is not None and channels > 1 and statistic.stride(0) == 0:
+            raise ValueError(
+                f"{NAME}: expected {name} with a number of its own per channel, to be updated when training, "
+                f"got one of stride 0. Pass `{name}.clone()`."
+            )
+    given = [statistic is not None for statistic in statistics.values()]
     if any(given) != all(given):
         raise ValueError(f"{NAME}: expected both running_mean and running_var, or neither, got one.")
     if not training and not all(given):

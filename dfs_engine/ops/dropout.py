@@ -12,8 +12,6 @@ from dfs_engine.ops import _common
 
 NAME = "dropout"
 
-_DTYPES = (torch.float32, torch.bfloat16)
-
 # An element's fate depends on the seed and on its place alone: nothing but the seed is kept for the backward.
 _common.LIBRARY.define("dropout(Tensor input, Tensor seed, float p) -> Tensor")
 _common.register_fake("dropout", lambda input, seed, p: input.new_empty(input.shape))
@@ -33,9 +31,19 @@ torch.library.register_autograd("dfs_engine::dropout", _backward, setup_context=
 
 
 def has_dropout_kernel(input: Tensor, backend: str | None = None) -> bool:
-    """Whether `dropout` runs this project's kernel: float32 and bfloat16 on the CPU, with the extension."""
-    chosen = backends.requested(backend) in (None, "cpp")
-    return chosen and input.dtype in _DTYPES and backends.unavailable_reason("cpp", input.device.type) is None
+    """Whether `dropout` runs this project's kernel: float32 and bfloat16 on the CPU, with the extension.
+
+    Raises:
+        RuntimeError: "cpp" is requested, and cannot run here or has no kernel for this dtype.
+    """
+    explicit = backends.requested(backend)
+    if explicit is None:
+        is_known = backends.unsupported_dtype(NAME, "cpp", input.dtype) is None and not backends.is_transforming()
+        return is_known and backends.unavailable_reason("cpp", input.device.type) is None
+    if explicit == "cpp":
+        backends.check_no_transform(NAME)
+        backends.check_request(NAME, "cpp", input.device, input.dtype)
+    return explicit == "cpp"
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, backend: str | None = None) -> Tensor:
@@ -47,13 +55,15 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, backend: st
     Args:
         input: any shape and strides, a floating dtype.
         p: 0 <= p <= 1. training: False returns the input.
-        backend: "cpp" and None pick this project's kernel where there is one (see `has_dropout_kernel`), others ATen's.
+        backend: "cpp" is this project's kernel, of float32 and bfloat16 on the CPU; None or "auto" picks it where it
+            can run, else ATen's. The others are ATen's: Triton has no kernel of it, whose device ATen's is made for.
 
     Returns:
         a tensor like input. A dropped infinity or NaN is NaN.
 
     Raises:
         ValueError: p out of range. TypeError: no floating-point tensor.
+        RuntimeError: "cpp" is requested, and cannot run here or has no kernel for this dtype.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"{NAME}: expected 0 <= p <= 1, got p={p}.")

@@ -87,9 +87,14 @@ class _PartitionedLinear(torch.autograd.Function):
         ctx.in_features = weight.size(1)
         keeps_input = ctx.needs_input_grad[2]
         ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        data = input if full is None else full
+        if data.size(-1) == 0:
+            # Of a sum without terms not every stock kernel makes zero.
+            output = data.new_zeros((*data.shape[:-1], weight.size(0)))
+            return output if bias is None else output + bias
         compute = F.linear if kernels == "aten" else torch.ops.dfs_engine.linear
         with _common.no_autocast(weight.device.type):
-            return compute(input if full is None else full, weight, bias)
+            return compute(data, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -143,9 +148,10 @@ def partitioned_linear(
             they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (..., in_features), the data of all features; never receives gradient. Then grad_input is narrow,
             (..., stop - start), and nothing is zero-filled.
-        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: on the CPU cpp where a calibration of this
-            machine found its matrix product faster than ATen's, and in half precision; on CUDA triton where the tuned
-            table of the GPU says that it wins on this shape; else aten.
+        backend: "reference", "aten", or, of fp32, bf16 and fp16, "cpp", "triton". None or "auto" picks, of those
+            dtypes: on the CPU cpp where a calibration of this machine found its matrix product faster than ATen's, and
+            in half precision; on CUDA triton where the tuned table of the GPU says that it wins on this shape. Else
+            aten.
 
     Returns:
         (..., out_features), dtype of input (of autocast, where that is on).
@@ -156,7 +162,8 @@ def partitioned_linear(
 
     Raises:
         ValueError: a slice out of range, shapes that do not match, tensors on several devices, an unknown backend.
-        TypeError: integer, complex or mixed dtypes. RuntimeError: a requested backend that is not there.
+        TypeError: integer, complex or mixed dtypes.
+        RuntimeError: a requested backend that is not there, or that has no kernel for the dtype.
     """
     input, full, weight, bias = _common.autocast(input, full, weight, bias)  # type: ignore[assignment]
     _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
@@ -186,7 +193,7 @@ def partitioned_linear(
         calibration.settle()
     if kernels == "reference":
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
-    if kernels == "aten" and full is None and stop - start == weight.size(1):
+    if kernels == "aten" and full is None and stop - start == weight.size(1) > 0:
         with _common.no_autocast(weight.device.type):
             return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
     if not reference:

@@ -6,6 +6,10 @@ wider than the slice. With z = LN(x) W^T + c, D = dL/dz, s the inverse deviation
     dL/dx[:, S] = s * ((D W[:, S]) * g[S] - m1 - x_hat[:, S] * m2)
     m1 = D (W g) / C,  m2 = sum_o D * (z - c - W b) / C
     A = D^T x_hat,  dW = A * g + (sum_n D) outer b,  dg = colsum(W * A),  db = W^T (sum_n D),  dc = sum_n D
+
+z - c - W b has lost digits in the columns o where c or W b is far larger than it. That z was rounded costs the gradient
+more than its own rounding where |c| + |W b| + |W_o * b| > sqrt(C) |W_o * g| (vector norms): these columns, of which
+networks have few or none, are multiplied anew.
 """
 
 from collections.abc import Callable
@@ -25,6 +29,10 @@ from dfs_engine.ops import _common, linear
 NAME = "partitioned_norm_linear"
 
 _common.LIBRARY.define(
+    "norm_linear_row_sums(Tensor grad_output, Tensor output, Tensor input, Tensor mean, Tensor rstd,"
+    " Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias) -> (Tensor m1, Tensor m2)"
+)
+_common.LIBRARY.define(
     "norm_linear_grad_input(Tensor grad_output, Tensor output, Tensor input, Tensor mean, Tensor rstd,"
     " Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, SymInt start, SymInt stop) -> Tensor"
 )
@@ -38,6 +46,10 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _fake_row_sums(grad_output, output, input, mean, rstd, *parameters) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
 def _fake_grad_input(
     grad_output, output, input, mean, rstd, norm_weight, norm_bias, weight, bias, start: int, stop: int
 ) -> Tensor:
@@ -49,6 +61,7 @@ def _fake_grad_weight(grad_output: Tensor, input: Tensor, mean: Tensor, rstd: Te
     return mean.new_empty((out_features, input.size(-1))), mean.new_empty(out_features)
 
 
+_common.register_fake("norm_linear_row_sums", _fake_row_sums)
 _common.register_fake("norm_linear_grad_input", _fake_grad_input)
 _common.register_fake("norm_linear_grad_weight", _fake_grad_weight)
 
@@ -64,14 +77,44 @@ def _flops_grad_weight(grad_output_shape, input_shape, *args, out_shape=None, **
     return 2 * linear._rows(grad_output_shape) * grad_output_shape[-1] * input_shape[-1]
 
 
-def _row_vectors(
-    norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+def _row_sums(
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """W g and c + W b, (out_features,) each in `dtype`: what a row of grad_output is multiplied with for m1 and m2."""
-    weight = weight.to(dtype)
-    gain = weight.sum(1) if norm_weight is None else weight @ norm_weight.to(dtype)
-    shift = torch.zeros_like(gain) if norm_bias is None else weight @ norm_bias.to(dtype)
-    return gain, shift if bias is None else shift + bias
+    """`dfs_engine::norm_linear_row_sums`, an op because of what depends on values: m1 and m2, (..., 1) each."""
+    dtype, num_channels = mean.dtype, input.size(-1)
+    weight, wide_grad = weight.to(dtype), grad_output.to(dtype)
+    scaled = weight if norm_weight is None else weight * norm_weight.to(dtype)
+    products = output.to(dtype)
+    if norm_bias is not None or bias is not None:
+        shift, size = weight.new_zeros(weight.size(0)), weight.new_zeros(weight.size(0))
+        if norm_bias is not None:
+            shifted = weight * norm_bias.to(dtype)
+            shift = shifted.sum(1)
+            size = shift.abs() + shifted.norm(dim=1)
+        if bias is not None:
+            shift, size = shift + bias, size + bias.abs()
+        products = products - shift
+        lossy = _lossy_columns(size, num_channels**0.5 * scaled.norm(dim=1))
+        if lossy.numel() > 0:
+            normalized = (input.to(dtype) - mean) * rstd
+            products.index_copy_(-1, lossy, normalized @ scaled[lossy].t())
+    m1 = (wide_grad @ scaled.sum(1)).unsqueeze(-1) / num_channels
+    return m1, (wide_grad * products).sum(-1, keepdim=True) / num_channels
+
+
+def _lossy_columns(size: Tensor, bound: Tensor) -> Tensor:
+    """Where `size` exceeds `bound`."""
+    if size.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.arange(len(size), device=size.device)  # a graph cannot ask for values: all of them
+    return (size > bound).nonzero().squeeze(1)
 
 
 def _grad_input(
@@ -89,13 +132,11 @@ def _grad_input(
     stop: int,
 ) -> Tensor:
     """(..., stop - start), dtype of input; `product` computes grad_input of the linear."""
-    dtype, num_channels = mean.dtype, input.size(-1)
-    gain, shift = _row_vectors(norm_weight, norm_bias, weight, bias, dtype)
-    wide_grad = grad_output.to(dtype)
-    m1 = (wide_grad @ gain).unsqueeze(-1) / num_channels
-    m2 = (wide_grad * (output - shift)).sum(-1, keepdim=True) / num_channels
+    m1, m2 = torch.ops.dfs_engine.norm_linear_row_sums(
+        grad_output, output, input, mean, rstd, norm_weight, norm_bias, weight, bias
+    )
     normalized = (input[..., start:stop] - mean) * rstd
-    grad = product(grad_output, weight, start, stop).to(dtype)
+    grad = product(grad_output, weight, start, stop).to(mean.dtype)
     if norm_weight is not None:
         grad = grad * norm_weight[start:stop]
     return (rstd * (grad - m1 - normalized * m2)).to(input.dtype)
@@ -133,6 +174,7 @@ def _default_grad_weight(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 # Where a device has no kernel of its own for these two, it still has the ones of the linear.
+_common.LIBRARY.impl("norm_linear_row_sums", _row_sums, "CompositeExplicitAutograd")
 _common.LIBRARY.impl("norm_linear_grad_input", _default_grad_input, "CompositeExplicitAutograd")
 _common.LIBRARY.impl("norm_linear_grad_weight", _default_grad_weight, "CompositeExplicitAutograd")
 
@@ -244,8 +286,9 @@ def partitioned_norm_linear(
             they read as zero, and the normalisation still runs over all C channels.
         full: (..., C), the data of all channels; never receives gradient. Then grad_input is narrow,
             (..., stop - start), and nothing is zero-filled.
-        backend: "reference", "aten", "cpp", "triton"; None or "auto" picks: cpp on the CPU; on CUDA triton where the
-            tuned table of the GPU says that it wins on this shape, else aten.
+        backend: "reference", "aten", or, of fp32, bf16 and fp16, "cpp", "triton". None or "auto" picks, of those
+            dtypes: as the linear on the CPU; on CUDA triton where the tuned table of the GPU says that it wins on this
+            shape. Else aten.
 
     Returns:
         (..., out_features), dtype of weight. Under autocast the normalisation computes in float32 and the linear in
@@ -257,7 +300,8 @@ def partitioned_norm_linear(
 
     Raises:
         ValueError: a slice out of range, shapes that do not match, tensors on several devices, an unknown backend.
-        TypeError: integer, complex or mixed dtypes. RuntimeError: a requested backend that is not there.
+        TypeError: integer, complex or mixed dtypes.
+        RuntimeError: a requested backend that is not there, or that has no kernel for the dtype.
     """
     normed = {"input": input, "full": full, "norm_weight": norm_weight, "norm_bias": norm_bias}
     is_autocast = isinstance(weight, Tensor) and _common.is_autocast(weight.device.type)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfs_engine import reference
 from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
-from dfs_engine.ops import conv_block, partitioned_conv2d, partitioned_linear, partitioned_norm_linear
+from dfs_engine.ops import conv2d, conv_block, partitioned_conv2d, partitioned_linear, partitioned_norm_linear
 from dfs_engine.partition import Partition
 
 pytestmark = [
@@ -209,14 +209,14 @@ class TestBeyond32BitOffsets:
         geometry = ([1, 1], [1, 1], [1, 1], 1)
         op = torch.ops.dfs_engine.conv2d_grad_input
         grad_input = op(grad, weight, [batch, channels, size, size], *geometry, 0, channels, True)
-        alone = op(grad[-3:].double(), weight.double(), [3, channels, size, size], *geometry, 0, channels, True)
+        tail = grad[-3:].double()
+        alone = conv2d.aten_grad_input(tail, weight.double(), [3, channels, size, size], *geometry, 0, channels, True)
         assert_close("grad_input", grad_input[-3:], alone)
         # Only the last images count, and their sum is small enough for float64.
         grad[:-3] = 0
         weight_size = list(weight.shape)
         grad_weight, _ = torch.ops.dfs_engine.conv2d_grad_weight(grad, grad_input, weight_size, *geometry, False)
-        tail = grad[-3:].double(), grad_input[-3:].double()
-        alone, _ = torch.ops.dfs_engine.conv2d_grad_weight(*tail, weight_size, *geometry, False)
+        alone, _ = conv2d.aten_grad_weight(tail, grad_input[-3:].double(), weight_size, *geometry, False)
         assert_close("grad_weight", grad_weight, alone)
 
     @pytest.mark.parametrize("pool", [False, True], ids=["flat", "pool"])

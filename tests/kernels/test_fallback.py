@@ -30,7 +30,7 @@ def operands(monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def implementation():
-    return _triton._implementation("linear_grad_input", "linear", linear.aten_grad_input)
+    return _triton._implementation("linear_grad_input")
 
 
 def test_aten_takes_over_and_says_so_once(operands, caplog):

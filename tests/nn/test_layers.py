@@ -71,13 +71,15 @@ def test_same_parameters_and_state_dict_under_the_same_seed(kind):
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
-def test_values_and_gradients(kind, reference, backend):
+def test_values_and_gradients(kind, reference, backend, exact_dtype):
     stock_class, layer_class, sizes, options, shape = kind
-    layer = layer_class(*sizes, **options, **DD, start=START, stop=STOP, reference=reference, backend=backend)
-    stock = stock_class(*sizes, **options, **DD)
+    layer = layer_class(
+        *sizes, **options, dtype=exact_dtype, start=START, stop=STOP, reference=reference, backend=backend
+    )
+    stock = stock_class(*sizes, **options, dtype=exact_dtype)
     stock.load_state_dict(layer.state_dict())
     axis = 1 if stock_class is nn.Conv2d else -1
-    input = torch.randn(shape, requires_grad=True, **DD)
+    input = torch.randn(shape, requires_grad=True, dtype=exact_dtype)
     mask = masked(input, axis)
     # The published formulation: whole data, or zero, outside the slice, and no gradient there.
     seen = input * mask + (input * (1 - mask)).detach() * reference
@@ -173,15 +175,17 @@ def test_wrong_channel_count_names_the_shapes():
         PartitionedLinear(6, 2)(torch.randn(1, 5))
 
 
-def test_convert_linears_keeps_parameters_names_and_values(backend):
+def test_convert_linears_keeps_parameters_names_and_values(backend, exact_dtype):
     class Lookalike(nn.Linear):
         def forward(self, input):
             return 2 * super().forward(input)
 
     model = nn.Sequential(
-        nn.Linear(4, 3, **DD), nn.Sequential(nn.GELU(), nn.Linear(3, 5, False, **DD)), Lookalike(5, 2, **DD)
+        nn.Linear(4, 3, dtype=exact_dtype),
+        nn.Sequential(nn.GELU(), nn.Linear(3, 5, False, dtype=exact_dtype)),
+        Lookalike(5, 2, dtype=exact_dtype),
     )
-    input = torch.randn(2, 7, 4, **DD)
+    input = torch.randn(2, 7, 4, dtype=exact_dtype)
     parameters, state, expected = list(model.parameters()), model.state_dict(), model(input)
     truth = torch.autograd.grad(expected.square().sum(), parameters)
     convert_linears(model, backend)

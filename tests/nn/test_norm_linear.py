@@ -11,11 +11,11 @@ from dfs_engine.nn import VARIANTS, Fork, apply_norm_linear
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def layers(affine: bool = True) -> tuple[nn.LayerNorm, nn.Linear]:
-    norm = nn.LayerNorm(10, eps=1e-3, elementwise_affine=affine, dtype=torch.float64)
+def layers(affine: bool = True, dtype: torch.dtype = torch.float64) -> tuple[nn.LayerNorm, nn.Linear]:
+    norm = nn.LayerNorm(10, eps=1e-3, elementwise_affine=affine, dtype=dtype)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
-    return norm, nn.Linear(10, 7, bias=affine, dtype=torch.float64)
+    return norm, nn.Linear(10, 7, bias=affine, dtype=dtype)
 
 
 def differentiate(feature: torch.Tensor, fork: Fork, reader: int, norm: nn.LayerNorm, linear: nn.Linear) -> list:
@@ -31,8 +31,10 @@ def differentiate(feature: torch.Tensor, fork: Fork, reader: int, norm: nn.Layer
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
 @pytest.mark.parametrize("exit_gradient", ["own", "whole"])
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
-def test_every_variant_computes_what_detach_computes(variant, beta, reference, exit_gradient, affine, backend):
-    feature, (norm, linear) = torch.randn(2, 3, 10, dtype=torch.float64), layers(affine)
+def test_every_variant_computes_what_detach_computes(
+    variant, beta, reference, exit_gradient, affine, backend, exact_dtype
+):
+    feature, (norm, linear) = torch.randn(2, 3, 10, dtype=exact_dtype), layers(affine, exact_dtype)
     options = {"reference": reference, "exit_gradient": exit_gradient, "dim": -1}
     for reader in (0, 1):
         expected = differentiate(feature, Fork(beta, "detach", **options), reader, norm, linear)
@@ -44,8 +46,8 @@ def test_every_variant_computes_what_detach_computes(variant, beta, reference, e
             assert backends.last_used("partitioned_norm_linear") == backend
 
 
-def test_a_feature_that_is_not_split(backend):
-    feature, (norm, linear) = torch.randn(4, 10, dtype=torch.float64, requires_grad=True), layers()
+def test_a_feature_that_is_not_split(backend, exact_dtype):
+    feature, (norm, linear) = torch.randn(4, 10, dtype=exact_dtype, requires_grad=True), layers(dtype=exact_dtype)
     whole = Fork(0.5, "dfs", dim=-1, backend=backend).whole(feature)
     results = [apply_norm_linear(norm, linear, given) for given in (whole, feature)]
     grads = [torch.autograd.grad(output.square().sum(), [feature, *norm.parameters()]) for output in results]

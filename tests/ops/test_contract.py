@@ -58,8 +58,8 @@ def gradients(output: torch.Tensor, tensors: dict, grad_output: torch.Tensor, **
 
 
 @pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
-def test_both_forms_agree_and_the_plain_one_is_zero_outside(op, call, referencing):
-    tensors = make(op)
+def test_both_forms_agree_and_the_plain_one_is_zero_outside(op, call, referencing, exact_dtype):
+    tensors = make(op, exact_dtype)
     feature = live_and_full(op, tensors)
     outputs = call(tensors, reference=referencing), call(feature, reference=referencing)
     assert torch.equal(*outputs)
@@ -73,11 +73,41 @@ def test_both_forms_agree_and_the_plain_one_is_zero_outside(op, call, referencin
     assert torch.equal(plain["input"], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["plain", "full"])
+@pytest.mark.parametrize("edge", [0, 3, CHANNELS])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+def test_an_empty_slice_without_referencing_reads_nothing(op, call, backend, dtype, form, edge, has_bias):
+    """The output is the bias or zero, and gradients are zero, exactly: whatever input and weight hold."""
+    if dtype is torch.float64 and backend != "aten":
+        pytest.skip("no kernel computes in float64")
+    tensors = make(op, dtype)
+    with torch.no_grad():
+        tensors["input"].fill_(float("nan"))
+        tensors["weight"].fill_(float("inf"))
+    given = {**tensors, "bias": tensors["bias"] if has_bias else None}
+    if form == "full":
+        full = tensors["input"].detach()
+        given |= {"full": full, "input": full.narrow(AXIS[op], edge, 0).requires_grad_()}
+    output = call(given, start=edge, stop=edge, reference=False)
+    shape = [1, -1, 1, 1] if AXIS[op] == 1 else [-1]
+    expected = tensors["bias"].detach().view(shape).expand_as(output) if has_bias else torch.zeros_like(output)
+    assert torch.equal(output, expected)
+    grad_output = torch.randn_like(output)
+    output.backward(grad_output)
+    for name in ("input", "weight"):
+        assert given[name].grad.shape == given[name].shape
+        assert not given[name].grad.any()
+    if has_bias:
+        over = [axis for axis in range(output.dim()) if axis != AXIS[op] % output.dim()]
+        assert_close("grad_bias", given["bias"].grad, grad_output.double().sum(over))
+
+
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join(map(str, map(int, w))))
 @pytest.mark.parametrize("form", ["plain", "full"])
 @pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
-def test_only_what_is_asked_for_is_computed(op, call, wanted, form, referencing):
-    tensors = make(op)
+def test_only_what_is_asked_for_is_computed(op, call, wanted, form, referencing, exact_dtype):
+    tensors = make(op, exact_dtype)
     if form == "full":
         tensors = live_and_full(op, tensors)
     for name, is_wanted in zip(NAMES, wanted, strict=True):
@@ -97,11 +127,11 @@ def test_only_what_is_asked_for_is_computed(op, call, wanted, form, referencing)
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda w: "".join(map(str, map(int, w))))
-def test_the_function_returns_none_for_what_is_not_asked_for(op, call, wanted):
+def test_the_function_returns_none_for_what_is_not_asked_for(op, call, wanted, exact_dtype):
     """Below autograd, which would drop an unwanted gradient after it was computed: the node itself gives None."""
     if not any(wanted):
         return
-    tensors = make(op)
+    tensors = make(op, exact_dtype)
     for name, is_wanted in zip(NAMES, wanted, strict=True):
         tensors[name].requires_grad_(is_wanted)
     output = call(tensors)
@@ -123,8 +153,8 @@ def saved_by(function: Callable) -> set[int]:
 
 
 @pytest.mark.parametrize("form", ["plain", "full"])
-def test_the_input_is_saved_only_for_the_weight(op, call, form):
-    tensors = make(op)
+def test_the_input_is_saved_only_for_the_weight(op, call, form, exact_dtype):
+    tensors = make(op, exact_dtype)
     if form == "full":
         tensors = live_and_full(op, tensors)
     data = tensors["full" if form == "full" else "input"].data_ptr()
@@ -133,8 +163,8 @@ def test_the_input_is_saved_only_for_the_weight(op, call, form):
     assert data not in saved_by(lambda: call(tensors))
 
 
-def test_nothing_is_saved_under_no_grad(op, call):
-    tensors = make(op)
+def test_nothing_is_saved_under_no_grad(op, call, exact_dtype):
+    tensors = make(op, exact_dtype)
     with torch.no_grad():
         assert not saved_by(lambda: call(tensors))
         assert not call(tensors).requires_grad
@@ -176,8 +206,8 @@ def test_one_and_two_threads_agree(op, call):
 
 @pytest.mark.parametrize("form", ["plain", "full"])
 @pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
-def test_nothing_is_written_to(op, call, form, referencing):
-    tensors = make(op)
+def test_nothing_is_written_to(op, call, form, referencing, exact_dtype):
+    tensors = make(op, exact_dtype)
     if form == "full":
         tensors = live_and_full(op, tensors)
     output = call(tensors, reference=referencing)
@@ -189,8 +219,8 @@ def test_nothing_is_written_to(op, call, form, referencing):
         assert torch.equal(tensor, copy)
 
 
-def test_an_input_written_to_before_the_backward_is_refused(op, call):
-    tensors = make(op)
+def test_an_input_written_to_before_the_backward_is_refused(op, call, exact_dtype):
+    tensors = make(op, exact_dtype)
     data = tensors["input"] * 1
     output = call({**tensors, "input": data})
     data.add_(1)
@@ -198,38 +228,41 @@ def test_an_input_written_to_before_the_backward_is_refused(op, call):
         output.sum().backward()
 
 
-def test_full_never_receives_gradient(op, call):
-    tensors = live_and_full(op, make(op))
+def test_full_never_receives_gradient(op, call, exact_dtype):
+    tensors = live_and_full(op, make(op, exact_dtype))
     tensors["full"].requires_grad_()
     call(tensors).sum().backward()
     assert tensors["full"].grad is None
 
 
 @pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
-def test_gradcheck_on_the_live_slice(op, call, referencing):
+def test_gradcheck_on_the_live_slice(op, referencing):
     """With the frozen part held constant: `full` is rebuilt around each live part that gradcheck tries."""
     tensors = live_and_full(op, make(op))
     leaves = tuple(tensors[name] for name in NAMES)
 
     def function(*leaves):
         full = reference.live_slice(leaves[0], START, STOP, True, AXIS[op], tensors["full"]).detach()
-        return call({**dict(zip(NAMES, leaves, strict=True)), "full": full}, reference=referencing)
+        given = dict(zip(NAMES, leaves, strict=True))
+        return getattr(ops, op)(**given, full=full, reference=referencing, **OPTIONS[op])
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def test_gradcheck_on_the_whole_input_fails_by_design(op, call):
+def test_gradcheck_on_the_whole_input_fails_by_design(op):
     """The backward is not the forward's derivative: the output does depend on channels whose gradient is stopped."""
     tensors = make(op)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        torch.autograd.gradcheck(lambda input: call({**tensors, "input": input}), tensors["input"])
+        torch.autograd.gradcheck(
+            lambda input: getattr(ops, op)(**{**tensors, "input": input}, **OPTIONS[op]), tensors["input"]
+        )
 
 
 @pytest.mark.parametrize("form", ["plain", "full"])
 @pytest.mark.parametrize("referencing", [True, False], ids=["reference", "no-reference"])
-def test_double_backward_equals_the_oracle(op, call, form, referencing):
-    tensors = make(op)
+def test_double_backward_equals_the_oracle(op, call, form, referencing, exact_dtype):
+    tensors = make(op, exact_dtype)
     if form == "full":
         tensors = live_and_full(op, tensors)
     leaves = [tensors[name] for name in NAMES]
@@ -264,9 +297,9 @@ def test_mixed_dtypes_and_devices(op, call, name):
         call({**tensors, name: value.to("meta")})
 
 
-def test_a_tensor_that_is_none_or_a_list(op, call):
+def test_a_tensor_that_is_none_or_a_list(op, call, exact_dtype):
     with pytest.raises(TypeError, match=rf"^{op}: expected a Tensor, got weight=\[\[1\.0\]\] of type list"):
-        call({**make(op), "weight": [[1.0]]})
+        call({**make(op, exact_dtype), "weight": [[1.0]]})
 
 
 def test_meta_tensors_give_shapes(op):

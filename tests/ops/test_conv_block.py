@@ -146,11 +146,10 @@ def check(tensors: dict[str, Tensor], *, backend: str, grads=None, tolerance: To
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @FORM
 @TRAINING
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_equals_stock_in_float64(shape, form, training, dtype, backend):
+def test_equals_stock_in_float64(shape, form, training, backend, exact_dtype):
     for num_shared, exit_start in routes(shape[1]):
         check(
-            make(shape, dtype, form, training),
+            make(shape, exact_dtype, form, training),
             backend=backend,
             **form.options,
             training=training,
@@ -225,6 +224,55 @@ def test_any_strides_of_the_input(layout, form, backend):
     tensors = make((2, 17, 5, 7), form=form)
     options = {**form.options, "num_shared": 8, "exit_start": 8, "backend": backend}
     check({**tensors, "z": layout(tensors["z"]), "weight": every_other(tensors["weight"])}, **options)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", *STATISTICS])
+@pytest.mark.parametrize("layout", [expanded, every_other])
+@pytest.mark.parametrize("z_layout", [torch.Tensor.contiguous, channels_last])
+@FORM
+@TRAINING
+def test_any_strides_of_parameters_and_statistics(name, layout, z_layout, form, training, backend, exact_dtype):
+    """Whatever ATen's batch norm makes of them in channels_last; an update reaches the caller's own statistics."""
+    if training and name in STATISTICS and layout is expanded:
+        pytest.skip("refused: see the next test")
+    tensors = make((2, 17, 5, 7), exact_dtype, form, training)
+    tensors |= {"z": z_layout(tensors["z"]), name: layout(tensors[name].abs() + 0.5)}
+    if form.residual:
+        tensors["residual"] = residual_of(tensors, training)
+    options = {**form.options, "training": training, "num_shared": 8, "exit_start": 8}
+    statistics = [tensors[name].detach().clone() for name in STATISTICS]
+    if name in STATISTICS and layout is every_other:
+        # In a buffer of another tensor's, which has to change where it is.
+        index = STATISTICS.index(name)
+        statistics[index] = tensors[name].new_full((17, 2), float("nan"))[:, 0].copy_(tensors[name])
+    elif name in STATISTICS:
+        statistics[STATISTICS.index(name)] = tensors[name]
+    leaves = leaves_of(tensors)
+    wide = {key: tensor.double() for key, tensor in tensors.items()}
+    exact = leaves_of(wide | {key: tensor.contiguous() for key, tensor in wide.items() if tensor.dim() == 1})
+    wide_statistics = [wide[name].clone(memory_format=torch.contiguous_format) for name in STATISTICS]
+    produced = call(conv_block, leaves, statistics, backend=backend, **options)
+    expected = call(reference.conv_block, exact, wide_statistics, **options)
+    grads = [torch.randn_like(expected.shared), torch.randn_like(expected.exit)]
+    found = torch.autograd.grad(
+        [produced.shared, produced.exit], list(leaves.values()), [grad.to(exact_dtype) for grad in grads]
+    )
+    truth = torch.autograd.grad([expected.shared, expected.exit], list(exact.values()), grads)
+    scale = max(grad.abs().max().item() for grad in truth)
+    for key, one, other in zip(leaves, found, truth, strict=True):
+        assert_close(f"grad_{key}", one, other, scale=0.0 if key in ("z", "residual") else 0.1 * scale)
+    assert_close("full", produced.full, expected.full)
+    for key, one, other in zip(STATISTICS, statistics, wide_statistics, strict=True):
+        assert_close(key, one, other)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_that_cannot_be_updated(name, backend):
+    tensors = make((2, 17, 5, 7))
+    statistics = {key: tensors[key].clone() for key in STATISTICS} | {name: torch.ones(1).expand(17)}
+    options = {"num_shared": 8, "exit_start": 8, "backend": backend}
+    with pytest.raises(ValueError, match=rf"expected {name} with a number of its own.*Pass `{name}\.clone\(\)`"):
+        call(conv_block, tensors, statistics.values(), **options)
 
 
 @pytest.mark.parametrize("layout", [channels_last, channel_slice, channels_last_slice, transposed, expanded])
@@ -416,8 +464,8 @@ class TestAsBatchNorm2d:
     @pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
     @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
     @pytest.mark.parametrize("tracking", [True, False], ids=["tracking", "no-tracking"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_three_steps_then_eval(self, momentum, affine, tracking, dtype, backend):
+    def test_three_steps_then_eval(self, momentum, affine, tracking, backend, exact_dtype):
+        dtype = exact_dtype
         bn = nn.BatchNorm2d(6, momentum=momentum, affine=affine, track_running_stats=tracking, dtype=dtype)
         twin = nn.BatchNorm2d(6, momentum=momentum, affine=affine, track_running_stats=tracking, dtype=torch.float64)
         fork = Fork(0.5, "dfs", backend=backend)

@@ -65,8 +65,8 @@ def _fresh_compiler():
 
 
 @REFERENCE
-def test_compile_of_ops_and_layers(referencing, backend):
-    net, input = Net(backend, referencing), torch.randn(IMAGES, dtype=torch.float64)
+def test_compile_of_ops_and_layers(referencing, backend, exact_dtype):
+    net, input = Net(backend, referencing, exact_dtype), torch.randn(IMAGES, dtype=exact_dtype)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     assert_same(gradients(compiled, net, input), gradients(net, net, input), THROUGH_FP32)
 
@@ -85,8 +85,8 @@ def test_compile_of_models(name, variant):
 
 
 @pytest.mark.slow
-def test_compile_with_inductor(backend):
-    net, input = Net(backend), torch.randn(IMAGES, dtype=torch.float64)
+def test_compile_with_inductor(backend, exact_dtype):
+    net, input = Net(backend, dtype=exact_dtype), torch.randn(IMAGES, dtype=exact_dtype)
     compiled = torch.compile(net, fullgraph=True)
     assert_same(gradients(compiled, net, input), gradients(net, net, input), THROUGH_FP32)
 
@@ -122,8 +122,8 @@ def test_autocast(op, dtype, inside, referencing, backend):
         assert_close(f"grad_{name}", tensor.grad, grad, TOLERANCES[dtype])
 
 
-def test_autocast_leaves_float64_alone(backend):
-    net, input = Net(backend), torch.randn(IMAGES, dtype=torch.float64)
+def test_autocast_leaves_float64_alone():
+    net, input = Net(None), torch.randn(IMAGES, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (
             ops.partitioned_linear(torch.randn(2, 4).double(), torch.randn(3, 4).double(), start=0, stop=2).dtype
@@ -169,16 +169,16 @@ def test_grad_scaler(backend):
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @REFERENCE
-def test_gradient_checkpointing(use_reentrant, referencing, backend):
-    net, input = Net(backend, referencing), torch.randn(IMAGES, dtype=torch.float64)
+def test_gradient_checkpointing(use_reentrant, referencing, backend, exact_dtype):
+    net, input = Net(backend, referencing, exact_dtype), torch.randn(IMAGES, dtype=exact_dtype)
     recomputed = gradients(lambda images: checkpoint(net, images, use_reentrant=use_reentrant), net, input)
     plain = gradients(net, net, input)
     assert all(torch.equal(value, plain[name]) for name, value in recomputed.items())
 
 
-def test_functional_call(backend):
-    net, other = Net(backend), Net(backend)
-    input = torch.randn(IMAGES, dtype=torch.float64)
+def test_functional_call(backend, exact_dtype):
+    net, other = Net(backend, dtype=exact_dtype), Net(backend, dtype=exact_dtype)
+    input = torch.randn(IMAGES, dtype=exact_dtype)
     parameters = dict(other.named_parameters())
     actual = gradients(lambda images: torch.func.functional_call(net, parameters, (images,)), other, input)
     expected = gradients(other, other, input)
@@ -186,9 +186,9 @@ def test_functional_call(backend):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_weight_shared_by_two_calls_gets_both_gradients(backend):
-    weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    inputs = torch.randn(2, 3, 6, dtype=torch.float64)
+def test_weight_shared_by_two_calls_gets_both_gradients(backend, exact_dtype):
+    weight = torch.randn(4, 6, dtype=exact_dtype, requires_grad=True)
+    inputs = torch.randn(2, 3, 6, dtype=exact_dtype)
     calls = [(inputs[0], {"start": 0, "stop": 2}), (inputs[1], {"start": 2, "stop": 6, "reference": False})]
     sum(ops.partitioned_linear(x, weight, backend=backend, **o).square().sum() for x, o in calls).backward()
     loss = sum(reference.partitioned_linear(x, weight, **o).square().sum() for x, o in calls)
@@ -196,10 +196,10 @@ def test_weight_shared_by_two_calls_gets_both_gradients(backend):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_strided_gradient_from_cat(op, backend):
+def test_strided_gradient_from_cat(op, backend, exact_dtype):
     """The gradient of `cat` is a strided view; a contiguous one hides a kernel that ignores strides."""
     shapes = CALLS[op]
-    input, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    input, weight = (torch.randn(shape, dtype=exact_dtype, requires_grad=True) for shape in shapes)
     factor = None
     grads = []
     for function, options in ((getattr(ops, op), {"backend": backend}), (getattr(reference, op), {})):

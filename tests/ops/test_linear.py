@@ -41,10 +41,10 @@ def slices(features: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("shape", SHAPES)
 @REFERENCE
 @pytest.mark.parametrize("form", ["plain", "full"])
-def test_fp64_equals_the_oracle(shape, reference, form, backend, check):
+def test_equals_the_oracle(shape, reference, form, backend, check, exact_dtype):
     features = SHAPES[shape][1]
     for start, stop in slices(features):
-        tensors = make(shape)
+        tensors = make(shape, exact_dtype)
         if form == "full":
             tensors["full"] = tensors["input"]
             tensors["input"] = tensors["full"][..., start:stop].clone()
@@ -99,8 +99,8 @@ LAYOUTS = (transposed, feature_slice, every_other_row, row_expanded)
 @pytest.mark.parametrize("shape", ["matrix", "tokens"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, expanded], ids=lambda f: "grad-" + f.__name__)
-def test_any_strides(shape, layout, grad_layout, backend, check, evaluate):
-    tensors = make(shape)
+def test_any_strides(shape, layout, grad_layout, backend, check, evaluate, exact_dtype):
+    tensors = make(shape, exact_dtype)
     start, stop = 2, 5
     options = {"start": start, "stop": stop, "backend": backend}
     output = evaluate(partitioned_linear, tensors, **options)["output"]
