@@ -14,6 +14,7 @@ from dfs_engine.models.backbone import (
     copy_to_try,
     find_consumers,
     image_for,
+    next_partitionable,
     observe,
 )
 from dfs_engine.models.multi_exit import MultiExitModel
@@ -44,7 +45,7 @@ def attach_exits(
     with the same Parameters and state_dict keys, of the class `PartitionedConv2d` or `PartitionedLinear`. Whatever else
     reads a feature (a sum, a concatenation, a normalisation, a pool) gets the published `cat` + `detach`: the same
     gradients, no work saved. Where torch.fx cannot trace the backbone, everything gets that. The log says which and
-    why; `model.consumers` holds it.
+    why, and warns where nothing is saved; `model.consumers` holds it.
 
     Args:
         backbone: input -> logits (N, num_classes).
@@ -88,7 +89,7 @@ def attach_exits(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     model = AttachedModel(backbone, exits, fork, seen, consumers)
     if variant in _PARTITIONED:
-        _log(model.consumers, reason)
+        _log(model.consumers, reason, twin, seen)
     return model
 
 
@@ -116,7 +117,7 @@ def _default_head(name: str, feature: Tensor, num_classes: int) -> nn.Module:
     )
 
 
-def _log(consumers: dict[str, Consumers], reason: str | None) -> None:
+def _log(consumers: dict[str, Consumers], reason: str | None, twin: nn.Module, seen: Observation) -> None:
     if reason is not None:
         logger.warning(
             "attach_exits: torch.fx cannot trace the backbone (%s), so whatever reads %s gets the detach form: the "
@@ -126,6 +127,17 @@ def _log(consumers: dict[str, Consumers], reason: str | None) -> None:
         )
         return
     for name, (partitioned, detached, _) in consumers.items():
+        if detached and not partitioned:
+            better = next_partitionable(twin, name, nn.Conv2d if seen.features[name].dim() > 3 else nn.Linear)
+            remedy = f"Put {better!r} into `at` in its place" if better else "Put another module into `at`"
+            logger.warning(
+                "attach_exits: no nn.Conv2d or nn.Linear reads %s itself, but %s: right gradients, no work saved. %s, "
+                "whose output one reads, to save it.",
+                name,
+                ", ".join(detached),
+                remedy,
+            )
+            continue
         rest = f"; in the detach form, which saves no work: {', '.join(detached)}" if detached else ""
         logger.info(
             "attach_exits: %s is read by partitioned layers: %s%s", name, ", ".join(partitioned) or "none", rest

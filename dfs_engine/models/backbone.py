@@ -204,13 +204,24 @@ class _Tracer(fx.Tracer):
         return output if name is None else self.create_proxy("call_function", _feature, (output, name), {})
 
 
+def next_partitionable(backbone: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
+    """The module nearest behind `name` whose output a layer of `kind` reads itself; None: there is none.
+
+    Raises as `find_consumers`.
+    """
+    graph, num_calls = _graph(backbone.train(), [name])
+    queue = [node for node in graph.nodes if node.target is _feature]
+    for node in queue:  # grows: breadth first
+        if node.op == "call_module" and num_calls[node.target] == 1:
+            readers = _consumers(node, backbone, num_calls).partitioned
+            if any(isinstance(backbone.get_submodule(reader), kind) for reader in readers):
+                return str(node.target)
+        queue.extend(user for user in node.users if user not in queue)
+    return None
+
+
 def _trace(backbone: nn.Module, names: list[str]) -> dict[str, Consumers]:
-    # The first argument is the input; the others keep their defaults, as in `backbone(input)`.
-    _, *others = inspect.signature(backbone.forward).parameters.values()
-    defaults = {argument.name: argument.default for argument in others if argument.default is not argument.empty}
-    tracer = _Tracer({backbone.get_submodule(name): name for name in names})
-    graph = tracer.trace(backbone, concrete_args=defaults or None)
-    num_calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    graph, num_calls = _graph(backbone, names)
     found = {
         str(node.args[1]): _consumers(node, backbone, num_calls) for node in graph.nodes if node.target is _feature
     }
@@ -218,6 +229,16 @@ def _trace(backbone: nn.Module, names: list[str]) -> dict[str, Consumers]:
         if name not in found:
             raise LookupError(f"{name!r} is inside a module that torch.fx does not look into")
     return found
+
+
+def _graph(backbone: nn.Module, names: list[str]) -> tuple[fx.Graph, Counter[Any]]:
+    """The graph with the outputs of the named modules marked, and how often each module is called in it."""
+    # The first argument is the input; the others keep their defaults, as in `backbone(input)`.
+    _, *others = inspect.signature(backbone.forward).parameters.values()
+    defaults = {argument.name: argument.default for argument in others if argument.default is not argument.empty}
+    tracer = _Tracer({backbone.get_submodule(name): name for name in names})
+    graph = tracer.trace(backbone, concrete_args=defaults or None)
+    return graph, Counter(node.target for node in graph.nodes if node.op == "call_module")
 
 
 def _consumers(feature: fx.Node, backbone: nn.Module, num_calls: Counter[Any]) -> Consumers:

@@ -1,6 +1,7 @@
 """`attach_exits`: somebody else's backbone under the contract of multi-exit models."""
 
 import copy
+import json
 import logging
 import pickle
 
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfs_engine import attach_exits
 from dfs_engine.compare import assert_close
 from dfs_engine.methods import create_method, feature_widths
-from dfs_engine.models import VARIANTS, MultiExitModel
+from dfs_engine.models import VARIANTS, MultiExitModel, create_model
 from dfs_engine.models.backbone import Consumers
 from dfs_engine.nn import PartitionedConv2d, PartitionedLinear
 
@@ -632,6 +633,37 @@ def test_the_log_says_which_and_why(caplog):
     assert "whatever reads stem, grouped gets the detach form" in record.getMessage()
 
 
+def test_a_feature_that_no_partitioned_layer_reads_is_warned_of(caplog):
+    """Once, with what reads it and what to name instead; what is proposed does save work."""
+
+    def attach(*at, **options):
+        caplog.clear()
+        model = attach_exits(NormsFirst(), at, example_input=torch.randn(2, 3, 6, 6), **options)
+        return model, [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    _, (message,) = attach("stem", "relu")
+    assert "no nn.Conv2d or nn.Linear reads stem itself, but norm, add: right gradients, no work saved" in message
+    assert "Put 'relu' into `at` in its place" in message
+    model, messages = attach("relu")
+    assert model.consumers["relu"].partitioned == ("conv",)
+    assert not messages
+    _, (message,) = attach("conv")
+    assert "Put another module into `at`, whose output one reads, to save it" in message
+    for options in ({"variant": "dense"}, {"variant": "detach"}, {"beta": 1.0}):  # nothing to save, or not asked to
+        assert not attach("stem", **options)[1]
+
+
+class NormsFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU()
+        self.conv, self.head = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, input):
+        feature = self.stem(input)
+        return self.head((self.conv(self.relu(self.norm(feature))) + feature).mean((2, 3)))
+
+
 def test_a_pass_that_skips_an_exit():
     class Skips(Chain):
         skip = False
@@ -655,9 +687,14 @@ def test_training_methods_take_it():
     assert feature_widths(model) == [6, 6, 10]
 
 
-def test_no_config():
-    with pytest.raises(NotImplementedError, match="attach the same exits to the same backbone"):
-        make("chain")[0].get_config()
+def test_its_config_says_what_it_is():
+    model, _, _ = make("residual", beta=0.25)
+    config = model.get_config()
+    assert config["name"] == f"{Residual.__module__}.Residual"
+    assert (config["at"], config["beta"], config["num_classes"]) == (["stem", "join"], 0.25, NUM_CLASSES)
+    assert json.loads(json.dumps(config)) == config
+    with pytest.raises(ValueError, match="model: expected one of"):
+        create_model(**config)
 
 
 def torchvision_model(name, **options):
