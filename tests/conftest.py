@@ -1,5 +1,6 @@
 """Shared by all tests: a fresh seed that can be repeated, few threads, poisoned memory, the backends."""
 
+import logging
 import random
 import subprocess
 from pathlib import Path
@@ -68,6 +69,15 @@ def _reseed_and_use_one_thread(request):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _own_log():
+    """`dfs` logs to the standard error of its test, which is closed after it."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
 
 
 @pytest.fixture

@@ -7,8 +7,12 @@ import torch
 
 
 @contextlib.contextmanager
-def batch_in_memory(argument: str, batch_size: int) -> Iterator[None]:
-    """Raises MemoryError, naming the argument, where the block runs out of the CPU's or an accelerator's memory."""
+def batch_in_memory(argument: str, batch_size: int, remedy: str = "") -> Iterator[None]:
+    """Raises MemoryError, naming the argument, where the block runs out of the CPU's or an accelerator's memory.
+
+    Args:
+        remedy: what helps besides a smaller batch.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -16,7 +20,8 @@ def batch_in_memory(argument: str, batch_size: int) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MemoryError(
-            f"{argument}: expected a batch that fits into memory, got {batch_size} ({reason}). Lower --{argument}."
+            f"{argument}: expected a batch that fits into memory, got {batch_size} ({reason}). "
+            f"Lower --{argument}{remedy}."
         ) from error
 
 

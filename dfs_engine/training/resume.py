@@ -34,6 +34,11 @@ def check_same_run(
     Raises:
         ValueError: something differs that the run cannot go on with.
     """
+    if not isinstance(saved["config"].get("optim"), dict) or not isinstance(saved["config"].get("epochs"), int):
+        raise ValueError(
+            f"checkpoint: expected the config of a run in its manifest, got {str(saved['config'])[:200]}. "
+            "Train anew in another --run_dir, or restore the file from a copy."
+        )
     written, now = dict(_flat(saved["config"])), dict(_flat(_as_json(config)))
     before = dict(_flat(_as_json(TrainConfig()))) | written  # an option that is newer than the run had its default
     before[_SAMPLES] = written[_SAMPLES] = saved.get("num_train", num_train)

@@ -278,7 +278,9 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         self.schedule.apply(self.optimizer, progress.step)
         self._stop_if_asked()
-        with self._progress_bar() as bar, batch_in_memory("batch_size", config.batch_size):
+        size = config.micro_batch_size or self.batches.batch_size // self.batches.num_processes
+        remedy = f", or add --micro_batch_size {max(size // 2, 1)}, which computes the same in pieces"
+        with self._progress_bar() as bar, batch_in_memory("batch_size", config.batch_size, remedy):
             for input, target in self.train_loader:
                 target = target.to(device, non_blocking=True)
                 losses = self.train_step(to_device(input, device, self.memory_format), target)
