@@ -11,7 +11,7 @@ from dfs_engine import backend as backends
 from dfs_engine import memory
 from dfs_engine.compare import DTYPES, TOLERANCES, Tolerance, compare, gradient_scale
 from dfs_engine.evaluation.flops import FlopCount, count_flops
-from dfs_engine.methods import BYOT, Joint, Method, feature_widths
+from dfs_engine.methods import Joint, Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
 
 from .measure import Phases
@@ -119,7 +119,7 @@ class StepBuilder:
         torch.manual_seed(config.seed)
         model = self._model("dense", None)
         self.weights = model.state_dict()
-        self.byot = BYOT(feature_widths(model)) if "byot" in config.variants else None
+        self.byot = create_method("byot", model) if "byot" in config.variants else None
         self.inputs: Tensor = model.example_input(batch_size)
         if config.image_size:
             if self.inputs.dim() != 4:

@@ -3,23 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from dfs_engine.methods.byot import BYOT, ByotConfig, feature_widths
+from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_widths
 from dfs_engine.methods.joint import Joint, exit_losses
 from dfs_engine.methods.method import Method
 from dfs_engine.models import MultiExitModel
 from dfs_engine.names import check_choice
 
-
-def _create_byot(model: MultiExitModel, **options: Any) -> BYOT:
-    if model.num_classes == 1:
-        raise ValueError(
-            "method: expected joint for a regression, got byot, which compares distributions over classes."
-        )
-    return BYOT(feature_widths(model), ByotConfig(**options))
-
-
 _METHODS: dict[str, Callable[..., Method]] = {
-    "byot": _create_byot,
+    "byot": lambda model, **options: create_byot(model, ByotConfig(**options)),
     "joint": lambda model: Joint(),
 }
 

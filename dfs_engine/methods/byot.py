@@ -1,7 +1,15 @@
 """BYOT, "be your own teacher": the deepest exit teaches the others (Zhang et al., ICCV 2019; TPAMI 2021).
 
 In the journal code's form, which the published DFS uses too: soft cross entropy without the factor T^2, and the L2
-norm, not squared, of the difference of pooled features over the whole batch.
+norm, not squared, of the difference of features over the whole batch. Which features, the family says:
+
+- ResNet, as published: each exit's own last feature, which its linear layer reads. So this loss trains what the exit
+  trains, of a split feature f- only.
+- VGG, as published: each block's whole feature, pooled to 4x4 (`vgg7_64`) or 1x1 (`vgg16_64`) pixels, adapters without
+  bias. Here f+ is trained too, as `exit_gradient="whole"` would.
+- MSDNet, ViT, BERT, of which nothing is published: as ResNet. The published MSDNet hands out these features, but trains
+  without distillation and has no adapters.
+- `attach_exits`: each named module's output, averaged over its positions.
 """
 
 import copy
@@ -15,6 +23,8 @@ from torch import Tensor, nn
 
 from dfs_engine.methods.method import Method
 from dfs_engine.models import MultiExitModel
+from dfs_engine.models.multi_exit import FEATURES, Distillation
+from dfs_engine.names import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,10 @@ class ByotConfig:
     """Weight of the distance between features; 0 needs no adapters."""
     squared: bool = False
     """Square that distance."""
+    fd_skip: bool = False
+    """Leave the second deepest exit out of that distance, as BYOT's own code does, and the published DFS does not."""
+    features: str | None = None
+    """Compare exits (each exit's own last feature) or blocks (the features that are split). Default: the family's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -39,6 +53,8 @@ class ByotConfig:
             raise ValueError(f"byot.temperature: expected a number > 0, got {self.temperature}.")
         if not (math.isfinite(self.lam) and self.lam >= 0):
             raise ValueError(f"byot.lam: expected a number >= 0, got {self.lam}.")
+        if self.features is not None:
+            check_choice("byot.features", self.features, FEATURES)
 
 
 class BYOT(Method):
@@ -46,20 +62,28 @@ class BYOT(Method):
 
     ``loss = CE(z_K) + sum_{k<K} (1 - alpha) CE(z_k) + alpha XE(softmax(z_K / T), z_k / T) + lam ||A_k(F_k) - F_K||``
 
-    XE is the cross entropy with a soft target. z_K and F_K carry no gradient where they teach. F_k is the feature
-    averaged over its positions.
+    XE is the cross entropy with a soft target. z_K and F_K carry no gradient where they teach.
 
     Args:
-        widths: channels of each exit's feature, shallow to deep.
+        widths: numbers in each exit's F_k, shallow to deep (see `feature_widths`).
         config: the weights; None: the published ones.
+        distillation: what F_k is; `config.features` goes before its `features`.
     """
 
-    def __init__(self, widths: Sequence[int], config: ByotConfig | None = None) -> None:
+    def __init__(
+        self, widths: Sequence[int], config: ByotConfig | None = None, distillation: Distillation | None = None
+    ) -> None:
         super().__init__()
         self.config = config or ByotConfig()
-        self.needs_features = self.config.lam > 0
+        self.distillation = distillation or Distillation()
+        if self.config.lam > 0:
+            self.needs_features = self.config.features or self.distillation.features
         *shallow, deepest = widths
-        self.adapters = nn.ModuleList(nn.Linear(width, deepest) for width in shallow if self.needs_features)
+        self.adapters = nn.ModuleList(
+            nn.Linear(width, deepest, self.distillation.bias) for width in shallow if self.needs_features
+        )
+        if self.config.fd_skip and self.adapters:
+            self.adapters[-1].requires_grad_(False)
 
     def forward(self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         config = self.config
@@ -72,26 +96,55 @@ class BYOT(Method):
             loss = loss + soft_weight * F.cross_entropy(student / config.temperature, taught)
         if self.needs_features:
             assert features is not None
-            loss = loss + config.lam * self._feature_distance(features)
+            for distance in self.distances(features):
+                loss = loss + config.lam * distance
         return loss
 
-    def _feature_distance(self, features: Sequence[Tensor]) -> Tensor:
-        *shallow, deepest = (_pooled(feature) for feature in features)
-        gaps = [adapter(feature) - deepest.detach() for adapter, feature in zip(self.adapters, shallow, strict=True)]
-        distances = [gap.square().sum() if self.config.squared else torch.linalg.vector_norm(gap) for gap in gaps]
-        return torch.stack(distances).sum()
+    def distances(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """How far each shallow exit's adapted feature is from the deepest one's, over the whole batch.
+
+        Args:
+            features: of the model, with `return_features=self.needs_features`.
+        """
+        *shallow, deepest = (_flat(feature, self.distillation.size) for feature in features)
+        pairs = list(zip(self.adapters, shallow, strict=True))
+        if self.config.fd_skip:
+            del pairs[-1]
+        gaps = [adapter(feature) - deepest.detach() for adapter, feature in pairs]
+        return [gap.square().sum() if self.config.squared else torch.linalg.vector_norm(gap) for gap in gaps]
 
 
-def _pooled(feature: Tensor) -> Tensor:
-    """The mean over pixels (N, C, H, W) or tokens (N, T, C): (N, C), as which a feature may come already."""
+def _flat(feature: Tensor, size: int) -> Tensor:
+    """(N, C, H, W), pooled to size x size, tokens (N, T, C), averaged, or (N, D), as it is: (N, D)."""
     if feature.dim() == 2:
         return feature
-    return feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1)
+    if feature.dim() == 3:
+        return feature.mean(1)
+    if size == 1:
+        return feature.mean((2, 3))
+    height, width = feature.shape[2:]
+    if height % size == width % size == 0:  # on a GPU the gradient of the other one is not deterministic
+        return F.avg_pool2d(feature, (height // size, width // size)).flatten(1)
+    return F.adaptive_avg_pool2d(feature, size).flatten(1)
 
 
 @torch.no_grad()
-def feature_widths(model: MultiExitModel) -> list[int]:
-    """Channels of each exit's feature, from a run on one sample; `model` stays as it is."""
+def feature_widths(model: MultiExitModel, features: str | None = None) -> list[int]:
+    """Numbers in what BYOT compares of each exit, from a run on one sample; `model` stays as it is.
+
+    Args:
+        features: "exits" or "blocks"; None: the family's.
+    """
     probe = copy.deepcopy(model).eval()
-    _, features = probe(model.example_input(), return_features=True)
-    return [_pooled(feature).size(1) for feature in features]
+    _, found = probe(model.example_input(), return_features=features or model.distillation.features)
+    return [_flat(feature, model.distillation.size).size(1) for feature in found]
+
+
+def create_byot(model: MultiExitModel, config: ByotConfig | None = None) -> BYOT:
+    """The method for `model`, with its family's form of feature distillation."""
+    if model.num_classes == 1:
+        raise ValueError(
+            "method: expected joint for a regression, got byot, which compares distributions over classes."
+        )
+    config = config or ByotConfig()
+    return BYOT(feature_widths(model, config.features), config, model.distillation)

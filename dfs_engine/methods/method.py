@@ -13,8 +13,8 @@ class Method(nn.Module):
     A method's own parameters are trained and checkpointed beside the model's, and are no part of the model.
     """
 
-    needs_features: bool = False
-    """Whether `forward` is given the model's features."""
+    needs_features: bool | str = False
+    """Which of the model's features `forward` is given, as its `return_features` says."""
 
     def forward(self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         """Returns the loss.
@@ -22,12 +22,12 @@ class Method(nn.Module):
         Args:
             logits: (N, num_classes) of each exit, shallow to deep.
             target: (N,) class indices, or numbers (see `dfs_engine.nn.exit_loss`).
-            features: what each exit read, with `needs_features`.
+            features: as the model returns them, with `needs_features`.
         """
         raise NotImplementedError
 
     def run(self, model: nn.Module, input: Tensor | Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """The model's logits, and its features where this method's loss takes them."""
         if self.needs_features:
-            return run_model(model, input, return_features=True)
+            return run_model(model, input, return_features=self.needs_features)
         return run_model(model, input), None

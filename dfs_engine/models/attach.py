@@ -17,7 +17,8 @@ from dfs_engine.models.backbone import (
     next_partitionable,
     observe,
 )
-from dfs_engine.models.multi_exit import MultiExitModel
+from dfs_engine.models.multi_exit import Distillation, MultiExitModel
+from dfs_engine.names import check_choice
 from dfs_engine.nn import ExitHead, Fork, PartitionedConv2d, PartitionedLinear, Reading, TokenHead, apply_layer, whole
 from dfs_engine.nn.routing import two_call_reading
 from dfs_engine.partition import ChannelSlice, Partition
@@ -308,6 +309,8 @@ class AttachedModel(MultiExitModel):
             Both are empty where nothing is split: in variant "dense", and at beta = 1.
     """
 
+    distillation = Distillation("blocks")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -327,8 +330,10 @@ class AttachedModel(MultiExitModel):
     def num_exits(self) -> int:
         return len(self.exits) + 1
 
-    def forward(self, input: Tensor, *, return_features: bool = False) -> Any:
-        """As `MultiExitModel.forward`, on what the backbone takes."""
+    def forward(self, input: Tensor, *, return_features: bool | str = False) -> Any:
+        """As `MultiExitModel.forward`, on what the backbone takes; of the features it has the "blocks" alone."""
+        if return_features not in (False, True):
+            check_choice("return_features", return_features, ("blocks",))
         output = self.backbone(input)
         taken = [cast(AttachedExit, exit).take() for exit in self.exits]
         last = self._last_input.take()

@@ -23,6 +23,7 @@ from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.pretrained import pretrained_folder
 from dfs_engine.models.registry import register_model
 from dfs_engine.nn import (
+    Exit,
     Fork,
     Reading,
     add,
@@ -134,16 +135,20 @@ def _attend(attention: Any, projections: list[Tensor], mask: Tensor | None) -> T
     return attend(query, key, value, attention.dropout, mask).transpose(1, 2).flatten(2)
 
 
-class BertExit(nn.Module):
+class BertExit(Exit):
     """A reading of (N, T, C), of which it takes the first token -> logits (N, num_classes)."""
 
     def __init__(self, pooler: nn.Linear, dropout: float, classifier: nn.Linear) -> None:
         super().__init__()
         self.pooler, self.dropout, self.classifier = pooler, nn.Dropout(dropout), classifier
 
-    def forward(self, input: Reading) -> Tensor:
+    def feature(self, input: Reading) -> Tensor:
+        """A reading of (N, T, C) -> what the pooler makes of the first token, (N, C)."""
         first = map_channels(lambda tokens: tokens[:, 0], input)
-        return self.classifier(self.dropout(apply_layer(self.pooler, first).tanh()))
+        return apply_layer(self.pooler, first).tanh()
+
+    def classify(self, feature: Reading) -> Tensor:
+        return self.classifier(self.dropout(feature))
 
 
 class MultiExitBert(MultiExitModel):
@@ -168,7 +173,7 @@ class MultiExitBert(MultiExitModel):
         *,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
-        return_features: bool = False,
+        return_features: bool | str = False,
     ) -> Any:
         """Returns every exit's logits, shallow to deep; with labels, a `MultiExitClassifierOutput`.
 
@@ -177,7 +182,8 @@ class MultiExitBert(MultiExitModel):
             labels: (N,) class indices, or numbers where num_classes is 1.
             return_dict: whether to return a `MultiExitClassifierOutput`; None: as `config.return_dict` says, which is
                 None unless set: where there are labels.
-            return_features: also return the features f_k, the hidden states (N, T, C) behind each layer.
+            return_features: also return features, as `MultiExitModel.forward`; f_k are the hidden states (N, T, C)
+                behind each layer.
 
         Returns:
             list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features.

@@ -21,6 +21,7 @@ from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
 from dfs_engine.nn import (
     ConcatReading,
+    Exit,
     Fork,
     Reading,
     apply_layer,
@@ -190,7 +191,7 @@ class MSDNetBlock(Block):
         return input
 
 
-class MSDNetExit(nn.Module):
+class MSDNetExit(Exit):
     """Two 3x3 convolutions with stride 2, global average pool, dropout, linear."""
 
     def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float, **dd: Any) -> None:
@@ -199,9 +200,12 @@ class MSDNetExit(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, num_classes, **dd)
 
-    def forward(self, input: Reading) -> Tensor:
-        """A reading of a feature (N, in_channels, H, W) -> logits (N, num_classes)."""
-        return self.linear(self.dropout(whole(global_avg_pool(self.convs(input)), 1)))
+    def feature(self, input: Reading) -> Tensor:
+        """A reading of a feature (N, in_channels, H, W) -> (N, width)."""
+        return whole(global_avg_pool(self.convs(input)), 1)
+
+    def classify(self, feature: Reading) -> Tensor:
+        return apply_layer(self.linear, self.dropout(feature))
 
 
 def _dense_layer(

@@ -1,15 +1,32 @@
 """The contract of every multi-exit model."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from dfs_engine import backend as backends
 from dfs_engine import calibration
+from dfs_engine.names import check_choice
 from dfs_engine.nn.routing import Fork, Reading
 from dfs_engine.partition import ChannelSlice
+
+FEATURES = ("blocks", "exits")
+
+
+class Distillation(NamedTuple):
+    """What feature distillation compares in a family (`methods.BYOT`).
+
+    Attributes:
+        features: "exits" or "blocks", as in `MultiExitModel.forward`.
+        size: a block's feature is pooled to so many pixels a side.
+        bias: whether the adapters have one.
+    """
+
+    features: str = "exits"
+    size: int = 1
+    bias: bool = True
 
 
 class Block(nn.Module):
@@ -53,6 +70,8 @@ class MultiExitModel(nn.Module):
     # Set by `create_model`, for `get_config`.
     name: str = ""
     options: dict[str, Any]
+    # A family with a published form of its own says so.
+    distillation = Distillation()
 
     def __init__(
         self,
@@ -78,26 +97,34 @@ class MultiExitModel(nn.Module):
     def variant(self) -> str:
         return self.fork.variant
 
-    def forward(self, input: Tensor, *, return_features: bool = False) -> Any:
+    def forward(self, input: Tensor, *, return_features: bool | str = False) -> Any:
         """Returns every exit's logits, shallow to deep.
 
         Args:
             input: images (N, C, H, W).
-            return_features: also return what feature distillation needs.
+            return_features: "exits": also return each exit's own last feature (N, D_k), which its last layer reads:
+                gradient that comes in there goes where the exit's goes. "blocks", or True: also return what the blocks
+                make, f_k, whole and with full gradient; a `dfs` model computes without its fused blocks then.
 
         Returns:
-            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features
-            f_k, whole and with full gradient.
+            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and a list of features.
         """
-        if return_features:
+        if return_features is True or return_features == "blocks":
             return self._forward_with_features(input)
-        logits = []
+        if return_features:
+            check_choice("return_features", return_features, FEATURES)
+        logits, features = [], []
         deeper: Any = input
         last = self.num_exits - 1
         for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
             deeper, reading = cast(Block, block).produce(deeper, self.fork, index == last)
-            logits.append(exit(reading))
-        return logits
+            if return_features:
+                exit_logits, feature = exit(reading, return_feature=True)
+                features.append(feature)
+            else:
+                exit_logits = exit(reading)
+            logits.append(exit_logits)
+        return (logits, features) if return_features else logits
 
     def _forward_with_features(self, input: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """A fused block never holds its feature with full gradient, hence the plain form."""

@@ -16,6 +16,7 @@ from dfs_engine.models.registry import register_model
 from dfs_engine.names import check_choice
 from dfs_engine.nn import (
     ConcatReading,
+    Exit,
     ExitHead,
     Fork,
     Reading,
@@ -134,7 +135,7 @@ class SepConv(nn.Module):
         return self.pointwise2(read_like(apply_layer(self.depthwise2, hidden), hidden))
 
 
-class AttentionExit(nn.Module):
+class AttentionExit(Exit):
     """The feature times a gate made of it, separable convolutions, global average pool, linear.
 
     Args:
@@ -150,14 +151,17 @@ class AttentionExit(nn.Module):
         self.sep_convs = nn.Sequential(*(SepConv(*pair, **dd) for pair in pairwise(widths)))
         self.linear = nn.Linear(widths[-1], num_classes, **dd)
 
-    def forward(self, input: Reading) -> Tensor:
-        """A reading of a feature (N, in_channels, H, W) -> logits (N, num_classes)."""
+    def feature(self, input: Reading) -> Reading:
+        """A reading of a feature (N, in_channels, H, W) -> (N, channels of the last stage)."""
         assert not isinstance(input, ConcatReading)  # nothing is concatenated here
         size = (input if isinstance(input, Tensor) else input.live).shape[2:]
         gate = whole(apply_norm_relu(self.gate_bn, whole(self.gate(input), 1), input), 1)
         gate = F.interpolate(gate, size, mode="bilinear").sigmoid()  # twice the size, of an odd one almost
         gated = read_like(multiply(input, gate, 1), input)
-        return apply_layer(self.linear, global_avg_pool(self.sep_convs(gated)))
+        return global_avg_pool(self.sep_convs(gated))
+
+    def classify(self, feature: Reading) -> Tensor:
+        return apply_layer(self.linear, feature)
 
 
 def _create_resnet(

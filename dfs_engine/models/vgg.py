@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.models.multi_exit import Block, MultiExitModel
+from dfs_engine.models.multi_exit import Block, Distillation, MultiExitModel
 from dfs_engine.models.registry import register_model
 from dfs_engine.names import check_choice
 from dfs_engine.nn import ExitHead, Fork, Reading, apply_layer, produce_readings
 from dfs_engine.partition import ChannelSlice, Partition
 
-# name -> convolutions per stage, width of each stage as a multiple of the first, image size
+# name -> convolutions per stage, width of each stage as a multiple of the first, image size, pixels a side of what
+# feature distillation compares
 _CONFIGS = {
-    "vgg7_64": ((2, 2, 2), (1, 2, 4), 32),
-    "vgg16_64": ((2, 2, 3, 3, 3), (1, 2, 4, 8, 8), 224),
+    "vgg7_64": ((2, 2, 2), (1, 2, 4), 32, 4),
+    "vgg16_64": ((2, 2, 3, 3, 3), (1, 2, 4, 8, 8), 224, 1),
 }
 INITS = ("published", "torch")
 
@@ -115,7 +116,7 @@ def _create_vgg(
         in_channels: of the image.
     """
     check_choice("init", init, INITS)
-    convs_per_stage, multiples, image_size = _CONFIGS[name]
+    convs_per_stage, multiples, image_size, distilled_size = _CONFIGS[name]
     dd = {"device": device, "dtype": dtype}
     blocks: list[Block] = []
     exits: list[nn.Module] = []
@@ -133,6 +134,7 @@ def _create_vgg(
     shape = (in_channels, image_size, image_size)
     model = VGG(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
     model.options = {"init": init}
+    model.distillation = Distillation("blocks", distilled_size, bias=False)
     return model
 
 

@@ -22,6 +22,7 @@ from dfs_engine.extras import needs
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_catalogue
 from dfs_engine.nn import (
+    Exit,
     Fork,
     Reading,
     add,
@@ -89,7 +90,7 @@ class ViTBlock(Block):
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
-class ViTExit(nn.Module):
+class ViTExit(Exit):
     """The tail of a timm model: a reading of (N, T, C) -> logits (N, num_classes).
 
     Args:
@@ -100,11 +101,15 @@ class ViTExit(nn.Module):
         super().__init__()
         self.tail = tail
 
-    def forward(self, input: Reading) -> Tensor:
+    def feature(self, input: Reading) -> Tensor:
+        """A reading of (N, T, C) -> normalised and pooled, (N, C)."""
         tail: Any = self.tail
         if tail.global_pool == "token":  # the norm looks at each token alone, so that of the others none is needed
             input = map_channels(lambda tokens: tokens[:, :1], input)
-        return tail.forward_head(tail.norm(whole(input)))
+        return tail.forward_head(tail.norm(whole(input)), pre_logits=True)
+
+    def classify(self, feature: Reading) -> Tensor:
+        return cast(Any, self.tail).head(feature)
 
 
 def reads_slices(block: nn.Module) -> bool:

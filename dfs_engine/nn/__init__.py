@@ -4,7 +4,7 @@ from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
 from dfs_engine.nn.dropout import Dropout, attend, convert_dropouts
-from dfs_engine.nn.exit_head import ExitHead, TokenHead
+from dfs_engine.nn.exit_head import Exit, ExitHead, TokenHead
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
 from dfs_engine.nn.loss import exit_loss, smooth_labels
 from dfs_engine.nn.norm_linear import apply_norm_linear
@@ -26,6 +26,7 @@ __all__ = [
     "VARIANTS",
     "ConcatReading",
     "Dropout",
+    "Exit",
     "ExitHead",
     "Fork",
     "PartitionedConv2d",

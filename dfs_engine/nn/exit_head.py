@@ -7,7 +7,28 @@ from torch import Tensor, nn
 from dfs_engine.nn.routing import Reading, apply_layer, global_avg_pool, whole
 
 
-class ExitHead(nn.Module):
+class Exit(nn.Module):
+    """A classifier in two steps: a family overrides both."""
+
+    def feature(self, input: Reading) -> Reading:
+        """The exit's own last feature (N, D), of what it reads."""
+        raise NotImplementedError
+
+    def classify(self, feature: Reading) -> Tensor:
+        """Logits (N, num_classes), of the last feature."""
+        raise NotImplementedError
+
+    def forward(self, input: Reading, return_feature: bool = False) -> Any:
+        """Returns the logits (N, num_classes); with `return_feature` a pair of them and the last feature (N, D).
+
+        Gradient that comes in by the feature goes where the logits' goes, and nowhere else.
+        """
+        feature = self.feature(input)
+        logits = self.classify(feature)
+        return (logits, whole(feature, 1)) if return_feature else logits
+
+
+class ExitHead(Exit):
     """Global average pool and one linear layer: VGG's exit (DESIGN section 2).
 
     Args:
@@ -22,12 +43,15 @@ class ExitHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(in_channels, num_classes, bias, device=device, dtype=dtype)
 
-    def forward(self, input: Reading) -> Tensor:
-        """A reading of a feature (N, in_channels, H, W) -> logits (N, num_classes)."""
-        return apply_layer(self.linear, global_avg_pool(input))
+    def feature(self, input: Reading) -> Reading:
+        """A reading of a feature (N, in_channels, H, W) -> its average (N, in_channels)."""
+        return global_avg_pool(input)
+
+    def classify(self, feature: Reading) -> Tensor:
+        return apply_layer(self.linear, feature)
 
 
-class TokenHead(nn.Module):
+class TokenHead(Exit):
     """LayerNorm, the mean over tokens, and one linear layer.
 
     Args:
@@ -40,6 +64,9 @@ class TokenHead(nn.Module):
         self.norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
         self.linear = nn.Linear(in_channels, num_classes, device=device, dtype=dtype)
 
-    def forward(self, input: Reading) -> Tensor:
-        """A reading of tokens (N, T, in_channels) -> logits (N, num_classes)."""
-        return self.linear(self.norm(whole(input)).mean(1))
+    def feature(self, input: Reading) -> Tensor:
+        """A reading of tokens (N, T, in_channels) -> (N, in_channels)."""
+        return self.norm(whole(input)).mean(1)
+
+    def classify(self, feature: Reading) -> Tensor:
+        return apply_layer(self.linear, feature)
