@@ -235,6 +235,8 @@ def _convert(values: Any, _line: list[str]) -> int:
     )
     if result["left_out"]:
         print(f"left out, because no part of the model: {', '.join(result['left_out'])}")
+    for note in result["notes"]:
+        print(note)
     _write_json(values.json, result)
     return 0
 
@@ -387,8 +389,9 @@ _COMMANDS = {
         " folder or weight file of dfs, or a run folder or weight file to a checkpoint that the published code loads;"
         " SOURCE says which. Every key and shape is checked before anything is written. A published checkpoint does not"
         " say which model it is of: give the --model flags that it was trained with. Its beta is the dns_ratio in its"
-        " name. Pickled files are read as tensors alone, so that they cannot run code.",
-        "  dfs convert vgg7_64_cifar100-dns_ratio-0.5.pth runs/published --model.name vgg7_64 --model.beta 0.5\n"
+        " name; a VGG's tensors tell it. Pickled files are read as tensors alone, so that they cannot run code."
+        " Adapters of feature distillation are kept in a file beside the weights.",
+        "  dfs convert vgg7_64_cifar100-dns_ratio-0.5.pth runs/published --model.name vgg7_64\n"
         "  dfs eval runs/published --data.name cifar100 --data.root DIR\n"
         "  dfs convert runs/published published.pth",
         _convert_flags,

@@ -149,12 +149,15 @@ class _Family(NamedTuple):
 
     rules: Callable[[Any], Iterator[Rule]]
     extras: str = "(?!)"  # matches nothing
+    adapters: tuple[Rule, ...] = ()
 
 
 # By the file of dfs_engine/models/ that the family is written in.
 _FAMILIES = {
-    "vgg": _Family(_vgg, r"adaptation_layers\..+"),
-    "resnet": _Family(_resnet, r"adaptation_layer\d\..+"),
+    "vgg": _Family(_vgg, r"adaptation_layers\..+", (_one("adapters.{k}.weight", "adaptation_layers.{k}.2.weight"),)),
+    "resnet": _Family(
+        _resnet, r"adaptation_layer\d\..+", (_one("adapters.{k}.{leaf}", "adaptation_layer{k+1}.{leaf}"),)
+    ),
     "msdnet": _Family(_msdnet),
     "vit": _Family(_vit),
     "bert": _Family(_bert, r"bert\.embeddings\.position_ids"),
@@ -247,15 +250,62 @@ def to_official_state_dict(model: MultiExitModel, extras: Mapping[str, Tensor] |
     return result | {key: tensor.clone() for key, tensor in (extras or {}).items()}
 
 
-def _table(model: MultiExitModel) -> tuple[_Family, list[_Line]]:
-    """The family of `model`, and its lines in the order of our state_dict."""
+def adapter_keys(model: MultiExitModel) -> dict[str, str]:
+    """Of the adapters of feature distillation: their keys in `methods.BYOT` -> in the published code, where it has any.
+
+    Raises:
+        ValueError: a model whose family has no published code.
+    """
+    ours = [f"adapters.{k}.{leaf}" for k in range(model.num_exits - 1) for leaf in ("weight", "bias")]
+    found = ((key, rule.match(key)) for rule in _family(model).adapters for key in ours)
+    return {key: official[0] for key, official in found if official is not None}
+
+
+def published_beta(model: MultiExitModel, state_dict: Mapping[str, Any]) -> float | None:
+    """The simplest share of channels that splits this family's layers as a checkpoint has them split.
+
+    Args:
+        model: of the checkpoint's family and width, whatever its beta; on any device.
+        state_dict: published key -> tensor.
+
+    Returns:
+        None where the family has no layer in two, or the checkpoint no such layer: then nothing tells.
+
+    Raises:
+        ValueError: no one share splits all layers so.
+    """
+    sizes = set()
+    for line in _table(model)[1]:
+        parts = [state_dict.get(key) for key in line.official] if line.rule.how == "columns" else []
+        if parts and all(isinstance(part, Tensor) and part.dim() > 1 for part in parts):
+            sizes.add(tuple(part.size(1) for part in parts if part is not None))
+    if not sizes:
+        return None
+    for digits in range(7):
+        unit = 10**digits
+        nearest = [round(unit * shared / (shared + exit)) for shared, exit in sizes]
+        for beta in sorted({number / unit for number in nearest}):
+            if all(Partition(shared + exit, beta).num_shared == shared for shared, exit in sizes):
+                return beta
+    raise ValueError(
+        f"source: expected layers that one share of channels splits, got them split as {sorted(sizes)}. Give the "
+        "--model flags of the checkpoint."
+    )
+
+
+def _family(model: MultiExitModel) -> _Family:
     name = type(next(iter(model.blocks), model)).__module__.rpartition(".")[2]
     if name not in _FAMILIES:
         raise ValueError(
             f"model: expected one of the published families {', '.join(_FAMILIES)}, got a {type(model).__name__}"
             f"{f' {model.name!r}' if model.name else ''}, of which there are no published checkpoints."
         )
-    family = _FAMILIES[name]
+    return _FAMILIES[name]
+
+
+def _table(model: MultiExitModel) -> tuple[_Family, list[_Line]]:
+    """The family of `model`, and its lines in the order of our state_dict."""
+    family = _family(model)
     rules = list(family.rules(model))
     lines = []
     for key, tensor in model.state_dict().items():

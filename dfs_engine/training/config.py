@@ -63,6 +63,9 @@ class ModelConfig:
             check_choice("model.exit_gradient", self.exit_gradient, ("own", "whole"))
         if self.backend is not None:
             check_choice("model.backend", self.backend, ("auto", *BACKENDS))
+        self._check_beta()
+
+    def _check_beta(self) -> None:
         try:
             check_beta(self.beta)
         except (TypeError, ValueError) as error:

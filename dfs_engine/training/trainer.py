@@ -23,6 +23,7 @@ from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
 from dfs_engine.training import checkpoint, report, run_folder
+from dfs_engine.training.adapters import save_adapters
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader
 from dfs_engine.training.build import (
     build_ema,
@@ -335,6 +336,7 @@ class Trainer:
                 model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
                 extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step, "weights": weights}
                 checkpoint.save_weights(file, model, extras)
+                save_adapters(file, self.raw_method.state_dict())
         description = {
             "model": self.raw_model.get_config(),
             "config": config,
