@@ -155,8 +155,8 @@ class MultiExitBert(MultiExitModel):
     """A `MultiExitModel` that is called as transformers' `BertForSequenceClassification` is, also by its `Trainer`.
 
     A Trainer's `compute_metrics` gets the last exit's logits, as from any model; with `evaluate(ignore_keys=[])` and
-    `predict(..., ignore_keys=[])` a pair of those and all exits'. What computes a loss outside of the model
-    (`compute_loss_func`, `label_smoothing_factor`) gets what `forward` returns without labels.
+    `predict(..., ignore_keys=[])` a pair of those and all exits'. A loss outside of the model is computed of what
+    `forward` returns without labels: a `compute_loss_func` gets all exits, `label_smoothing_factor` takes the first.
 
     Attributes:
         config: the `BertConfig`. A Trainer reads there what of an output is no prediction

@@ -379,10 +379,11 @@ def logits_by_hand(model, dataset):
     return torch.stack(exits).numpy(), np.array([item["labels"] for item in items])
 
 
-def test_transformers_trainer_measures_the_last_exit_as_tutorials_do(make_trainer):
+def test_transformers_trainer_measures_the_last_exit_as_tutorials_do(make_trainer, tiny_bert):
     model = make(num_classes=2, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
-    trainer = make_trainer(model, compute_metrics=tutorial_accuracy)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    trainer = make_trainer(model, compute_metrics=tutorial_accuracy, processing_class=tokenizer)
     trainer.train()
     assert trainer.state.global_step == 2
     names = ("blocks.0.layer.output.dense.weight", "exits.0.classifier.weight", "exits.2.classifier.weight")
