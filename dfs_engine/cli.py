@@ -273,12 +273,12 @@ def _info(values: Any, _line: list[str]) -> int:
         report = info.run(_config(info.InfoConfig, values))
     model, batch_size = report.config.model, report.config.batch_size
     _print_table(
-        f"{model}: an image that leaves at an exit, in millions; a multiply-add is one operation. "
+        f"{model}: what an image costs that leaves at an exit, in millions; a multiply-add is one operation. "
         "Alone: without the exits before it",
         *report.exit_table(),
     )
     _print_table(
-        f"{model}: a training step of {batch_size} in millions of FLOPs; a multiply-add is two",
+        f"{model}: a training step, batch size {batch_size}, in millions of FLOPs; a multiply-add is two",
         *report.training_table(),
     )
     _write_json(values.json, report.to_json())
