@@ -89,7 +89,7 @@ def _input_errors(*more: type[Exception]) -> Iterator[None]:
     except ModuleNotFoundError as error:
         _fail(explained(error), 2)
     except _INPUT_ERRORS + more as error:
-        _fail(str(error), 2)
+        _fail(str(error), 1 if isinstance(error, ChildProcessError) else 2)
 
 
 def _fail(message: str, status: int) -> NoReturn:

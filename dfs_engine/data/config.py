@@ -12,6 +12,7 @@ from dfs_engine.data.normalization import PRESETS, Channels, Normalization, chec
 from dfs_engine.names import check_choice
 
 _OWN_IMAGES = ("image_folder", "image_parquet")
+OWN_DATASETS = (*_OWN_IMAGES, "text_files")
 _ENCODED_IMAGES = ("cifar10", "cifar100", *_OWN_IMAGES)
 IMAGE_DATASETS = ("digits", *_ENCODED_IMAGES, "synthetic")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
@@ -23,7 +24,7 @@ _OPTIONS_OF = {
     "label_column": ("cifar10", "cifar100", "image_parquet", *TEXT_DATASETS),
     "image_column": ("cifar10", "cifar100", "image_parquet"),
     "text_column": TEXT_DATASETS,
-    "test_fraction": (*_OWN_IMAGES, "text_files"),
+    "test_fraction": OWN_DATASETS,
     "skip_broken": _ENCODED_IMAGES,
     "crop_scale": _OWN_IMAGES,
     "crop_pct": _OWN_IMAGES,

@@ -23,6 +23,10 @@ CHECKED_AT_ONCE = 50_000
 logger = logging.getLogger(__name__)
 
 
+class BrokenImageError(ValueError):
+    """An image that cannot be decoded; the message says which, and what to do."""
+
+
 class Encoded(Protocol):
     """Encoded images by position."""
 
@@ -103,7 +107,7 @@ def decode(encoded: Encoded, index: int) -> Any:
     """The PIL image at a position, in RGB.
 
     Raises:
-        ValueError: it cannot be decoded; the message says where it is.
+        BrokenImageError: it cannot be decoded.
     """
     return _opened(encoded, index, lambda image: image.convert("RGB"))
 
@@ -117,7 +121,7 @@ def _opened(encoded: Encoded, index: int, use: Callable[[Any], Any]) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # the decoders of damaged files raise anything
-        raise ValueError(
+        raise BrokenImageError(
             f"data.root: expected an image, got {encoded.where(index)} ({error or type(error).__name__}). Replace or "
             "delete it, or leave out all such images: --data.skip_broken true."
         ) from error
@@ -139,7 +143,7 @@ def readable(encoded: Encoded, config: DataConfig, title: str) -> list[int]:
     def broken(index: int) -> str | None:
         try:
             decode(encoded, index)
-        except ValueError:
+        except BrokenImageError:
             return encoded.where(index)
         return None
 

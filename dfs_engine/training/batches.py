@@ -4,14 +4,19 @@ A resumed run therefore continues with the very batches, and the very augmentati
 seen, whatever the number of worker processes.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dfs_engine.data.encoded import BrokenImageError
 
 
 class Batch(NamedTuple):
@@ -127,11 +132,68 @@ def _leave_process_group(_worker: int) -> None:
     os.setpgrp()
 
 
-def train_loader(
-    dataset: Dataset[Any], batches: EpochBatches, *, num_workers: int, pin_memory: bool
-) -> DataLoader[Any]:
+class Loader(DataLoader[Any]):
+    """A DataLoader whose workers' `BrokenImageError` is what it was there, and whose workers can be told to stop."""
+
+    _running: Any = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._running = super().__iter__()
+        try:
+            yield from self._running
+        except BrokenImageError as error:  # torch passes it on with the worker's traceback in front, as text
+            raise BrokenImageError(str(error).rpartition(f"{BrokenImageError.__name__}: ")[2].strip()) from None
+        except (OSError, EOFError) as error:
+            if str(error).startswith("Caught"):  # by a worker that lives
+                raise
+            raise RuntimeError(f"{_DEATH} was gone when it should have handed over a batch ({error!r})") from error
+
+    def stop_workers(self) -> None:
+        """Ends them and forgets them, whatever state they are in."""
+        running, self._running, self._iterator = self._running, None, None
+        if hasattr(running, "_shutdown_workers"):
+            running._shutdown_workers()
+
+
+_DEATH = "DataLoader worker"  # what torch's messages about one begin with
+
+
+@contextlib.contextmanager
+def worker_deaths(loaders: Iterable[Loader]) -> Iterator[None]:
+    """Raises ChildProcessError, which says what to do, for torch's RuntimeError about a worker process that died.
+
+    That can come from anywhere in the block: torch raises it in the handler of a signal.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_DEATH):
+            raise
+        with _without_child_handler():  # which would raise again, about the same worker
+            for loader in loaders:
+                loader.stop_workers()
+        reason = str(error).split(". ")[0].rstrip(".")
+        raise ChildProcessError(
+            f"data.num_workers: expected worker processes that live, but {reason}. Most often there is too little "
+            "memory, or shared memory (/dev/shm): lower --data.num_workers; 0 prepares the batches in this process."
+        ) from None
+
+
+@contextlib.contextmanager
+def _without_child_handler() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # then torch has none either
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def train_loader(dataset: Dataset[Any], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> Loader:
     """A loader of this process's share of each training batch."""
-    return DataLoader(
+    return Loader(
         SeededDataset(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=num_workers,
@@ -144,9 +206,9 @@ def train_loader(
 
 def eval_loader(
     dataset: Any, batch_size: int, *, num_workers: int, pin_memory: bool, rank: int = 0, num_processes: int = 1
-) -> DataLoader[Any]:
+) -> Loader:
     """A loader of this process's share of the test samples, each exactly once over all processes."""
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size=batch_size,
         sampler=range(rank, len(dataset), num_processes),

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dfs_engine.data.config import DataConfig
+from dfs_engine.data.config import OWN_DATASETS, DataConfig
 from dfs_engine.evaluation.metrics import IMAGE_METRICS, ExitMetrics
 from dfs_engine.models.multi_exit import run_model
 from dfs_engine.names import check_choice
-from dfs_engine.training.batches import eval_loader, to_device
+from dfs_engine.training.batches import eval_loader, to_device, worker_deaths
 from dfs_engine.training.config import DEVICES, PRECISIONS
 
 if TYPE_CHECKING:
@@ -100,15 +100,23 @@ def run(config: EvalConfig) -> dict[str, Any]:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     model, description = load_model(config.path)
-    trained_on = description["data"]
-    if config.data.mean is None and trained_on.get("mean") is not None:
-        data_config = replace(config.data, mean=tuple(trained_on["mean"]), std=tuple(trained_on["std"]))
-        config = replace(config, data=data_config)
+    trained_on: dict[str, Any] = description["data"]
+    if config.data.mean is None:
+        kept: dict[str, Any] = {
+            name: tuple(trained_on[name]) for name in ("mean", "std") if isinstance(trained_on.get(name), list)
+        }
+        config = replace(config, data=replace(config.data, **kept))
     data = load_data(config.data, input_shape=model.input_shape)
     if data.num_classes != model.num_classes:
         raise ValueError(
             f"data: expected {model.num_classes} classes as in {config.path}, got {data.num_classes} in "
             f"{data.description}. Give the --data flags of the run."
+        )
+    names = description.get("class_names", data.class_names)
+    if config.data.name in OWN_DATASETS and names != data.class_names:
+        raise ValueError(
+            f"data: expected the classes of {config.path}, {', '.join(names)}, got {', '.join(data.class_names)} in "
+            f"{data.description}. They are those of its training samples: give data with the same."
         )
     accelerator = accelerator_for(config.device, config.precision)
     model.to(accelerator.device)
@@ -120,7 +128,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"further": {}}
     for name, samples in data.measured.items():
         loader = eval_loader(samples, config.batch_size, **options)
-        with batch_in_memory("batch_size", config.batch_size):
+        with worker_deaths([loader]), batch_in_memory("batch_size", config.batch_size):
             found = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
         if name == "test":
             result |= found

@@ -24,7 +24,7 @@ from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
 from dfs_engine.training import checkpoint, report, run_folder
 from dfs_engine.training.adapters import save_adapters
-from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader
+from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader, worker_deaths
 from dfs_engine.training.build import (
     build_ema,
     build_method,
@@ -184,7 +184,8 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite. MemoryError: the batch does not fit. OSError: the
-                disk is full, or another process changed the run folder. The last checkpoint stays as it was.
+                disk is full, a worker process of the data loader died, or another process changed the run folder. The
+                last checkpoint stays as it was.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; a checkpoint was saved first. A second one raises it at once.
         """
         with run_folder.locked(self.run_dir, self.accelerator), self._stop.caught():
@@ -192,7 +193,7 @@ class Trainer:
                 raise FileExistsError(
                     f"run_dir: expected {self.run_dir} as this run left it, got another run's checkpoint in it."
                 )
-            with self._says_how_to_go_on():
+            with self._says_how_to_go_on(), worker_deaths([self.train_loader, *self.eval_loaders.values()]):
                 return self._fit()
 
     def _fit(self) -> TrainResult:
@@ -334,7 +335,8 @@ class Trainer:
         with checkpoint.together(self.accelerator, file):
             if self.accelerator.is_main_process:
                 model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
-                extras = {"data": config["data"], "epoch": progress.epoch, "step": progress.step, "weights": weights}
+                at = {"epoch": progress.epoch, "step": progress.step, "weights": weights}
+                extras = {"data": config["data"], "class_names": self.data.class_names, **at}
                 checkpoint.save_weights(file, model, extras)
                 save_adapters(file, self.raw_method.state_dict())
         description = {
