@@ -326,8 +326,8 @@ def test_without_run_dir_each_run_gets_its_own(make_config, make_model, monkeypa
 def test_step_lines_without_a_terminal(make_config, make_model, caplog):
     with caplog.at_level(logging.INFO):
         Trainer(make_config(epochs=1, log_every_steps=2), model=make_model()).fit()
-    assert "epoch 1, step 4/5: loss" in caplog.text
-    assert "epoch 1/1: loss" in caplog.text
+    assert "epoch 1, step 4/5: training loss" in caplog.text
+    assert "epoch 1/1: training loss" in caplog.text
 
 
 def test_milestone_after_the_end_is_said(make_config, make_model, caplog):
