@@ -1,10 +1,12 @@
-"""What a run leaves behind for people: metrics as CSV, a plot, and what it ran on."""
+"""What a run leaves behind for people: metrics as CSV, a plot, TensorBoard events, and what it ran on."""
 
+import contextlib
 import csv
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,25 @@ def _shade(index: int, num_exits: int) -> Any:
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.9 * index / max(1, num_exits - 1))
+
+
+@contextlib.contextmanager
+def event_writer(folder: Path | None, step: int) -> Iterator[Any]:
+    """TensorBoard's writer of a run that has done `step` steps; None without a folder."""
+    if folder is None:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Its thread prints what fails there, a full disk say, and raises it here with the next event too: once is enough.
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
+    try:
+        # purge_step: what an interrupted run wrote after its last checkpoint is written again.
+        with SummaryWriter(folder, purge_step=step + 1) as writer:
+            yield writer
+    finally:
+        threading.excepthook = hook
 
 
 def environment(device: torch.device, num_processes: int) -> dict[str, Any]:

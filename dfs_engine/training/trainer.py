@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from dfs_engine.training.build import (
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.out_of_memory import batch_in_memory
+from dfs_engine.training.progress import Progress
 from dfs_engine.training.resume import check_same_run
 from dfs_engine.training.schedules import Schedule
 from dfs_engine.training.signals import Interrupted, StopRequest
@@ -55,37 +56,6 @@ class TrainResult:
     """`ExitMetrics.compute` of the test data after the last epoch."""
     further_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The same of whatever else `DataSplits.measured` names: val, further test sets."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved in every checkpoint, so it holds plain values only."""
-
-    epoch: int = 0
-    """Epochs completed."""
-    step_in_epoch: int = 0
-    """Steps done of the epoch after those."""
-    step: int = 0
-    """Optimizer steps done in all."""
-    loss_sums: tuple[float, ...] = ()
-    """Sum over the epoch's samples so far of each exit's loss; empty at the start of an epoch."""
-    seconds: float = 0.0
-    """Training time of the epoch so far."""
-    rows: list[report.Row] = field(default_factory=list)
-    """Metrics of the completed epochs."""
-
-    @classmethod
-    def load(cls, saved: dict[str, Any], num_exits: int) -> "Progress":
-        """Of a checkpoint's manifest. Raises ValueError for what `vars(progress)` cannot have written."""
-        names = [item.name for item in fields(cls)]
-        counts, sums = [saved.get(name) for name in names[:3]], saved.get("loss_sums")
-        well_formed = saved.keys() == set(names) and all(isinstance(count, int) and count >= 0 for count in counts)
-        if not well_formed or not isinstance(sums, list) or len(sums) not in (0, num_exits):
-            raise ValueError(
-                f"checkpoint: expected progress of {', '.join(names)} in its manifest, got {str(saved)[:200]}. "
-                "Train anew in another --run_dir, or restore the file from a copy."
-            )
-        return cls(**saved)
 
 
 class Trainer:
@@ -202,7 +172,8 @@ class Trainer:
             self._describe_run()
         metrics: dict[str, dict[str, Any]] | None = None
         caches = config.caching_allocator and self.accelerator.device.type == "cpu" and memory.is_available()
-        with self._tensorboard() as self._writer, memory.caching_allocator(caches):
+        events = self.run_dir / "tensorboard" if config.tensorboard and self.accelerator.is_main_process else None
+        with report.event_writer(events, progress.step) as self._writer, memory.caching_allocator(caches):
             while progress.epoch < config.epochs:
                 self._train_epoch()
                 metrics = self._finish_epoch()
@@ -448,15 +419,3 @@ class Trainer:
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, self.progress.step)
-
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        """The event writer of the main process; None where there is nothing to write."""
-        if not (self.config.tensorboard and self.accelerator.is_main_process):
-            yield None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step: what an interrupted run wrote after its last checkpoint is written again.
-        with SummaryWriter(self.run_dir / "tensorboard", purge_step=self.progress.step + 1) as writer:
-            yield writer

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from dataclasses import replace
 
@@ -177,6 +178,39 @@ def test_ctrl_c_of_a_terminal_reaches_the_whole_group(tmp_path, workers):
     assert checkpoints(tmp_path / "run")
 
 
+DISTRIBUTED = """
+import os, signal, sys
+from dfs_engine.cli import main
+from dfs_engine.training.trainer import Trainer
+
+step = Trainer.train_step
+def signalled(self, *batch):
+    losses = step(self, *batch)
+    if self.progress.step == 3 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # one of them alone: the other has to hear of it
+    return losses
+Trainer.train_step = signalled
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_step(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line = [*TINY, "--epochs", "50", "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run([*launch, str(script), "train", *line], capture_output=True, text=True, timeout=300)
+    assert "stopped by SIGTERM after step 4 (epoch 1)" in done.stderr, done.stderr[-3000:]
+    assert "exitcode  : 143" in done.stderr.replace("exitcode : ", "exitcode  : ")
+    assert "torchrun --nproc_per_node 2 -m dfs_engine train --resume --run_dir" in done.stderr
+    assert checkpoints(tmp_path / "run") == ["step-00000004"]
+    more = ["train", "--resume", "--run_dir", str(tmp_path / "run"), "--epochs", "2"]
+    done = subprocess.run([*launch, "-m", "dfs_engine", *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert checkpoints(tmp_path / "run") == ["step-00000008"]
+
+
 # A full disk -------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +295,24 @@ def test_a_full_disk_is_status_1_and_one_line(capsys, tmp_path, largest_file):
     assert error.endswith(f"Go on with: dfs train --resume --run_dir {run_dir}")
     assert checkpoints(run_dir) == ["step-00000004"]
     assert main(["train", "--resume", "--run_dir", str(run_dir), "--epochs", "2"]) == 0
+
+
+def test_a_full_disk_under_tensorboard(make_config, make_model, largest_file):
+    """It writes in a thread of its own, whose error must neither be printed nor lost."""
+    config = make_config(tensorboard=True, epochs=1)
+    trainer = Trainer(config, model=make_model())
+
+    def fill():
+        largest_file(10)
+
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", printed.append)
+        patch.setattr(checkpoint, "write_text", lambda *_: fill())  # before TensorBoard's own file
+        with pytest.raises(OSError, match="training stopped after step 0"):
+            trainer.fit()
+    largest_file(resource.RLIM_INFINITY)
+    assert not printed
 
 
 def test_what_a_killed_process_left_goes_with_the_next_checkpoint(make_config, make_model):
@@ -527,7 +579,16 @@ def too_much(*_):
     torch.empty(2**50, dtype=torch.uint8)
 
 
-def test_memory_that_does_not_suffice_names_the_batch_size(capsys, tmp_path, monkeypatch):
+def too_much_on_cuda(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def too_much_in_python(*_):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("too_much", [too_much, too_much_on_cuda, too_much_in_python])
+def test_memory_that_does_not_suffice_names_the_batch_size(capsys, tmp_path, monkeypatch, too_much):
     run_dir = tmp_path / "run"
     line = ["train", *TINY, "--run_dir", str(run_dir)]
     with monkeypatch.context() as patch:
