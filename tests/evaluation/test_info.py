@@ -68,3 +68,28 @@ def test_wrong_input(capsys, line, message):
         main(["info", *line])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_vgg7_beside_the_papers_formula():
+    """README's account of the paper's 14.29 %: every convolution and linear layer counted by hand, at beta 0.5."""
+    report = info.run(info.InfoConfig(model="vgg7_64", num_classes=100, beta="0.5"))
+    steps = {row.variant: row.flops.forward + row.flops.backward for row in report.training}
+    widths, sizes = [3, 64, 64, 128, 128, 256, 256], [32, 32, 16, 16, 8, 8]
+    convs = [2 * 9 * into * out * side**2 for into, out, side in zip(widths[:-1], widths[1:], sizes, strict=True)]
+    heads = [2 * 100 * width for width in widths[1:]]
+    dense = 3 * sum(convs) - convs[0] + 3 * sum(heads)  # forward, grad_weight, grad_input, but not of the image
+    saved = sum(convs[1:]) // 2 + sum(heads[:-1]) // 2  # half of grad_input of what reads a split feature
+    assert steps["dense"] == dense
+    assert steps["dfs"] == dense - saved
+    assert round(saved / dense, 3) == 0.165
+    assert round(dense / (dense - saved), 2) == 1.20
+    for num_convs, percent in ((6, 14.29), (13, 15.58)):  # vgg7_64, vgg16_64: what the paper states
+        assert round(100 * (num_convs - 1) / (6 * num_convs - 1), 2) == percent
+
+
+def test_resnet18_beside_the_papers_table():
+    """README: 0.7 to 2.4 % fewer operations than the table has, exit by exit."""
+    exits = info.run(info.InfoConfig(model="resnet18", num_classes=100, beta="0.5")).to_json()["exits"]
+    table = [169.62, 300.22, 431.05, 559.75]
+    below = [100 * (1 - row["operations_alone"] / 1e6 / paper) for row, paper in zip(exits, table, strict=True)]
+    assert [round(percent, 1) for percent in below] == [2.4, 1.3, 0.9, 0.7]
