@@ -194,6 +194,7 @@ def _eval_flags(parser: Parser) -> None:
 
 
 def _eval(values: Any, line: list[str]) -> int:
+    from dfs_engine.data.config import is_option_of
     from dfs_engine.data.normalization import Normalization
     from dfs_engine.training import evaluate
     from dfs_engine.training.checkpoint import read_description
@@ -202,8 +203,12 @@ def _eval(values: Any, line: list[str]) -> int:
         # The data of the run are the defaults, which this command line's flags override.
         trained_on = read_description(values.path)["data"]
         by_eval = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
+        is_named = any(word.partition("=")[0] == "--data.name" for word in line)
+        dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
         flags = [
-            f"--data.{name}={value}" for name, value in trained_on.items() if value is not None and name not in by_eval
+            f"--data.{field}={value}"
+            for field, value in trained_on.items()
+            if value is not None and field not in by_eval and is_option_of(field, dataset)
         ]
         values = _parse([line[0], *flags, *line[1:]])
         result = evaluate.run(_config(evaluate.EvalConfig, values))

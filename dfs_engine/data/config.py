@@ -31,6 +31,11 @@ _OPTIONS_OF = {
 }
 
 
+def is_option_of(field: str, name: str) -> bool:
+    """Whether the dataset `name` has the option `field` of `DataConfig`."""
+    return name in _OPTIONS_OF.get(field, (name,))
+
+
 class Augmentation(NamedTuple):
     """What happens to a training image, in this order. Sizes are pixels of the dataset's own images."""
 
@@ -164,7 +169,7 @@ class DataConfig:
                 raise ValueError(f"data.{field}: expected a number in [0, 1], got {getattr(self, field)}.")
         check_choice("data.mixup_mode", self.mixup_mode, MIXUP_MODES)
         for field, names in _OPTIONS_OF.items():
-            if getattr(self, field) and self.name not in names:
+            if getattr(self, field) and not is_option_of(field, self.name):
                 raise ValueError(
                     f"data.{field}: expected none with data.name={self.name}, got {getattr(self, field)}. Leave it "
                     f"out: it is an option of {', '.join(names)}."

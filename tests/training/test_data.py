@@ -166,6 +166,15 @@ def test_weights_are_measured_on_their_own_classes(photos, tmp_path, capsys):
     assert "ant, bee, got ant, wasp in image folder" in error
 
 
+def test_weights_are_measured_on_another_dataset(photos, tmp_path, capsys):
+    """Which does not have all options of the one that they were trained on."""
+    assert main(train_line(photos, tmp_path / "run", "--epochs", "1", "--data.crop_pct", "0.9")) == 0
+    other = ["--data.name", "synthetic", "--data.synthetic_classes", "2", "--data.synthetic_test", "5"]
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu", *other]) == 0
+    assert "on synthetic patterns" in (printed := capsys.readouterr().out)
+    assert "(imagenet)" in printed  # as the weights were trained
+
+
 def test_own_texts_from_the_command(tmp_path, tiny_bert, capsys):
     lines = [
         f"w{index % 20 + 20 * (index % 2)} w{index % 7 + 20 * (index % 2)}," + ("no", "yes")[index % 2]
