@@ -23,6 +23,17 @@ def live_slice(input: Tensor, start: int, stop: int, reference: bool, dim: int, 
     return torch.cat([before, live, after], dim)
 
 
+def partition(
+    feature: Tensor, beta: float, *, dim: int = 1, exit_gradient: str = "own", reference: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dfs_engine.partition`: (full, shared, exit)."""
+    num_channels = feature.size(dim)
+    num_shared = round(beta * num_channels)
+    exit_start = 0 if exit_gradient == "whole" and reference and beta < 1 else num_shared
+    shared, exit = feature.narrow(dim, 0, num_shared), feature.narrow(dim, exit_start, num_channels - exit_start)
+    return feature.detach(), shared, exit
+
+
 def partitioned_conv2d(
     input: Tensor,
     weight: Tensor,

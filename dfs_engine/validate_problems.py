@@ -7,13 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 from dfs_engine.partition import ChannelSlice
-from dfs_engine.validate_cases import Case, Problem, SlicedCase, produced_cases, sliced_cases
+from dfs_engine.validate_cases import (
+    Case,
+    Problem,
+    SlicedCase,
+    few_produced_cases,
+    few_sliced_cases,
+    partition_cases,
+    produced_cases,
+    sliced_cases,
+)
 
 PROBLEMS: dict[str, Callable[[], list[Problem]]] = {}
 
 
 def problems(op: str) -> Callable[[Callable[[], list[Problem]]], Callable[[], list[Problem]]]:
-    """Registers the function that lists the problems of `op`, a name in `dfs_engine.ops` and `dfs_engine.reference`."""
+    """Registers the function that lists the problems of `op`, which has its oracle by that name in `reference`."""
 
     def register(function: Callable[[], list[Problem]]) -> Callable[[], list[Problem]]:
         PROBLEMS[op] = function
@@ -25,13 +34,22 @@ def problems(op: str) -> Callable[[Callable[[], list[Problem]]], Callable[[], li
 @problems("partitioned_conv2d")
 def _conv2d_problems() -> list[Problem]:
     def problem(
-        label: str, input: tuple, out_channels: int, kernel: tuple, bias: bool = True, **options: Any
+        label: str,
+        input: tuple,
+        out_channels: int,
+        kernel: tuple,
+        bias: bool = True,
+        cases: Callable[[Problem], list[Case]] = sliced_cases,
+        **options: Any,
     ) -> Problem:
         weight = (out_channels, input[1] // options.get("groups", 1), *kernel)
         tensors = {"input": input, "weight": weight, "bias": (out_channels,) if bias else None}
-        return Problem(
-            label, tensors, options, 1, input[1], ("nchw", "channels_last", "strided", "expanded"), sliced_cases
-        )
+        return Problem(label, tensors, options, 1, input[1], ("nchw", "channels_last", "strided", "expanded"), cases)
+
+    # Winograd's tiles, 4 pixels apart, end before the border, on it, and 1 to 3 pixels behind it, in the forward and in
+    # both gradients; some lie inside, which is a path of its own. Half of the channels are enough for it.
+    def tiled(height: int, width: int, padding: tuple[int, int]) -> Problem:
+        return problem(f"{height}x{width}, padding {padding}", (3, 40, height, width), 18, (3, 3), padding=padding)
 
     return [
         problem("round", (4, 16, 8, 8), 32, (3, 3), padding=1),
@@ -47,17 +65,30 @@ def _conv2d_problems() -> list[Problem]:
         problem("4 groups", (2, 12, 7, 7), 8, (3, 3), padding=1, groups=4),
         problem("depthwise, stride 2", (2, 17, 9, 9), 17, (3, 3), bias=False, stride=2, padding=1, groups=17),
         problem("depthwise, multiplier 2", (2, 6, 5, 7), 12, (3, 3), groups=6),
+        problem("depthwise 3x5, uneven", (2, 17, 9, 12), 17, (3, 5), stride=(1, 2), padding=(0, 2), groups=17),
+        tiled(12, 13, (1, 0)),
+        tiled(13, 10, (0, 2)),
+        tiled(10, 11, (2, 1)),
+        tiled(11, 12, (1, 1)),
+        # Long sums, which kernels take in several blocks: over input channels, output channels, pixels.
+        problem("330 channels", (1, 330, 3, 5), 20, (3, 3), padding=1, cases=few_sliced_cases),
+        problem("330 out channels", (1, 24, 5, 3), 330, (3, 3), padding=1, cases=few_sliced_cases),
+        problem("many pixels", (9, 24, 30, 31), 17, (3, 3), padding=1, cases=few_sliced_cases),
         problem("batch 0", (0, 8, 5, 5), 4, (3, 3), padding=1),
     ]
 
 
 @problems("partitioned_linear")
 def _linear_problems() -> list[Problem]:
-    def problem(label: str, input: tuple, out_features: int, bias: bool = True) -> Problem:
+    def problem(
+        label: str,
+        input: tuple,
+        out_features: int,
+        bias: bool = True,
+        cases: Callable[[Problem], list[Case]] = sliced_cases,
+    ) -> Problem:
         tensors = {"input": input, "weight": (out_features, input[-1]), "bias": (out_features,) if bias else None}
-        return Problem(
-            label, tensors, {}, -1, input[-1], ("contiguous", "transposed", "strided", "expanded"), sliced_cases
-        )
+        return Problem(label, tensors, {}, -1, input[-1], ("contiguous", "transposed", "strided", "expanded"), cases)
 
     return [
         problem("round", (8, 32), 16),
@@ -67,13 +98,23 @@ def _linear_problems() -> list[Problem]:
         problem("17 features", (9, 17), 3),
         problem("tokens, 65 features, no bias", (2, 7, 65), 33, bias=False),
         problem("one vector", (17,), 9),
+        # Long sums, which kernels take in several blocks: over features in and out, and over rows.
+        problem("deep and wide", (33, 1300), 830, cases=few_sliced_cases),
+        problem("many rows", (1300, 48), 40, cases=few_sliced_cases),
         problem("batch 0", (0, 8), 4),
     ]
 
 
 @problems("partitioned_norm_linear")
 def _norm_linear_problems() -> list[Problem]:
-    def problem(label: str, input: tuple, out_features: int, affine: bool = True, bias: bool = True) -> Problem:
+    def problem(
+        label: str,
+        input: tuple,
+        out_features: int,
+        affine: bool = True,
+        bias: bool = True,
+        cases: Callable[[Problem], list[Case]] = sliced_cases,
+    ) -> Problem:
         channels = input[-1]
         norm = (channels,) if affine else None
         weight = (out_features, channels)
@@ -84,9 +125,7 @@ def _norm_linear_problems() -> list[Problem]:
             "weight": weight,
             "bias": (out_features,) if bias else None,
         }
-        return Problem(
-            label, tensors, {}, -1, channels, ("contiguous", "transposed", "strided"), sliced_cases, signed=True
-        )
+        return Problem(label, tensors, {}, -1, channels, ("contiguous", "transposed", "strided"), cases, signed=True)
 
     # One channel normalises to a constant, and of a few beside zeros only a rounding error is left of the gradient: so
     # every beta has to leave several. For the same reason rows do not share one number here (layout "expanded").
@@ -97,18 +136,27 @@ def _norm_linear_problems() -> list[Problem]:
         problem("tokens, 97 channels, no bias", (2, 7, 97), 33, bias=False),
         problem("not affine", (9, 72), 7, affine=False),
         problem("one vector", (129,), 9),
+        problem("deep", (33, 700), 400, cases=few_sliced_cases),
+        problem("many rows", (700, 72), 40, cases=few_sliced_cases),
         problem("batch 0", (0, 8), 4),
     ]
 
 
 @problems("conv_block")
 def _conv_block_problems() -> list[Problem]:
-    def problem(label: str, input: tuple, affine: bool = True, residual: bool = False, **options: Any) -> Problem:
+    def problem(
+        label: str,
+        input: tuple,
+        affine: bool = True,
+        residual: bool = False,
+        cases: Callable[[Problem], list[Case]] = produced_cases,
+        **options: Any,
+    ) -> Problem:
         parameters = (input[1],) if affine else None
         tensors = {"input": input, "weight": parameters, "bias": parameters}
         tensors |= {"residual": input} if residual else {}
         layouts = ("nchw", "channels_last", "strided", "expanded")
-        return Problem(label, tensors, {"pool": False} | options, 1, input[1], layouts, produced_cases, signed=True)
+        return Problem(label, tensors, {"pool": False} | options, 1, input[1], layouts, cases, signed=True)
 
     return [
         problem("round", (4, 16, 8, 8)),
@@ -118,7 +166,25 @@ def _conv_block_problems() -> list[Problem]:
         problem("17 channels, ReLU last, pool", (3, 17, 7, 6), relu_first=False, pool=True),
         problem("17 channels, residual", (2, 17, 7, 5), residual=True, relu_first=False),
         problem("not affine", (3, 8, 5, 4), affine=False),
+        problem("ties, pool", (2, 8, 6, 8), pool=True)._replace(has_ties=True),
+        problem("ties, ReLU last, pool", (2, 8, 8, 6), relu_first=False, pool=True)._replace(has_ties=True),
+        problem("many pixels", (5, 20, 23, 21), cases=few_produced_cases),
         problem("batch 0", (0, 8, 4, 4), pool=True),
+    ]
+
+
+@problems("partition")
+def _partition_problems() -> list[Problem]:
+    def problem(label: str, input: tuple, dim: int) -> Problem:
+        last = ("channels_last",) if len(input) == 4 else ("transposed",)
+        layouts = ("contiguous", *last, "strided", "expanded")
+        return Problem(label, {"input": input}, {"dim": dim}, dim, input[dim], layouts, partition_cases, signed=True)
+
+    return [
+        problem("image", (3, 17, 5, 4), 1),
+        problem("1 channel", (2, 1, 4, 4), 1),
+        problem("tokens", (2, 7, 65), -1),
+        problem("batch 0", (0, 8, 4, 4), 1),
     ]
 
 
