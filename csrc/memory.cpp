@@ -5,10 +5,11 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <iterator>
 #include <map>
 #include <mutex>
+#include <set>
 #include <unordered_map>
+#include <utility>
 
 namespace dfs_engine {
 
@@ -20,6 +21,8 @@ constexpr size_t smallest = size_t{1} << 18;
 // The C library gives large blocks back to the system at once, and fresh memory costs a page fault per 4 KiB, in which the
 // system clears the page. So freed blocks are kept, as torch does on CUDA. They never make what is held more than half
 // as much again as the live tensors were at their peak; who was not wanted for the longest time goes first.
+//
+// The lock is for the bookkeeping alone: the system may take milliseconds for a large block, in which other threads allocate.
 //
 // Blocks are plain ones of c10::alloc_cpu, without a header, so that a pointer which one allocator handed out may come
 // back to the other after a switch (ATen and oneDNN pass raw pointers through whichever is registered).
@@ -49,9 +52,13 @@ class CachingAllocator final : public c10::Allocator {
   }
 
   void empty() {
-    const std::lock_guard guard(mutex_);
-    shrink_to(0);
-    peak_ = live_;
+    Blocks evicted;
+    {
+      const std::lock_guard guard(mutex_);
+      evicted = evict_to(0);
+      peak_ = live_;
+    }
+    free(evicted);
   }
 
   int64_t allocated() {
@@ -69,77 +76,107 @@ class CachingAllocator final : public c10::Allocator {
  private:
   struct Block {
     void* data;
-    uint64_t freed;  // when, in releases
+    size_t size;
   };
+  using Blocks = std::map<uint64_t, Block>;  // by when they were freed, counted in releases
 
   static void release(void* data);
 
+  static void free(const Blocks& blocks) {
+    for (const auto& [freed, block] : blocks) c10::free_cpu(block.data);
+  }
+
   void* take(size_t nbytes) {
-    const std::lock_guard guard(mutex_);
-    const auto fit = blocks_.lower_bound(nbytes);
-    if (fit != blocks_.end() && fit->first <= nbytes + nbytes / 4) {
-      // Of equal blocks the one freed last, of which most may still be in the processor's cache.
-      const auto block = std::prev(blocks_.upper_bound(fit->first));
-      const auto [size, found] = *block;
-      blocks_.erase(block);
-      cached_ -= size;
-      lend(found.data, size);
-      return found.data;
+    if (void* data = take_cached(nbytes)) return data;
+    void* data = allocate_fresh(nbytes);
+    Blocks evicted;
+    {
+      const std::lock_guard guard(mutex_);
+      lend({data, nbytes});
+      evicted = evict_to(peak_ + peak_ / 2 - live_);
     }
-    const size_t peak = std::max(peak_, live_ + nbytes), limit = peak + peak / 2;
-    shrink_to(limit - (live_ + nbytes));
-    void* data = nullptr;
-    try {
-      data = c10::alloc_cpu(nbytes);
-    } catch (const c10::Error&) {
-      if (cached_ == 0) throw;
-      shrink_to(0);
-      data = c10::alloc_cpu(nbytes);
-    }
-    lend(data, nbytes);
+    free(evicted);
     return data;
   }
 
-  void lend(void* data, size_t size) {
-    sizes_[data] = size;
-    live_ += size;
-    peak_ = std::max(peak_, live_);
+  // Null: there is none of about this size.
+  void* take_cached(size_t nbytes) {
+    const std::lock_guard guard(mutex_);
+    const auto fit = by_size_.lower_bound({nbytes, 0});
+    if (fit == by_size_.end() || fit->first > nbytes + nbytes / 4) return nullptr;
+    // Of equal blocks the one freed last, of which most may still be in the processor's cache.
+    const auto last = std::prev(by_size_.lower_bound({fit->first + 1, 0}));
+    const auto cached = take_out(by_age_.find(last->second));
+    lend(cached.mapped());
+    return cached.mapped().data;
+  }
+
+  void* allocate_fresh(size_t nbytes) {
+    try {
+      return c10::alloc_cpu(nbytes);
+    } catch (const c10::Error&) {
+      Blocks evicted;
+      {
+        const std::lock_guard guard(mutex_);
+        evicted = evict_to(0);
+      }
+      if (evicted.empty()) throw;
+      free(evicted);
+    }
+    return c10::alloc_cpu(nbytes);
   }
 
   // False: the pointer is none of this allocator's.
   bool take_back(void* data) {
-    const std::lock_guard guard(mutex_);
-    const auto found = sizes_.find(data);
-    if (found == sizes_.end()) return false;
-    const size_t size = found->second;
-    sizes_.erase(found);
-    live_ -= size;
-    c10::profiledCPUMemoryReporter().Delete(data);
-    if (enabled_) {
-      blocks_.emplace(size, Block{data, ++releases_});
-      cached_ += size;
-    } else {
-      c10::free_cpu(data);
+    {
+      const std::lock_guard guard(mutex_);
+      const auto found = sizes_.find(data);
+      if (found == sizes_.end()) return false;
+      const size_t size = found->second;
+      sizes_.erase(found);
+      live_ -= size;
+      c10::profiledCPUMemoryReporter().Delete(data);
+      if (enabled_) {
+        by_age_.emplace_hint(by_age_.end(), ++releases_, Block{data, size});
+        by_size_.emplace(size, releases_);
+        cached_ += size;
+        return true;
+      }
     }
+    c10::free_cpu(data);
     return true;
   }
 
-  void shrink_to(size_t bytes) {
-    while (cached_ > bytes) {
-      const auto oldest = std::min_element(
-          blocks_.begin(), blocks_.end(), [](const auto& a, const auto& b) { return a.second.freed < b.second.freed; });
-      c10::free_cpu(oldest->second.data);
-      cached_ -= oldest->first;
-      blocks_.erase(oldest);
-    }
+  // The rest is called with the lock held.
+
+  void lend(const Block& block) {
+    sizes_[block.data] = block.size;
+    live_ += block.size;
+    peak_ = std::max(peak_, live_);
+  }
+
+  Blocks::node_type take_out(Blocks::iterator cached) {
+    const auto& [freed, block] = *cached;
+    by_size_.erase({block.size, freed});
+    cached_ -= block.size;
+    return by_age_.extract(cached);
+  }
+
+  // Takes blocks out, oldest first, until at most so many bytes are cached; the caller frees them without the lock. Moves
+  // them, because there may be no memory for anything new.
+  Blocks evict_to(size_t bytes) {
+    Blocks evicted;
+    while (cached_ > bytes) evicted.insert(evicted.end(), take_out(by_age_.begin()));
+    return evicted;
   }
 
   std::mutex mutex_;
   bool enabled_ = false;
   c10::Allocator* stock_ = nullptr;  // what was registered before
-  std::unordered_map<void*, size_t> sizes_;  // of live blocks
-  std::multimap<size_t, Block> blocks_;      // cached ones, by size
-  size_t live_ = 0, cached_ = 0, peak_ = 0;  // bytes
+  std::unordered_map<void*, size_t> sizes_;        // of live blocks
+  Blocks by_age_;                                  // cached ones
+  std::set<std::pair<size_t, uint64_t>> by_size_;  // the same: size, and when it was freed
+  size_t live_ = 0, cached_ = 0, peak_ = 0;        // bytes
   uint64_t releases_ = 0;
 };
 

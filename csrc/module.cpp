@@ -70,7 +70,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "caching_allocator_enable", &dfs_engine::caching_allocator_enable,
       "Switches the caching allocator of CPU tensors; returns what it was.");
-  m.def("empty_cache", &dfs_engine::empty_cache, "Frees what the caching allocator holds for later.");
+  // Without the interpreter's lock: other threads of Python allocate meanwhile.
+  m.def(
+      "empty_cache", &dfs_engine::empty_cache, pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "Frees what the caching allocator holds for later.");
   m.def("memory_allocated", &dfs_engine::memory_allocated, "Bytes of live tensors that the caching allocator serves.");
   m.def("memory_reserved", &dfs_engine::memory_reserved, "Bytes of those and of cached blocks.");
   m.def("num_parallel_threads", &num_parallel_threads, "Threads that at::parallel_for really uses.");

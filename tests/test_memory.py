@@ -2,6 +2,7 @@
 
 import gc
 import random
+import sys
 import threading
 
 import pytest
@@ -77,6 +78,63 @@ def test_freed_memory_is_taken_again_and_by_a_request_of_about_its_size_only(cac
 
 
 @requires_extension
+def test_who_was_not_wanted_for_the_longest_time_goes_first(caching):
+    base = memory.memory_reserved()
+    blocks = {size: floats(size * LARGE) for size in (8, 16, 32)}
+    places = {size: block.data_ptr() for size, block in blocks.items()}
+    for size in (16, 8, 32):
+        del blocks[size]
+    # At most 84 may be held: beside 40 there is room for 8 and 32.
+    large = floats(40 * LARGE)
+    assert memory.memory_reserved() - base == 80 * LARGE
+    kept = [floats(size * LARGE) for size in (32, 8)]
+    assert [tensor.data_ptr() for tensor in kept] == [places[32], places[8]]
+    assert memory.memory_reserved() - base == large.nbytes + sum(tensor.nbytes for tensor in kept)
+
+
+@requires_extension
+def test_others_allocate_while_a_large_cache_is_emptied(caching):
+    """Neither the interpreter's lock nor the allocator's is held while thousands of blocks are given back."""
+    interval, gate = sys.getswitchinterval(), threading.Lock()
+    gate.acquire()
+    emptying = finished = False
+    allocated: list[int] = []
+
+    def work() -> None:
+        while True:
+            gate.acquire()
+            if finished:
+                return
+            allocated.append(0)
+            while emptying and allocated[-1] < 8:
+                floats(LARGE)
+                allocated[-1] += emptying
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        # Now a thread runs until it gives the interpreter's lock away: the worker starts in `empty_cache`, or after it.
+        sys.setswitchinterval(1000)
+        for _ in range(100):
+            cached = [floats(LARGE) for _ in range(2000)]
+            del cached
+            emptying = True
+            if gate.locked():
+                gate.release()
+            memory.empty_cache()
+            emptying = False
+            if 8 in allocated:
+                break
+    finally:
+        sys.setswitchinterval(interval)
+        finished = True
+        if gate.locked():
+            gate.release()
+        worker.join()
+    assert 8 in allocated
+
+
+@requires_extension
 def test_small_blocks_are_left_to_torch(caching):
     before = memory.memory_allocated()
     small = [floats(LARGE - 4) for _ in range(10)]
@@ -142,9 +200,15 @@ def test_threads_allocate_and_free_for_each_other(caching):
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
+    while any(thread.is_alive() for thread in threads):
+        memory.empty_cache()
     for thread in threads:
         thread.join()
     assert not wrong
+    shelf.clear()
+    gc.collect()
+    memory.empty_cache()
+    assert memory.memory_reserved() == memory.memory_allocated()
 
 
 class Squares(torch.utils.data.Dataset):
