@@ -135,9 +135,8 @@ def requested(backend: str | None = None) -> str | None:
 
 def is_transforming() -> bool:
     """Whether one of torch.func's transforms is active. torch.compile says by itself what it cannot trace."""
-    return (
-        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    )  # as autograd.Function asks
+    # As torch.autograd.Function asks.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def check_no_transform(op: str) -> None:

@@ -183,7 +183,7 @@ def test_any_strides(shape, layout, grad_layout, backend, check, exact_dtype):
     start, stop = 2, 5
     options = {"start": start, "stop": stop, "backend": backend}
     leading, _, out_features, _ = SHAPES[shape]
-    grad_output = grad_layout(torch.randn(*leading, out_features, dtype=torch.float64))
+    grad_output = grad_layout(torch.randn(*leading, out_features, dtype=exact_dtype))
     strided = {name: tensor if tensor is None else every_other(tensor) for name, tensor in tensors.items()}
     tensors = {**strided, "input": layout(tensors["input"]), "weight": transposed(tensors["weight"])}
     check(partitioned_norm_linear, tensors, grad_output, **options)
