@@ -158,7 +158,7 @@ def select(
     device: torch.device,
     dtype: torch.dtype,
     backend: str | None = None,
-    wins: Callable[[str], bool] | None = None,
+    wins: Callable[[str], bool] = lambda kernels: kernels == "cpp",
 ) -> str:
     """Picks the backend that serves `op`, and remembers it for `last_used`.
 
@@ -166,8 +166,8 @@ def select(
         op: one of `OPS`.
         backend: an explicit request (see `requested`); None or "auto" picks: this project's kernels for the device
             (`cpp` on the CPU, `triton` on CUDA) where they are there, take the dtype and win, else `aten`.
-        wins: whether the kernels of the backend that it is given beat `aten` on the shape at hand. None: `cpp` does,
-            `triton` does not.
+        wins: whether the kernels of the backend that it is given beat `aten` on the shape at hand. Default: `cpp`'s do,
+            `triton`'s do not.
 
     Raises:
         RuntimeError: the requested backend cannot run on this device, or has no kernel for this dtype; any but
@@ -180,7 +180,6 @@ def select(
         check_request(op, explicit, device, dtype)
         chosen = explicit
     else:
-        wins = wins or (lambda kernels: kernels == "cpp")
         chosen = _automatic(
             device.type, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels)
         )

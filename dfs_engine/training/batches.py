@@ -74,7 +74,7 @@ class EpochBatches(Sampler[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        generator = torch.Generator().manual_seed(int(entropy[0]) >> 1)
         order = torch.randperm(self.num_samples, generator=generator)[: self.num_in_epoch].tolist()
         seeds = torch.randint(2**62, (self.num_batches, self.num_processes), generator=generator)[:, self.rank].tolist()
         for step in range(self.start, self.num_batches):
