@@ -54,6 +54,15 @@ def test_every_case_is_compared_timed_and_kept(tiny, tmp_path):
     assert {row.automatic for row in report.rows} <= usable
 
 
+def test_a_backend_without_a_kernel_for_the_dtype_is_not_timed(tiny):
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    report = tiny(dtypes="fp64", backends="dense,aten,cpp", ops="linear")
+    assert {row.case.path for row in report.rows} == {"dense", "aten"}
+    (note,) = report.notes
+    assert note.startswith("cpp was not measured: linear in fp64: it has no kernel for float64")
+
+
 @pytest.mark.parametrize(
     ("module", "name", "op", "spoil"),
     [

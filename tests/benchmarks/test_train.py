@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dfs_engine import backend as backends
 from dfs_engine import memory
 from dfs_engine.benchmarks import train, train_step
 from dfs_engine.benchmarks.train import BenchTrainConfig
@@ -99,6 +100,30 @@ def test_nothing_is_timed_when_gradients_disagree(monkeypatch, tiny, dtype):
         RuntimeError, match=r"expected dfs/nchw/eager/beta=0.5 in .* of blocks\.\d\.conv\.weight: .*Nothing was timed"
     ):
         tiny(backend="aten")
+
+
+@pytest.mark.parametrize("in_force", [None, "cpp"])
+def test_the_gate_in_float64_is_by_aten(tiny, monkeypatch, in_force):
+    """No kernel computes in float64; those that are asked for are compared and timed in the dtypes that they have."""
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    ran = set()
+    select = backends.select
+
+    def record(op, device, dtype, *args, **kwargs):
+        chosen = select(op, device, dtype, *args, **kwargs)
+        ran.add((dtype, chosen))
+        return chosen
+
+    monkeypatch.setattr(backends, "select", record)
+    with backends.use_backend(in_force):
+        report = tiny(backend="auto" if in_force else "cpp", variants="detach,dfs", layouts="channels_last")
+    assert {chosen for dtype, chosen in ran if dtype == torch.float64} == {"aten"}
+    assert (torch.float32, "cpp") in ran
+    assert {row.backend_used for row in report.rows} == {"stock", "cpp"}
+    assert "in float64 dfs by aten" in report.table()
+    with backends.use_backend(in_force), pytest.raises(RuntimeError, match="it has no kernel for float64"):
+        tiny(backend="auto" if in_force else "cpp", variants="dfs", dtypes="fp64")
 
 
 def test_sweeps_compare_like_with_like(tiny):

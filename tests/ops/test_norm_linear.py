@@ -418,6 +418,7 @@ def test_opcheck(shape, dtype):
     mean, rstd = torch.randn(*input.shape[:-1], 1), torch.rand(*input.shape[:-1], 1)
     statistics = (torch.randn_like(grad_output), input, mean, rstd)
     torch.library.opcheck(OPS.norm_linear_grad_weight, (grad_output, input, mean, rstd))
+    torch.library.opcheck(OPS.norm_linear_row_sums, (grad_output, *statistics, *affine))
     for start, stop in ((0, input.size(-1)), (1, 4), (3, 3)):
         torch.library.opcheck(OPS.norm_linear_grad_input, (grad_output, *statistics, *affine, start, stop))
 
