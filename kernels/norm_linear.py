@@ -131,9 +131,17 @@ def _row_sums_kernel(
         b_output = tl.load(p_output, mask=m_tile, other=0.0).to(tl.float32)
         b_1 += b_grad * tl.load(weight_sums + o_n, mask=m_n, other=0.0)[None, :]
         b_product = b_output - tl.load(weight_sums + out + o_n, mask=m_n, other=0.0)[None, :]
+        b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)[None, :]
+        b_2 += b_grad * tl.where(b_lossy > 0, 0.0, b_product)
+    b_sum = tl.sum(b_2, axis=1)
+    tl.store(sums + o_m, tl.sum(b_1, axis=1) / channels, mask=m_m)
+    # Apart from the others, which leave it the registers.
+    for first in range(0, out, BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N).to(tl.int64)
+        m_n = o_n < out
         b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)
         if tl.max(b_lossy, axis=0) > 0:
-            b_exact = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            b_product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for done in range(0, channels, BLOCK_K):
                 o_k = done + tl.arange(0, BLOCK_K).to(tl.int64)
                 m_k = o_k < channels
@@ -144,11 +152,11 @@ def _row_sums_kernel(
                 if norm_weight is not None:
                     b_hat *= tl.load(norm_weight + o_k * stride_nw, mask=m_k, other=0.0).to(tl.float32)[None, :]
                 b_weight = tl.load(p_weight, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-                b_exact = tl.dot(b_hat, b_weight, b_exact, input_precision="ieee", out_dtype=tl.float32)
-            b_product = tl.where(b_lossy[None, :] > 0, b_exact, b_product)
-        b_2 += b_grad * b_product
-    tl.store(sums + o_m, tl.sum(b_1, axis=1) / channels, mask=m_m)
-    tl.store(sums + rows + o_m, tl.sum(b_2, axis=1) / channels, mask=m_m)
+                b_product = tl.dot(b_hat, b_weight, b_product, input_precision="ieee", out_dtype=tl.float32)
+            p_grad = grad_output + o_m[:, None] * stride_gm + o_n[None, :] * stride_go
+            b_grad = tl.load(p_grad, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+            b_sum += tl.sum(b_grad * b_product * b_lossy[None, :], axis=1)
+    tl.store(sums + rows + o_m, b_sum / channels, mask=m_m)
 
 
 @triton.jit
