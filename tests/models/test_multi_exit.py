@@ -320,7 +320,8 @@ def test_config_round_trip(name, variant):
     model = make(name, variant=variant, **options)
     config = model.get_config()
     assert config == json.loads(json.dumps(config))
-    assert config == {"name": name, "num_classes": 5, "variant": variant, **options, **SMALL[name][0]}
+    recorded = {"init": "published"} if name.startswith("vgg") else {}
+    assert config == {"name": name, "num_classes": 5, "variant": variant, **options, **recorded, **SMALL[name][0]}
     again = create_model(**config)
     assert again.get_config() == config
     again.double().load_state_dict(model.state_dict())

@@ -132,7 +132,7 @@ def test_a_worker_that_dies(photos, tmp_path, capsys, monkeypatch, how):
     monkeypatch.setattr(ImageDataset, "__getitems__", dies)
     line = train_line(photos, tmp_path / "run", "--data.num_workers", "1", "--epochs", "3")
     error = one_line_of_error(capsys, line, 1)
-    assert "data.num_workers: expected worker processes that live, but DataLoader worker (pid" in error
+    assert "data.num_workers: expected worker processes that live, but DataLoader worker" in error  # in torch's words
     assert "lower --data.num_workers; 0 prepares the batches in this process" in error
     assert "step-00000003. Go on with: dfs train --resume" in error
     monkeypatch.undo()
