@@ -701,8 +701,14 @@ def torchvision_model(name, **options):
     return lambda: getattr(pytest.importorskip("torchvision.models"), name)(num_classes=NUM_CLASSES, **options)
 
 
-def timm_model(name, **options):
-    return lambda: pytest.importorskip("timm").create_model(name, num_classes=NUM_CLASSES, **options)
+def timm_model(name):
+    def build():
+        timm = pytest.importorskip("timm")
+        if not timm.is_model(name):
+            pytest.skip(f"timm {timm.__version__} has no {name}")
+        return timm.create_model(name, num_classes=NUM_CLASSES)
+
+    return build
 
 
 # maker, {module: partitioned layers}, image size
