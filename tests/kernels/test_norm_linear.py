@@ -64,8 +64,11 @@ def check(tensors: dict) -> None:
     tolerance = TOLERANCES[tensors["weight"].dtype]
     channels = tensors["input"].size(-1)
     half = channels // 2
-    # What cancellation leaves of one channel is judged by the others.
+    # What cancellation leaves of one channel is judged by the others. In half precision by the largest of them: the
+    # output that m2 is taken from was rounded once, which reaches every channel alike.
     scale = gradient_scale([grad_input]) if grad_input.numel() else 0.0
+    if tensors["weight"].dtype in (torch.float16, torch.bfloat16):
+        scale = grad_input.abs().max().item() if grad_input.numel() else 0.0
     for start, stop in ((0, channels), (0, half), (half, channels), (3, 4), (half, half)):
         actual = norm_linear_grad_input(*(tensors[name] for name in ORDER), start, stop)
         assert actual.dtype == tensors["input"].dtype
