@@ -29,6 +29,14 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal():
+    """A shell starts its background jobs with SIGINT ignored, and a run leaves what is ignored as it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def fails(capsys, status, *line):
     """Runs the command; returns its last line on stderr."""
     with pytest.raises(SystemExit) as caught:
