@@ -16,6 +16,7 @@ from dfs_engine.benchmarks.gpu_problems import ATEN, BETA, COMPILED, DENSE, TRIT
 from dfs_engine.benchmarks.measure import Stats
 from dfs_engine.benchmarks.shapes import SHAPES, Shape
 from dfs_engine.benchmarks.train_report import case_column
+from dfs_engine.precision import fp32_precision
 
 _ROUNDS, _QUICK_ROUNDS, _WARMUP = 20, 10, 2
 # Images of a GPU's batch; the largest tensors are some times its L2 cache.
@@ -73,16 +74,8 @@ class GpuRow:
 def precision(name: str) -> Iterator[torch.dtype]:
     """Sets tf32 for a block; gives the storage dtype."""
     dtype, allowed = PRECISIONS[name]
-    # Not `allow_tf32`: reading that one raises where the settings were made through the newer names.
-    owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [owner.fp32_precision for owner in owners]
-    for owner in owners:
-        owner.fp32_precision = "tf32" if allowed else "ieee"
-    try:
+    with fp32_precision("tf32" if allowed else "ieee"):
         yield dtype
-    finally:
-        for owner, value in zip(owners, before, strict=True):
-            owner.fp32_precision = value
 
 
 def measure_device(calls: Calls, rounds: int, left: Callable[[], float] = lambda: 1.0) -> dict[Any, Stats]:

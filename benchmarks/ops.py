@@ -10,13 +10,13 @@ import torch
 from dfs_engine import backend as backends
 from dfs_engine.compare import DTYPES, Comparison, Tolerance, compare
 from dfs_engine.names import split_betas, split_choices
+from dfs_engine.progress import progress_bar
 
 from .machine import copy_bandwidth, matmul_peak
 from .measure import append_csv, environment, measure_phases
 from .op_cases import OP_NAMES, STOCK, OpCase, Operands, TimedOp
 from .ops_report import OpRow, OpsReport
 from .options import LAYOUTS, check_least
-from .progress import progress_bar
 from .shapes import SHAPES, LinearShape, Shape
 
 # Sums over all pixels are rounded in another order than stock's, whose own error varies by several times with layout

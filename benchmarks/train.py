@@ -13,11 +13,11 @@ from dfs_engine.compare import DTYPES
 from dfs_engine.machine import check_device
 from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.names import check_choice, split_betas, split_choices
+from dfs_engine.progress import progress_bar
 
 from .breakdown import profile_step
 from .measure import Times, append_csv, environment, peak_memory, summarise, time_phases
 from .options import LAYOUTS, check_least, split_ints
-from .progress import progress_bar
 from .train_report import Case, TrainReport, TrainRow
 from .train_step import UNSPLIT, Step, StepBuilder
 

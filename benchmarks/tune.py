@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from dfs_engine.kernels import config as kernels
 from dfs_engine.kernels.config import Config, Entries, NoConfigFits
 from dfs_engine.names import split_betas, split_choices
+from dfs_engine.progress import progress_bar
 
 from .gpu_ops import BATCHES, PRECISIONS, measure_device, precision
 from .gpu_problems import ATEN, TRITON, Calls, Launch, Problem, launches, problems
 from .measure import Environment, environment
 from .options import check_least, split_ints
-from .progress import progress_bar
 from .shapes import SHAPES, Shape
 
 _OPS = ("conv2d", "linear", "norm_linear", "conv_block")

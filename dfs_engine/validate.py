@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dfs_engine import backend as backends
 from dfs_engine import ops, reference
@@ -22,6 +22,8 @@ from dfs_engine.compare import DTYPES, EXACT, TOLERANCES, Comparison, compare, f
 from dfs_engine.machine import check_device
 from dfs_engine.names import check_choice, split_choices
 from dfs_engine.partition import partition
+from dfs_engine.precision import fp32_precision
+from dfs_engine.progress import progress_bar
 from dfs_engine.validate_cases import Case, Problem, covering_sample
 from dfs_engine.validate_gradients import MakeGrad
 from dfs_engine.validate_problems import PROBLEMS, winograd_problem
@@ -40,6 +42,7 @@ class ValidateConfig:
         quick: A random sample of the combinations, in which any two modes meet that can, under 40 s on 2 slow cores,
             instead of all of them.
         seed: Of the random inputs and of the sample.
+        max_seconds: Start no further problem after this time; how many were left out is said. Default: no limit.
         progress: Show a progress bar in a terminal.
     """
 
@@ -49,6 +52,7 @@ class ValidateConfig:
     device: str = "cpu"
     quick: bool = False
     seed: int = 0
+    max_seconds: float | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -65,7 +69,7 @@ def run(config: ValidateConfig) -> ValidateReport:
         RuntimeError: a backend named in `config.backends` is not usable here, or there is no CUDA device.
     """
     check_device("validate", config.device)
-    report = ValidateReport(config)
+    begin, report = time.monotonic(), ValidateReport(config)
     names = _usable_backends(config, report)
     op_names = list(PROBLEMS) if config.ops == "all" else split_choices("ops", config.ops, PROBLEMS)
     dtypes = split_choices("dtypes", config.dtypes, DTYPES)
@@ -85,11 +89,12 @@ def run(config: ValidateConfig) -> ValidateReport:
                 if config.quick:
                     cases = covering_sample(problem, cases, chooser)
                 plan.append((op, dtype, problem, cases))
-        # None: where the error output is no terminal.
-        hidden = None if config.progress else True
-        with tqdm(total=sum(len(cases) for *_, cases in plan), desc="validate", unit="case", disable=hidden) as bar:
-            for op, dtype, problem, cases in plan:
-                bar.set_postfix_str(f"{op} {dtype} {problem.label}")
+        with progress_bar(sum(len(cases) for *_, cases in plan), "case", config.progress) as bar:
+            for index, (op, dtype, problem, cases) in enumerate(plan):
+                if config.max_seconds is not None and time.monotonic() - begin >= config.max_seconds:
+                    report.skipped.append(f"{len(plan) - index} of {len(plan)} problems: no time was left for them")
+                    break
+                bar.set_description(f"validate {op} {dtype} {problem.label}")
                 _validate_problem(op, dtype, problem, cases, names, report, bar)
         if "cpp" in names and "fp32" in dtypes and "partitioned_conv2d" in op_names:
             report.winograd = _winograd_errors(config.seed)
@@ -164,7 +169,7 @@ def _double(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def _validate_problem(
-    op: str, dtype: str, problem: Problem, cases: list[Case], names: list[str], report: ValidateReport, bar: tqdm
+    op: str, dtype: str, problem: Problem, cases: list[Case], names: list[str], report: ValidateReport, bar: Any
 ) -> None:
     config = report.config
     tensors = _make_tensors(problem, dtype, config.device, config.seed)
@@ -218,18 +223,16 @@ def _strict_numerics() -> Iterator[None]:
 
     Winograd's convolutions wherever they apply: the problems are smaller than what they pay for.
     """
-    # Both are objects in a module's place, whose attributes the type checker cannot see.
-    filler: Any = torch.utils.deterministic
-    precision: Any = torch.backends
-    before = filler.fill_uninitialized_memory, precision.fp32_precision
+    filler: Any = torch.utils.deterministic  # an object in a module's place, which the type checker cannot see into
+    before = filler.fill_uninitialized_memory
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        filler.fill_uninitialized_memory, precision.fp32_precision = True, "ieee"
-        with warnings.catch_warnings(), backends.use_winograd(True):
+        filler.fill_uninitialized_memory = True
+        with warnings.catch_warnings(), backends.use_winograd(True), fp32_precision("ieee"):
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:
         torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
-        filler.fill_uninitialized_memory, precision.fp32_precision = before
+        filler.fill_uninitialized_memory = before

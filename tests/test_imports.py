@@ -17,7 +17,20 @@ ROOT = Path(__file__).parents[1]
 
 # Lower layers first. A module imports its own layer and those below it.
 LAYERS = (
-    {"names", "extras", "recipes", "machine", "calibration", "partition", "backend", "reference", "compare", "kernels"},
+    {
+        "names",
+        "extras",
+        "recipes",
+        "machine",
+        "precision",
+        "progress",
+        "calibration",
+        "partition",
+        "backend",
+        "reference",
+        "compare",
+        "kernels",
+    },
     {"ops"},
     {"nn"},
     {"models"},

@@ -10,6 +10,7 @@ from dfs_engine import reference
 from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
 from dfs_engine.ops import conv2d, conv_block, partitioned_conv2d, partitioned_linear, partitioned_norm_linear
 from dfs_engine.partition import Partition
+from dfs_engine.precision import fp32_precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,10 +30,8 @@ CHANNELS = 48
 @pytest.fixture
 def ieee():
     """float32 means float32: cuDNN's default is tf32."""
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "ieee"
-    yield
-    torch.backends.fp32_precision = before
+    with fp32_precision("ieee"):
+        yield
 
 
 class Problem:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dfs_engine.kernels.config import INTERPRETED
+from dfs_engine.precision import fp32_precision
 
 pytest.importorskip("triton")
 
@@ -29,7 +30,5 @@ def dtype(request, device) -> torch.dtype:
 @pytest.fixture(autouse=True)
 def _ieee():
     """float32 means float32, whatever the device's defaults are: convolutions would use tf32."""
-    previous = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "ieee"
-    yield
-    torch.backends.fp32_precision = previous
+    with fp32_precision("ieee"):
+        yield

@@ -19,11 +19,6 @@ SHAPES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _ieee():
-    """Not the other tests': tuning sets the precisions itself, and torch forbids to mix the two ways of saying it."""
-
-
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "tf32", "bf16"])
 def test_every_configuration_computes_what_aten_does(dtype, device, monkeypatch, tmp_path):
     if dtype == "bf16" and device == "cpu":

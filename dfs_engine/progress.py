@@ -1,4 +1,4 @@
-"""The benchmarks' progress bar: tqdm's; none outside a terminal, or where tqdm is not installed."""
+"""The progress bar of a long measurement or comparison: tqdm's; none where tqdm is not installed, or in no terminal."""
 
 import importlib.util
 from typing import Any
