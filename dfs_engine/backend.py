@@ -61,33 +61,34 @@ _extension_missing = _load_extension()
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
-def unavailable_reason(backend: str, device_type: str = "cpu") -> str | None:
-    """Why `backend` cannot run on `device_type` here, or None if it can."""
+def unavailable_reason(backend: str, device: torch.device | str = "cpu") -> str | None:
+    """Why `backend` cannot run on `device` here, or None if it can; "cuda" is the current GPU."""
     check_choice("backend", backend, BACKENDS)
+    device = torch.device(device)
     if backend == "triton":
-        return _triton_unavailable(device_type)
+        return _triton_unavailable(device)
     if backend == "cpp":
-        if device_type != "cpu":
-            return f"the cpp backend computes on cpu tensors, got {device_type}"
+        if device.type != "cpu":
+            return f"the cpp backend computes on cpu tensors, got {device.type}"
         return _extension_missing
     return None
 
 
-def _triton_unavailable(device_type: str) -> str | None:
+def _triton_unavailable(device: torch.device) -> str | None:
     if not _has_triton:
         return "Triton is not installed; run `pip install triton`"
     if INTERPRETED:
-        if device_type == "cpu":
+        if device.type == "cpu":
             return None
-        return f"the triton backend computes on cpu tensors while TRITON_INTERPRET=1 is set, got {device_type}"
-    if device_type != "cuda":
+        return f"the triton backend computes on cpu tensors while TRITON_INTERPRET=1 is set, got {device.type}"
+    if device.type != "cuda":
         return (
-            f"the triton backend computes on cuda tensors, got {device_type} "
+            f"the triton backend computes on cuda tensors, got {device.type} "
             "(TRITON_INTERPRET=1, set before Python starts, runs it on the CPU, slowly)"
         )
     if not torch.cuda.is_available():
         return "the triton backend computes on cuda tensors, and torch sees no CUDA device"
-    gpu = torch.cuda.get_device_properties()
+    gpu = torch.cuda.get_device_properties(device)
     if gpu.major < 8:
         return f"the triton backend needs compute capability 8.0, and {gpu.name} has {gpu.major}.{gpu.minor}"
     return None
@@ -111,7 +112,7 @@ def check_request(op: str, backend: str, device: torch.device, dtype: torch.dtyp
     Raises:
         RuntimeError: the backend cannot run on this device, or has no kernel of `op` for this dtype.
     """
-    reason, remedy = unavailable_reason(backend, device.type), ""
+    reason, remedy = unavailable_reason(backend, device), ""
     if reason is None:
         reason = unsupported_dtype(op, backend, dtype)
         remedy = " Use backend='aten' or 'auto', or convert the tensors (or the model) to another dtype."
@@ -180,18 +181,16 @@ def select(
         check_request(op, explicit, device, dtype)
         chosen = explicit
     else:
-        chosen = _automatic(
-            device.type, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels)
-        )
+        chosen = _automatic(device, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels))
     if not torch.compiler.is_compiling():
         _last_used[op] = chosen
     return chosen
 
 
-def _automatic(device_type: str, wins: Callable[[str], bool]) -> str:
-    if device_type == "cuda":
-        return "triton" if wins("triton") and unavailable_reason("triton", "cuda") is None else "aten"
-    if device_type != "cpu":
+def _automatic(device: torch.device, wins: Callable[[str], bool]) -> str:
+    if device.type == "cuda":
+        return "triton" if wins("triton") and unavailable_reason("triton", device) is None else "aten"
+    if device.type != "cpu":
         return "aten"
     if _extension_missing is None:
         return "cpp" if wins("cpp") else "aten"

@@ -5,6 +5,7 @@ graph, and the same shape always gets the same configuration, so that results re
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -34,6 +35,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 # The H100's; stands for a GPU that is not there.
 _NOMINAL_SMS = 132
+
+# What reading an element of an operand costs, and writing a partial sum and reading it back, in multiplications: by
+# what the tensor cores, the L2 cache and the memory of an H100 do in half precision.
+_READ, _PARTIAL_SUM = 64, 512
+# Of so many waves of programs the last one hardly counts; of so many partial sums each, more gain little.
+_MANY_WAVES = 12
+# Rows or pixels that fill a GPU: 512 tiles of 128 in each column of tiles, four for a multiprocessor.
+_MANY_ROWS = 2**16
 
 
 class Config(NamedTuple):
@@ -70,18 +79,18 @@ class Compilation(NamedTuple):
 
 
 def compilation(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], config: Config | None = None
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], config: Config | None = None
 ) -> Compilation:
     """A kernel's compilation from the types of its pointers; every other argument is a 32-bit integer.
 
     Args:
         name: what to call it; the configuration is added.
         kernel: the `@triton.jit` function.
-        pointers, constants: by argument name; names that the kernel does not have are left out.
+        types, constants: by argument name; names that the kernel does not have are left out.
         config: None: launched with PLAIN.
     """
     known = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
     if config is None:
         return Compilation(name, kernel, signature, known, PLAIN["num_warps"], PLAIN["num_stages"])
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}-{config.num_warps}w-{config.num_stages}s"
@@ -127,7 +136,9 @@ def define(op: str, **configs: tuple[Config, ...]) -> None:
     _defined[op] = {**_MATMUL, **configs}
 
 
-def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "") -> tuple[Config, ...]:
+def candidates(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "", device: torch.device | None = None
+) -> tuple[Config, ...]:
     """Configurations to try, best first: forced ones, or the tuned table's and after it the heuristic's.
 
     Args:
@@ -135,52 +146,61 @@ def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: st
         m, n, k: output rows, output columns, length of the reduced axis; all at least 1.
         dtype: of the inputs.
         geometry: a convolution's, from `convolution`.
+        device: the tensors'. None: the current GPU, which a launch has made theirs.
     """
     if op in _forced:
         return _forced[op]
-    entry = _entry(op, m, n, k, dtype, geometry)
+    entry = _entry(op, m, n, k, dtype, geometry, device)
     tuned = () if entry is None else (Config(*entry["config"]),)
-    return tuned + tuple(_heuristic(op, m, n, k, _kind(dtype, precision(op))))
-
-
-def _heuristic(op: str, m: int, n: int, k: int, kind: str) -> list[Config]:
-    """The largest tile that neither sticks out far nor leaves multiprocessors idle, then the smaller ones."""
-
-    def is_good(config: Config) -> bool:
-        fits = config.block_m < 2 * m and config.block_n < 2 * n
-        return fits and _num_tiles(config, m, n) * _most_splits(config, op, k) >= sms
-
-    sms = _num_sms()
-    configs = _defined.get(op, _MATMUL)[kind]
-    first = next((index for index, config in enumerate(configs) if is_good(config)), len(configs) - 1)
-    return [config._replace(split=_split(config, op, m, n, k)) for config in configs[first:]]
+    return tuned + _heuristic(_configs(op, dtype), m, n, k, _is_split(op), _num_sms(device))
 
 
 def tunable(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> list[Config]:
-    """What `dfs bench tune` tries: all of the heuristic's configurations, with more and with fewer partial sums too.
+    """What `dfs bench tune` tries: all that the heuristic chooses from. Args: as `candidates`."""
+    ways = (_splits(config, m, n, k, _is_split(op), _num_sms()) for config in _configs(op, dtype))
+    return list(itertools.chain.from_iterable(ways))
 
-    Args: as `candidates`.
-    """
-    found = []
-    for config in _defined.get(op, _MATMUL)[_kind(dtype, precision(op))]:
-        split, most = _split(config, op, m, n, k), _most_splits(config, op, k)
-        splits = {1, max(split // 2, 1), split, min(2 * split, most)}
-        found += [config._replace(split=number) for number in sorted(splits)]
-    return found
+
+def _configs(op: str, dtype: torch.dtype) -> tuple[Config, ...]:
+    return _defined.get(op, _MATMUL)[_kind(dtype, precision(op))]
+
+
+def _is_split(op: str) -> bool:
+    """Whether the reduced axis, which is the one that grows with the batch, may be split."""
+    return op.endswith("grad_weight")
+
+
+@functools.lru_cache(4096)
+def _heuristic(configs: tuple[Config, ...], m: int, n: int, k: int, is_split: bool, num_sms: int) -> tuple[Config, ...]:
+    """The cheapest tile, then the smaller ones, should it need more memory than there is; each in its best split."""
+    cost = functools.partial(_cost, m=m, n=n, k=k, num_sms=num_sms)
+    ways = [min(_splits(config, m, n, k, is_split, num_sms), key=cost) for config in configs]
+    return tuple(ways[ways.index(min(ways, key=cost)) :])
+
+
+def _cost(config: Config, m: int, n: int, k: int, num_sms: int) -> int:
+    """Of a launch, in multiplications of one multiprocessor, those included that stick out or idle in the last wave."""
+    waves = math.ceil(_num_tiles(config, m, n) * config.split / num_sms)
+    area, edge = config.block_m * config.block_n, config.block_m + config.block_n
+    depth = math.ceil(k / (config.split * config.block_k)) * config.block_k
+    return waves * (depth * (area + _READ * edge) + (_PARTIAL_SUM * area if config.split > 1 else 0))
+
+
+def _splits(config: Config, m: int, n: int, k: int, is_split: bool, num_sms: int) -> list[Config]:
+    """With one sum, and with the most partial sums that each number of waves of programs holds."""
+    if not is_split:
+        return [config]
+    tiles = _num_tiles(config, m, n)
+    # Each partial sum takes at least four steps, or writing it out would cost more than it gives. A program or two for
+    # each multiprocessor may take many of them.
+    longest, filling = k // (4 * config.block_k), 2 * num_sms // tiles
+    most = min(longest, max(filling, _MANY_WAVES), _MANY_WAVES * num_sms // tiles)
+    by_waves = {math.ceil(tiles * split / num_sms): split for split in range(1, most + 1)}
+    return [config._replace(split=split) for split in sorted({1, *by_waves.values()})]
 
 
 def _num_tiles(config: Config, m: int, n: int) -> int:
     return math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
-
-
-def _most_splits(config: Config, op: str, k: int) -> int:
-    # Each partial sum takes at least four steps, or writing it out would cost more than it gives.
-    return max(1, k // (4 * config.block_k)) if op.endswith("grad_weight") else 1
-
-
-def _split(config: Config, op: str, m: int, n: int, k: int) -> int:
-    """As many partial sums as there are idle multiprocessors."""
-    return min(_most_splits(config, op, k), max(1, _num_sms() // _num_tiles(config, m, n)))
 
 
 def aligned(start: int, stop: int) -> tuple[int, int]:
@@ -279,15 +299,21 @@ def _kind(dtype: torch.dtype, precision: str) -> str:
 
 
 @_constant_to_compile
-def gpu_name() -> str | None:
-    """The current GPU's, None without one: whose tuned table counts."""
-    return torch.cuda.get_device_properties().name if torch.cuda.is_available() else None
+def gpu_name(device: torch.device | None = None) -> str | None:
+    """Whose tuned table counts: the name of a GPU (None: the current one), None for another device or without any."""
+    gpu = _gpu(device)
+    return None if gpu is None else gpu.name
 
 
-def _num_sms() -> int:
-    if not torch.cuda.is_available():
-        return _NOMINAL_SMS
-    return torch.cuda.get_device_properties().multi_processor_count
+def _num_sms(device: torch.device | None = None) -> int:
+    gpu = _gpu(device)
+    return _NOMINAL_SMS if gpu is None else gpu.multi_processor_count
+
+
+def _gpu(device: torch.device | None) -> Any | None:
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    return torch.cuda.get_device_properties(device)
 
 
 def table_path(gpu: str) -> Path:
@@ -309,6 +335,11 @@ def read_tables() -> dict[str, Entries]:
 _tables = read_tables()
 
 
+def use_table(table: dict[str, Any]) -> None:
+    """Takes a table that was measured just now, as from the next start on. What is compiled already does not see it."""
+    _tables[table["gpu"]] = table["entries"]
+
+
 def convolution(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> str:
     """A convolution's geometry as `table_key` spells it, e.g. "3x3s2x2d1x1"."""
     (height, width), (down, right), (apart_h, apart_w) = kernel, stride, dilation
@@ -316,15 +347,21 @@ def convolution(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence
 
 
 def table_key(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "") -> str:
-    """The shape class of a launch: sizes to the nearest power of two, so that a batch size of 100 finds that of 128."""
-    sizes = "x".join(str(_nearest_power(size)) for size in (m, n, k))
+    """The shape class of a launch: sizes to the nearest power of two, so that a batch size of 100 finds that of 128.
+
+    The axis that grows with the batch, rows or pixels, counts up to _MANY_ROWS. With more of them a full GPU does the
+    same things more often, and aten's kernel too: which is faster no longer changes. So one class is tuned at one batch
+    size and met at all larger ones.
+    """
+    many = {"k" if _is_split(op) else "m": _MANY_ROWS}
+    sizes = "x".join(str(_nearest_power(size, many.get(axis))) for axis, size in (("m", m), ("n", n), ("k", k)))
     return " ".join([op, _key(dtype, precision(op)), sizes, *([geometry] if geometry else [])])
 
 
-def _nearest_power(size: int) -> int:
+def _nearest_power(size: int, most: int | None = None) -> int:
     """By comparisons, of which torch.compile makes guards where the size is symbolic: it compiles once a class."""
     power = 1
-    while size > math.isqrt(2 * power * power):
+    while power != most and size > math.isqrt(2 * power * power):
         power *= 2
     return power
 
@@ -333,16 +370,21 @@ def _key(dtype: torch.dtype, precision: str) -> str:
     return f"fp32-{precision}" if dtype == torch.float32 else TYPE_NAMES[dtype]
 
 
-def prefers_triton(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "") -> bool:
-    """Whether the tuned table of the current GPU says that the kernel beats `aten` in this shape class.
+def prefers_triton(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str = "", device: torch.device | None = None
+) -> bool:
+    """Whether the tuned table of the tensors' GPU says that the kernel beats `aten` in this shape class.
 
-    What `auto` asks on CUDA. False without a table, for a shape class that is not in it, and for other dtypes.
+    What `auto` asks on CUDA. False without a table, for a shape class that is not in it, and for other dtypes. Args: as
+    `candidates`.
     """
-    entry = _entry(op, m, n, k, dtype, geometry)
+    entry = _entry(op, m, n, k, dtype, geometry, device)
     return entry is not None and entry["triton_us"] < entry["aten_us"]
 
 
-def _entry(op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str) -> dict[str, Any] | None:
+def _entry(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, geometry: str, device: torch.device | None
+) -> dict[str, Any] | None:
     if not _tables or dtype not in TYPE_NAMES or min(m, n, k) < 1:
         return None
-    return _tables.get(gpu_name() or "", {}).get(table_key(op, m, n, k, dtype, geometry))
+    return _tables.get(gpu_name(device) or "", {}).get(table_key(op, m, n, k, dtype, geometry))

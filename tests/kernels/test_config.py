@@ -1,7 +1,9 @@
 """Which configurations a launch gets, what happens when one does not fit, and the input precision."""
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,14 +45,52 @@ def test_a_tile_does_not_stick_out_far():
     assert first.block_n <= 64
 
 
-def test_a_long_sum_is_split_among_idle_multiprocessors(monkeypatch):
-    monkeypatch.setattr(config, "_num_sms", lambda: 132)
-    m, n, k = 256, 256, 2**17
-    for candidate in config.candidates("linear_grad_weight", m, n, k, HALF):
-        assert candidate.split == max(1, 132 // tiles(m, n, candidate))
+def test_a_slice_of_few_columns_more_than_a_tile_takes_narrower_ones():
+    """288 live channels of MSDNet: two tiles of 256 columns would multiply 224 columns of nothing."""
+    first = config.candidates("linear_grad_input", 2**18, 288, 2592, HALF)[0]
+    assert 288 / (-(-288 // first.block_n) * first.block_n) >= 0.75
+
+
+# Weight gradients of VGG's deep and first layers, of a transformer's, and one that makes a single tile.
+LONG_SUMS = [
+    (512, 4608, 50_176),
+    (512, 4608, 401_408),
+    (64, 576, 2**21),
+    (768, 3072, 50_432),
+    (64, 27, 2**22),
+    (9, 9, 2**20),
+]
+
+
+@pytest.mark.parametrize("op", ["linear_grad_weight", "conv2d_grad_weight"])
+@pytest.mark.parametrize("shape", LONG_SUMS, ids=str)
+def test_a_long_sum_is_split_into_full_waves_of_programs(op, shape, monkeypatch):
+    monkeypatch.setattr(config, "_num_sms", lambda device=None: 132)
+    m, n, k = shape
+    found = config.candidates(op, m, n, k, HALF)
+    for candidate in found:
+        waves = tiles(m, n, candidate) * candidate.split / 132
+        assert waves / math.ceil(waves) >= 0.9
         assert k // candidate.split >= 4 * candidate.block_k
-    assert all(candidate.split == 1 for candidate in config.candidates("linear_grad_input", m, n, k, HALF))
-    assert all(candidate.split == 1 for candidate in config.candidates("linear_grad_weight", m, n, 64, HALF))
+        assert set(found) <= set(config.tunable(op, m, n, k, HALF))
+
+
+def test_a_short_sum_or_a_full_gpu_is_not_split(monkeypatch):
+    monkeypatch.setattr(config, "_num_sms", lambda device=None: 132)
+    for op, *shape in (
+        ("linear_grad_input", 256, 256, 2**17),
+        ("linear_grad_weight", 256, 256, 64),
+        ("linear_grad_weight", 2**13, 2**13, 2**13),
+    ):
+        assert all(candidate.split == 1 for candidate in config.candidates(op, *shape, HALF)), op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_tuning_tries_is_bounded(op):
+    for shape in itertools.product((1, 64, 700, 9000), (1, 64, 700, 9000), (1, 3000, 2**24)):
+        tried = config.tunable(op, *shape, HALF)
+        assert len(set(tried)) == len(tried)
+        assert len(tried) <= 12 * len({chosen._replace(split=1) for chosen in tried})
 
 
 def test_forced_configurations_nest_and_are_undone():
@@ -92,6 +132,17 @@ def test_another_error_is_not_swallowed():
         config.launch("op", [TILE, TILE], lambda _: 1 // 0)
 
 
+def pretend(monkeypatch, *gpus: tuple[str, int]) -> None:
+    """That this machine has these, by name and number of multiprocessors; the first one is the current one."""
+
+    def properties(device: torch.device | None = None):
+        name, count = gpus[0 if device is None or device.index is None else device.index]
+        return SimpleNamespace(name=name, multi_processor_count=count)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A tuned table of a GPU that this machine pretends to have."""
@@ -106,9 +157,7 @@ def table(tmp_path, monkeypatch):
     config.table_path(gpu).write_text(json.dumps({"gpu": gpu, "entries": entries}))
     assert config.table_path(gpu).name == "nvidia-h100-80gb-hbm3.json"
     monkeypatch.setattr(config, "_tables", config.read_tables())
-    properties = type("Properties", (), {"name": gpu, "multi_processor_count": 132})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    pretend(monkeypatch, (gpu, 132), ("NVIDIA GeForce RTX 3050", 16))
 
 
 def test_the_tuned_table_comes_first_and_decides_for_auto(table):
@@ -125,6 +174,34 @@ def test_the_tuned_table_comes_first_and_decides_for_auto(table):
     assert TILE not in {variant.config for variant in config.variants(OPS[0]) if variant.dtype == "fp16"}
 
 
+def test_each_gpu_of_a_machine_has_its_own_table_and_number_of_multiprocessors(table):
+    current, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert config.gpu_name() == config.gpu_name(torch.device("cuda")) == config.gpu_name(current)
+    assert config.gpu_name(other) == "NVIDIA GeForce RTX 3050"
+    assert config.gpu_name(torch.device("cpu")) is None
+    question = (OPS[0], 128, 60, 70, HALF)
+    assert config.prefers_triton(*question, device=current)
+    assert not config.prefers_triton(*question, device=other)
+    assert TILE not in config.candidates(*question, device=other)
+    assert config.candidates(*question) == config.candidates(*question, device=current)
+    # A grid of tiles that leaves the larger one idle fills the smaller one.
+    large, small = (config.candidates(OPS[0], 512, 768, 768, HALF, device=device)[0] for device in (other, current))
+    assert large.block_m * large.block_n > small.block_m * small.block_n
+
+
+@pytest.mark.parametrize("op", [*OPS, "conv2d_grad_weight", "norm_linear_grad_input", "conv_block"])
+def test_many_rows_are_one_class(op):
+    """A table that was tuned at one batch size serves the larger ones, once the GPU is full."""
+
+    def key(rows: int, weights: int = 64) -> str:
+        sizes = (weights, 64, rows) if op.endswith("grad_weight") else (rows, weights, 64)
+        return config.table_key(op, *sizes, HALF)
+
+    assert key(2**16) == key(70_000) == key(2**24) == key(3 * 2**29)
+    assert len({key(2**power) for power in range(17)}) == 17
+    assert len({key(2**16, weights) for weights in (64, 2**16, 2**17)}) == 3
+
+
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
 def test_the_table_is_read_while_torch_compile_traces(is_dynamic, dtype, monkeypatch):
@@ -132,7 +209,7 @@ def test_the_table_is_read_while_torch_compile_traces(is_dynamic, dtype, monkeyp
     entry = {"config": list(TILE), "triton_us": 1.0, "aten_us": 2.0}
     key = config.table_key("conv2d_grad_input", 128, 64, 64, dtype, "3x3s1x1d1x1")
     monkeypatch.setattr(config, "_tables", {"GPU": {key: entry}})
-    monkeypatch.setattr(config, "gpu_name", torch.compiler.assume_constant_result(lambda: "GPU"))
+    monkeypatch.setattr(config, "gpu_name", torch.compiler.assume_constant_result(lambda device: "GPU"))
 
     def prefers(rows: torch.Tensor) -> torch.Tensor:
         geometry = config.convolution((3, 3), (1, 1), (1, 1))
