@@ -4,9 +4,8 @@ Device time alone: the host launches while the GPU is still busy with something 
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,22 +13,21 @@ import torch
 
 from dfs_engine.benchmarks.gpu_problems import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, problems
 from dfs_engine.benchmarks.measure import Stats
-from dfs_engine.benchmarks.shapes import SHAPES, Shape
+from dfs_engine.benchmarks.shapes import BlockShape, Shape
 from dfs_engine.benchmarks.train_report import case_column
 from dfs_engine.precision import fp32_precision
 
-_ROUNDS, _QUICK_ROUNDS, _WARMUP = 20, 10, 2
-# Images of a GPU's batch; the largest tensors are some times its L2 cache.
-BATCHES = {"vgg7": 512, "vgg16": 16, "resnet18": 256, "msdnet": 256, "vit_tiny": 64, "bert": 64}
+_ROUNDS, _WARMUP = 20, 2
 # name -> (torch's dtype, whether tf32 is on)
 PRECISIONS = {
     "bf16": (torch.bfloat16, False), "fp16": (torch.float16, False), "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }  # fmt: skip
-_MEASURED = ("bf16", "tf32", "fp32")
+MEASURED = ("bf16", "tf32", "fp32")
 # Cycles that the GPU idles before a call is timed, so that the host is ahead of it: about half a millisecond.
 _HEAD_START = 1_000_000
-_SHAPE_SECONDS = 5.0
+# What a shape takes, kernels compiled; with less left none is begun.
+SHAPE_SECONDS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +111,7 @@ def machine_rates() -> dict[str, str]:
     """What stock calls reach: copy bandwidth and square matrix products."""
     num_bytes = 4 * 2**30
     rates = {"copy": f"{num_bytes / copy_seconds(num_bytes) / 1e9:.0f} GB/s"}
-    for name in _MEASURED:
+    for name in MEASURED:
         with precision(name) as dtype:
             left, right = (torch.randn(4096, 4096, device="cuda").to(dtype) for _ in range(2))
             seconds = measure_device({DENSE: functools.partial(torch.mm, left, right)}, 10)[DENSE].median
@@ -128,38 +126,53 @@ def copy_seconds(num_bytes: int) -> float:
     return measure_device({DENSE: lambda: target.copy_(source)}, 10)[DENSE].median
 
 
-def run(quick: bool, left: Callable[[], float], say: Callable[[str], None]) -> Iterator[GpuRow]:
+def first_shapes(shapes: list[Shape]) -> list[Shape]:
+    """The first convolution and the first linear layer of each family, and the first block of all."""
+    firsts: dict[Any, Shape] = {}
+    for shape in shapes:
+        firsts.setdefault((shape.op, "" if isinstance(shape, BlockShape) else shape.family), shape)
+    return list(firsts.values())
+
+
+def run(
+    shapes: list[Shape], precisions: Iterable[str], left: Callable[[], float], say: Callable[[str], None]
+) -> Iterator[GpuRow]:
     """Compares with float64, then times, one shape after another, until no time is left.
 
     Raises:
         RuntimeError: at the end, if some results were wrong or some calls failed; those were not timed.
     """
-    shapes = list(SHAPES)
-    if quick:
-        firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
-        shapes = [shape for shape in shapes if shape in firsts.values()]
-    failed = 0
-    for name in _MEASURED[:1] if quick else _MEASURED:
+    failed: list[str] = []
+
+    def fail(what: str, error: Exception) -> None:
+        failed.append(what)
+        say(f"FAILED: {what}: {type(error).__name__}: {str(error)[:500]}")
+
+    for name in precisions:
         for index, shape in enumerate(shapes):
-            if left() < _SHAPE_SECONDS:
+            if left() < SHAPE_SECONDS:
                 say(f"time is over: {len(shapes) - index} of {len(shapes)} shapes were not measured in {name}")
                 break
-            shape = dataclasses.replace(shape, batch=BATCHES[shape.family])
+            what = f"{shape.op} {shape.family} {shape} {name}"
             try:
-                yield from _measure(shape, name, _QUICK_ROUNDS if quick else _ROUNDS, left)
+                yield from _measure(shape, name, left, functools.partial(fail, what))
             except Exception as error:
-                failed += 1
-                say(f"FAILED: {shape.op} {shape.family} {shape} {name}: {type(error).__name__}: {str(error)[:500]}")
+                fail(what, error)
     torch.compiler.reset()
     if failed:
-        raise RuntimeError(f"{failed} shapes failed, see above")
+        raise RuntimeError(f"{len(failed)} failed, see above")
 
 
-def _measure(shape: Shape, name: str, rounds: int, left: Callable[[], float]) -> Iterator[GpuRow]:
+def _measure(shape: Shape, name: str, left: Callable[[], float], fail: Callable[[Exception], None]) -> Iterator[GpuRow]:
+    """One wrong gradient does not keep the other from being timed."""
     with precision(name) as dtype:
         for problem in problems(shape, dtype):
-            problem.check()
-            timings = measure_device(problem.calls, rounds, left)
+            try:
+                problem.check()
+                timings = measure_device(problem.calls, _ROUNDS, left)
+            except Exception as error:
+                fail(error)
+                continue
             yield GpuRow(
                 problem.op, problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops
             )

@@ -85,7 +85,7 @@ def launches(shape: Shape, beta: float = BETA) -> dict[tuple[str, str], Launch]:
 
 def _is_normed(shape: LinearShape) -> bool:
     """Whether a LayerNorm precedes the layer; those of post-norm models read the feature itself."""
-    return shape.family == "vit_tiny"
+    return shape.family.startswith("vit")
 
 
 @dataclass(slots=True)

@@ -1,159 +1,228 @@
-"""Whole training steps on the GPU: every variant and backend, eager and compiled, taking turns."""
+"""Whole training steps on the GPU, pair by pair: a step, and `dense` in the same mode, taking turns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 
 from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks.gpu_graphs import CapturedStep
 from dfs_engine.benchmarks.gpu_ops import precision
 from dfs_engine.benchmarks.gpu_problems import BETA
-from dfs_engine.benchmarks.measure import TOTAL, Environment, measure_phases, peak_memory
+from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
-from dfs_engine.kernels import config as kernels
+from dfs_engine.evaluation.flops import FlopCount
 
-_ROUNDS, _WARMUP = 20, 1
-_MODELS = (("vgg16_64", 256), ("vgg7_64", 512))
-# Most wanted first: (model, batch, precision).
-_RUNS = [(*model, name) for name in ("bf16", "tf32", "fp32") for model in _MODELS]
-_GATE_BATCH = 8
-# Seconds that a case may take to compile and warm up, and all cases of an interleaving to be timed.
-_COMPILE, _TIMING = 45.0, 25.0
+_ROUNDS, _WARMUP, _GATE_BATCH = 20, 2, 8
+# Seconds that all rounds of a pair may take, and that a pair takes with all that comes before it; with less left none
+# is begun.
+_TIMING = 15.0
+SECONDS = {"off": 20.0, "captured": 25.0, "on": 75.0, "reduce-overhead": 75.0}
 STOCK, FUSED, AUTO = "aten", "triton", "auto"
 
 
-def cases(quick: bool) -> list[tuple[Case, str]]:
-    """(case, backend of dfs), most wanted first; `auto` where a tuned table can make it something of its own."""
-    variants = [("dense", STOCK), ("dfs", FUSED), ("dfs", STOCK), ("detach", STOCK), ("split", STOCK)]
-    if kernels.gpu_name() in kernels.read_tables():
-        variants.insert(2, ("dfs", AUTO))
-    found = [
-        (Case(variant, layout, compiled, None if variant == "dense" else BETA), backend)
-        for layout, compiled in (("channels_last", "off"), ("channels_last", "on"), ("nchw", "off"))
-        for variant, backend in variants
-        # dfs works in channels_last whatever it is given.
-        if layout == "channels_last" or variant != "dfs"
-    ]
-    return [(case, backend) for case, backend in found if _is_quick(case)] if quick else found
+class Pair(NamedTuple):
+    """A variant beside `dense`, both run in one mode (`Case.compile`); `backend` is that of dfs."""
+
+    mode: str
+    variant: str = "dfs"
+    backend: str = STOCK
+
+    def case(self, variant: str) -> Case:
+        return Case(variant, "channels_last", self.mode, None if variant == "dense" else BETA)
+
+    def __str__(self) -> str:
+        return f"{self.case(self.variant)}{f' by {self.backend}' if self.variant == 'dfs' else ''}"
 
 
-def _is_quick(case: Case) -> bool:
-    return case.layout == "channels_last" and (case.compile == "off" or case.variant in ("dense", "dfs"))
+# A model and a pair, in order.
+Plan = list[tuple[StepModel, Pair]]
+
+_EAGER = (Pair("off", backend=FUSED), Pair("off"))
+_COMPILED = (Pair("on", backend=FUSED), Pair("on"))
+_RIVALS = (Pair("off", "detach"), Pair("off", "split"), Pair("on", "detach"))
+_TUNED = (Pair("off", backend=AUTO), Pair("on", backend=AUTO), Pair("on", backend=FUSED))
+_GRAPHS = (
+    Pair("captured", backend=FUSED), Pair("captured"), Pair("reduce-overhead", backend=FUSED), Pair("reduce-overhead"),
+)  # fmt: skip
 
 
-def _config(model: str, backend: str) -> Any:
-    """What `StepBuilder` and `TrainReport` read of a configuration."""
-    return SimpleNamespace(
-        model=model, options={}, backend=backend, variants="", num_classes=1000 if model == "vgg16_64" else 10,
-        image_size=None, device=gpu_problems.DEVICE, seed=0,
-    )  # fmt: skip
+def plan(models: list[StepModel]) -> Plan:
+    """Most wanted first: all of the first model's, then the others' eager steps, then what takes long to compile."""
+    first, others = models[:1], models[1:]
+    ours = [*_EAGER, *_COMPILED]
+    return [*_each(ours, first), *_each(ours, others), *_each(_RIVALS, models)]
+
+
+def tuned_plan(models: list[StepModel]) -> Plan:
+    """What this GPU's table can make faster."""
+    return _each(_TUNED, models)
+
+
+def graphs_plan(models: list[StepModel]) -> Plan:
+    """With CUDA graphs: a whole step as one, and torch.compile's."""
+    return _each(_GRAPHS, models)
+
+
+def _each(pairs: Iterable[Pair], models: list[StepModel]) -> Plan:
+    return [(model, pair) for pair in pairs for model in models]
+
+
+@dataclass(frozen=True, slots=True)
+class PairResult:
+    """Two steps that took turns; `speedup`: dense's time over the other's, round by round."""
+
+    report: TrainReport
+    dense: TrainRow
+    other: TrainRow
+    speedup: Stats
+
+    def csv_rows(self) -> list[dict[str, Any]]:
+        """For `append_csv`."""
+        rows = self.report.csv_rows([self.dense, self.other])
+        return [*rows, rows[-1] | {"metric": "speedup", "unit": "x"} | asdict(self.speedup)]
+
+    def __str__(self) -> str:
+        """One line."""
+        times = [f"{row.timings[TOTAL].median * 1e3:.2f} ms" for row in (self.dense, self.other)]
+        peaks = [f"{row.peak_bytes / 2**30:.1f}" for row in (self.dense, self.other)]
+        ceiling = self.dense.flops.total / self.other.flops.total
+        speedup, model = self.speedup, self.report.config.model
+        return (
+            f"{model} {self.other.dtype} {self.other.case} by {self.other.backend_used}: {times[1]}, dense {times[0]}: "
+            f"{speedup.median:.3f} x ({speedup.p20:.3f} to {speedup.p80:.3f}, n = {speedup.n}; FLOPs alone "
+            f"{ceiling:.2f}); peak {peaks[1]} GiB, dense {peaks[0]}"
+        )
 
 
 def run(
-    stamp: Environment, quick: bool, left: Callable[[], float], say: Callable[[str], None]
-) -> Iterator[TrainReport]:
-    """One report for each model and precision, until no time is left.
+    plan: Plan, name: str, stamp: Environment, left: Callable[[], float], say: Callable[[str], None]
+) -> Iterator[PairResult]:
+    """Every pair of the plan in precision `name`, until no time is left.
 
     Raises:
         RuntimeError: at the end, if something failed, e.g. gradients that must agree do not; that was not timed.
     """
+    benches: dict[str, _Bench] = {}
     failed: list[str] = []
-    for model, batch_size, name in _RUNS[:2] if quick else _RUNS:
-        if left() < 30:
-            say(f"no time is left for {model} in {name}")
+    for model, pair in plan:
+        what = f"{model.name} {name} {pair}"
+        reason = model.missing()
+        if reason is None and left() < SECONDS[pair.mode]:
+            reason = "no time is left"
+        if reason is not None:
+            say(f"{what}: left out, {reason}")
             continue
-
-        def fail(what: str, error: Exception) -> None:
+        for other in benches.keys() - {model.name}:
+            benches[other].free()
+        try:
+            # Compiled cases share the models' code; past dynamo's default limit it would refuse the ninth.
+            with precision(name), torch._dynamo.config.patch(recompile_limit=64):
+                if model.name not in benches:
+                    benches[model.name] = _Bench(model, name, stamp)
+                result = benches[model.name].time(pair, left)
+        except torch.OutOfMemoryError:
+            say(f"{what}: does not fit the GPU's memory")
+        except Exception as error:  # e.g. of torch.compile; the other pairs still are worth timing
             failed.append(what)
             say(f"FAILED: {what}: {type(error).__name__}: {str(error)[:1000]}")
-
-        # All compiled cases share the models' code; past dynamo's default limit it would refuse the ninth.
-        try:
-            with precision(name), torch._dynamo.config.patch(recompile_limit=64):
-                yield _time(stamp, model, batch_size, name, cases(quick), left, say, fail)
-        except Exception as error:
-            fail(f"{model} {name}", error)
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+        else:
+            yield result
+    torch.compiler.reset()
     if failed:
         raise RuntimeError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 
 
-def _time(
-    stamp: Environment,
-    model: str,
-    batch_size: int,
-    name: str,
-    wanted: list[tuple[Case, str]],
-    left: Callable[[], float],
-    say: Callable[[str], None],
-    fail: Callable[[str, Exception], None],
-) -> TrainReport:
-    """One interleaving: compares on few images, then times all."""
-    dtype = "fp32" if name == "tf32" else name
-    report = TrainReport(config=_config(model, STOCK), stamp=stamp)
-    backends = dict.fromkeys(backend for _, backend in wanted)
-    builders = {backend: StepBuilder(_config(model, backend), batch_size) for backend in backends}
-    for backend in builders:
-        small = StepBuilder(_config(model, backend), _GATE_BATCH)
-        gated = list(dict.fromkeys(case._replace(compile="off") for case, own in wanted if own == backend))
-        small.check_formulation(gated)
-        small.check_kernels(dtype, {case: small.build(case, dtype) for case in gated})
-    steps: dict[str, tuple[Case, Step, str]] = {}
-    for case, backend in wanted:
-        if case.compile == "on" and left() < _COMPILE + _TIMING:
-            say(f"{model} {name}: no time to compile {case}/{backend}")
-            continue
-        step = builders[backend].build(case, dtype)
-        try:
-            step.run()
-        except torch.OutOfMemoryError:
-            say(f"{model} {name}: {case}/{backend} does not fit the GPU's memory")
-            continue
-        except Exception as error:  # e.g. of torch.compile; the other cases still are worth timing
-            fail(f"{model} {name} {case}/{backend}", error)
-            continue
-        steps[f"{case}/{backend}"] = case, step, backend
-    timings = measure_phases(
-        {key: step.phases for key, (_, step, _) in steps.items()},
-        _ROUNDS,
-        _WARMUP,
-        device=gpu_problems.DEVICE,
-        max_seconds=min(_TIMING, max(left() - 5, 1.0)),
-    )
-    for key, (case, step, backend) in steps.items():
-        report.rows.append(
-            TrainRow(
-                dtype=name,
-                case=case,
-                shape=tuple(builders[backend].inputs.shape),
-                backend_used=AUTO if backend == AUTO else step.backend_used,
-                timings=timings[key],
-                peak_bytes=peak_memory(step.run, gpu_problems.DEVICE),
-                flops=builders[backend].count_flops(case),
-            )
+class _Bench:
+    """One model in one precision: checks each formulation once, on few images, and keeps the `dense` step of a mode."""
+
+    def __init__(self, model: StepModel, name: str, stamp: Environment) -> None:
+        config = _config(model)
+        self.name, self.dtype = name, "fp32" if name == "tf32" else name
+        self.builder, self.small = StepBuilder(config, model.batch), StepBuilder(config, _GATE_BATCH)
+        self.report = TrainReport(config=config, stamp=stamp)
+        self._checked: set[Pair] = set()
+        self._flops: dict[str, FlopCount] = {}
+        self._dense: tuple[Pair, Any] | None = None
+
+    def time(self, pair: Pair, left: Callable[[], float]) -> PairResult:
+        """Raises RuntimeError where the step does not compute what it must; it is not timed then."""
+        self._check(pair._replace(mode="off"))
+        dense_pair = Pair(pair.mode, "dense")
+        if self._dense is None or self._dense[0] != dense_pair:
+            self.free()  # before the next one takes memory
+            self._dense = dense_pair, self._build(dense_pair)
+        dense, other = self._dense[1], self._build(pair)
+        times = time_phases(
+            {"dense": dense.phases, "other": other.phases},
+            _ROUNDS,
+            _WARMUP,
+            device=gpu_problems.DEVICE,
+            max_seconds=min(_TIMING, max(left() - 2, 1.0)),
         )
-    report.finish()
-    return report
+        rounds = zip(times["dense"][TOTAL], times["other"][TOTAL], strict=True)
+        timings = summarise(times)
+        return PairResult(
+            self.report,
+            self._row(dense_pair, dense, timings["dense"]),
+            self._row(pair, other, timings["other"]),
+            Stats.of([first / second for first, second in rounds]),
+        )
+
+    def free(self) -> None:
+        """Gives up the step that is kept, and what was compiled for it."""
+        if self._dense is not None:
+            self._dense = None
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
+    def _check(self, pair: Pair) -> None:
+        if pair not in self._checked:
+            case = pair.case(pair.variant)
+            self.small.check_formulation([case])
+            self.small.check_kernels(self.dtype, {case: self.small.build(case, self.dtype, backend=pair.backend)})
+            self._checked.add(pair)
+
+    def _build(self, pair: Pair) -> Any:
+        """The step, which has run once: compiled, and in memory."""
+        step: Any = self.builder.build(pair.case(pair.variant), self.dtype, backend=pair.backend)
+        step.run()
+        return CapturedStep(step) if pair.mode == "captured" else step
+
+    def _row(self, pair: Pair, step: Any, timings: dict[str, Stats]) -> TrainRow:
+        case = pair.case(pair.variant)
+        if pair.variant not in self._flops:
+            self._flops[pair.variant] = self.builder.count_flops(case)
+        is_captured = isinstance(step, CapturedStep)
+        used = (step.step if is_captured else step).backend_used
+        return TrainRow(
+            dtype=self.name,
+            case=case,
+            shape=tuple(self.builder.inputs.shape),
+            backend_used=AUTO if pair.variant == "dfs" and pair.backend == AUTO else used,
+            timings=timings,
+            peak_bytes=step.peak_bytes if is_captured else peak_memory(step.run, gpu_problems.DEVICE),
+            flops=self._flops[pair.variant],
+        )
 
 
-def targets(report: TrainReport) -> str:
-    """The ratios that issue 4 sets targets for, of the fastest triton step of the report."""
-    own = [row for row in report.rows if row.backend_used.startswith(FUSED)]
-    if not own:
-        return f"No {FUSED} step was timed."
-    best = min(own, key=lambda row: row.timings[TOTAL].median)
-    lines = []
-    for name, variants in (("dense", ("dense",)), ("detach or split", ("detach", "split"))):
-        rivals = [row for row in report.rows if row.case.variant in variants]
-        if rivals:
-            rival = min(rivals, key=lambda row: row.timings[TOTAL].median)
-            ratio = rival.timings[TOTAL].median / best.timings[TOTAL].median
-            lines.append(f"- step: {best.case} {FUSED} is {ratio:.2f} x as fast as the best {name} ({rival.case})")
-    eager = [row for row in report.rows if row.case.variant == "dense" and row.case.compile == "off"]
-    for row in eager:
-        lines.append(f"- peak memory: {best.peak_bytes / row.peak_bytes:.2f} x that of {row.case}")
-    return "\n".join(lines)
+def build(model: StepModel, name: str, pair: Pair) -> Step:
+    """One step, for a profile: it has run once."""
+    step = StepBuilder(_config(model), model.batch).build(
+        pair.case(pair.variant), "fp32" if name == "tf32" else name, backend=pair.backend
+    )
+    step.run()
+    return step
+
+
+def _config(model: StepModel) -> Any:
+    """What `StepBuilder` and `TrainReport` read of a configuration."""
+    return SimpleNamespace(
+        model=model.name, options=model.options, backend=STOCK, variants="", num_classes=model.num_classes,
+        image_size=model.image_size, device=gpu_problems.DEVICE, seed=0,
+    )  # fmt: skip

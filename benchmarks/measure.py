@@ -5,6 +5,7 @@ turns, they meet the same one.
 """
 
 import csv
+import io
 import os
 import statistics
 import subprocess
@@ -234,10 +235,14 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
 def append_csv(path: Path, stamp: Environment, rows: Sequence[dict[str, Any]]) -> None:
     """Appends one line per measurement in `CSV_COLUMNS`; a column that is not in `stamp` or the row stays empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        if is_new:
-            writer.writeheader()
-        shared = {name: value for name, value in asdict(stamp).items() if name in CSV_COLUMNS}
-        writer.writerows(shared | row for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS)
+    before = path.read_bytes() if path.exists() else b""
+    if not before:
+        writer.writeheader()
+    elif not before.endswith(b"\n"):
+        text.write("\r\n")  # a run was killed while it wrote
+    shared = {name: value for name, value in asdict(stamp).items() if name in CSV_COLUMNS}
+    writer.writerows(shared | row for row in rows)
+    with path.open("ab") as file:
+        file.write(text.getvalue().encode())  # at once, so that a run that is killed leaves whole measurements

@@ -31,6 +31,12 @@ BASELINES = {
 _PHASES = ("forward", "loss", "backward", "update", TOTAL)
 
 
+# `Case.compile` -> the CSV's `mode`. With CUDA graphs: "reduce-overhead", torch.compile's; "captured", the step as one.
+_MODES = {
+    "off": "eager", "on": "compile", "reduce-overhead": "compile, reduce-overhead", "captured": "eager, captured",
+}  # fmt: skip
+
+
 class Case(NamedTuple):
     """One way to train the model. `beta` is None where nothing is split."""
 
@@ -42,7 +48,7 @@ class Case(NamedTuple):
 
     @property
     def mode(self) -> str:
-        mode = "compile" if self.compile == "on" else "eager"
+        mode = _MODES[self.compile]
         return mode if self.allocator == "stock" else f"{mode}, {self.allocator}"
 
     def __str__(self) -> str:

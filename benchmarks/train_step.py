@@ -21,6 +21,8 @@ from .train_report import Case
 if TYPE_CHECKING:
     from .train import BenchTrainConfig
 
+# `Case.compile` -> torch.compile's mode. Other cases run eager.
+_COMPILE_MODES = {"on": None, "reduce-overhead": "reduce-overhead"}
 # Variants that split nothing, so that beta means nothing to them; `byot` is BYOT's loss on `dense`.
 UNSPLIT = ("dense", "byot")
 _GATE_BATCH = 4
@@ -39,14 +41,16 @@ class Step:
         inputs: Tensor,
         target: Tensor,
         *,
-        compiled: bool,
+        compile: str,
         autocast: torch.dtype | None,
         backend_used: str,
     ) -> None:
         self.inputs, self.target, self.method, self.backend_used = inputs, target, method, backend_used
         trained = torch.nn.ModuleDict({"model": model, "method": method})
         self.parameters = {name.removeprefix("model."): value for name, value in trained.named_parameters()}
-        self.model: Any = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.model: Any = model
+        if compile in _COMPILE_MODES:
+            self.model = torch.compile(model, dynamic=False, fullgraph=True, mode=_COMPILE_MODES[compile])
         self.autocast = torch.autocast(inputs.device.type, autocast, enabled=autocast is not None)
         # The smallest learning rate that still is work: random labels must not drive the weights to infinity.
         self.optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True)
@@ -161,7 +165,7 @@ class StepBuilder:
             (method or Joint()).to(device=device, dtype=held),
             inputs,
             self.target[:batch_size].to(device),
-            compiled=case.compile == "on",
+            compile=case.compile,
             autocast=None if torch_dtype == held else torch_dtype,
             backend_used=self._backend_used(torch_dtype, backend or self.config.backend)
             if case.variant == "dfs"

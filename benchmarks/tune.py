@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 from dfs_engine.kernels import config as kernels
 from dfs_engine.kernels.config import Config, Entries, NoConfigFits
+from dfs_engine.models import check_model
 from dfs_engine.names import split_betas, split_choices
 from dfs_engine.progress import progress_bar
 
-from .gpu_ops import BATCHES, PRECISIONS, measure_device, precision
+from . import gpu_problems
+from .gpu_ops import PRECISIONS, measure_device, precision
 from .gpu_problems import ATEN, TRITON, Calls, Launch, Problem, launches, problems
 from .measure import Environment, environment
 from .options import check_least, split_ints
-from .shapes import SHAPES, Shape
+from .shapes import Shape
+from .step_models import STEP_MODELS, StepModel
 
 _OPS = ("conv2d", "linear", "norm_linear", "conv_block")
 
@@ -35,10 +38,12 @@ class BenchTuneConfig:
 
     Attributes:
         ops: Some of conv2d, linear, norm_linear, conv_block.
-        shapes: Which shapes: patterns of family/shape, for example "vgg16/*".
+        models: Whose layers: "all" of those whose steps `benchmarks/gpu_check.py` times, or names of models as
+            `dfs train --model.name` has them.
+        shapes: Which of their layers: patterns of model/shape, for example "vgg16_64/*x224x224*".
         dtypes: Some of bf16, fp16, tf32 (fp32 with tf32 allowed), fp32.
         beta: Shares of channels with gradient; sizes count as the nearest power of two, so that these stand for all.
-        batch_size: Images per batch, as you train with. Default: one for each family that fills a GPU.
+        batch_size: Images per batch, as you train with. Default: that of the steps, 256 images or 64 texts.
         rounds: How often every configuration is timed.
         max_seconds: Start no further class after this time; the same command goes on where it stopped. Default: no
             limit.
@@ -49,6 +54,7 @@ class BenchTuneConfig:
     """
 
     ops: str = ",".join(_OPS)
+    models: str = "all"
     shapes: str = "*"
     dtypes: str = "bf16,fp16,tf32,fp32"
     beta: str = "0.25,0.5,1"
@@ -66,15 +72,27 @@ class BenchTuneConfig:
         split_betas("beta", self.beta)
         if self.batch_size:
             split_ints("batch_size", self.batch_size)
+        for name in self._named_models():
+            check_model(name, "models")
         check_least(self, {"rounds": 1})
 
     def chosen_shapes(self) -> Iterator[Shape]:
-        """At every batch size."""
+        """Of every model at every batch size, those that take longest first."""
         patterns = [pattern.strip() for pattern in self.shapes.split(",")]
-        for shape in SHAPES:
-            if any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns):
-                sizes = split_ints("batch_size", self.batch_size) if self.batch_size else [BATCHES[shape.family]]
-                yield from (replace(shape, batch=size) for size in sizes)
+        for model in self._chosen_models():
+            for size in split_ints("batch_size", self.batch_size) if self.batch_size else [model.batch]:
+                for shape in replace(model, batch=size).shapes():
+                    if any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns):
+                        yield shape
+
+    def _chosen_models(self) -> list[StepModel]:
+        """Of "all" those whose packages are here; one that is named raises by itself where its package is not."""
+        if self.models == "all":
+            return [model for model in STEP_MODELS.values() if model.missing() is None]
+        return [STEP_MODELS.get(name) or StepModel(name) for name in self._named_models()]
+
+    def _named_models(self) -> list[str]:
+        return [] if self.models == "all" else [name.strip() for name in self.models.split(",")]
 
 
 class Task(NamedTuple):
@@ -95,11 +113,12 @@ class Task(NamedTuple):
 def plan(config: BenchTuneConfig) -> list[Task]:
     """One task for each shape class that `config` asks for."""
     tasks: dict[str, Task] = {}
+    shapes = list(config.chosen_shapes())
     wanted = split_choices("ops", config.ops, _OPS)
     for name in split_choices("dtypes", config.dtypes, PRECISIONS):
         with precision(name) as dtype:
-            for shape in config.chosen_shapes():
-                for beta in split_betas("beta", config.beta):
+            for beta in split_betas("beta", config.beta):
+                for shape in shapes:
                     for (op, metric), launch in launches(shape, beta).items():
                         if op in wanted and min(launch[1:4]) > 0:
                             key = launch.key(dtype)
@@ -177,7 +196,7 @@ def run(config: BenchTuneConfig) -> TuneReport:
     report = TuneReport(config, path, tasks, {task.key: finished[task.key] for task in tasks if task.key in finished})
     if gpu is None or config.dry_run:
         return report
-    report.stamp = environment("cuda")
+    report.stamp = environment(gpu_problems.DEVICE)
     table = {"gpu": gpu, **_conditions(report.stamp), "entries": _read(path, gpu) | finished}
     with progress_bar(len(tasks), "class", config.progress) as bar:
         bar.update(len(report.finished))

@@ -1,10 +1,13 @@
-"""What of the GPU script can be tested without a GPU: arguments, time, files, and that its calls compute one thing."""
+"""What of the GPU script can be tested without a GPU: arguments, time, files, a walk through all of it."""
 
 import csv
 import importlib.util
-import itertools
+import json
 import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -15,12 +18,16 @@ import pytest
 import torch
 
 from dfs_engine import backend as backends
-from dfs_engine.benchmarks import gpu_check, gpu_ops, gpu_problems, gpu_steps, tune
+from dfs_engine.benchmarks import gpu_check, gpu_expected, gpu_ops, gpu_problems, gpu_run, gpu_stages, tune
 from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
+from dfs_engine.benchmarks.gpu_run import Run
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
+from dfs_engine.benchmarks.step_models import STEP_MODELS
+from dfs_engine.ops import linear
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+WALK = Path(__file__).with_name("gpu_walk.py")
 SHAPES = [
     ConvShape("a", 2, 6, 5, 7, 3, 2), ConvShape("a", 2, 6, 6, 5, 3, 1, 6), LinearShape("b", 2, 3, 7, 5),
     LinearShape("vit_tiny", 2, 3, 17, 5),
@@ -31,10 +38,11 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     """As a script in a checkout, from another folder."""
     variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     variables.pop("PYTHONPATH", None)
-    command = [sys.executable, str(SCRIPT), "--quick", "--output", str(tmp_path / "out")]
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "no CUDA device" in done.stderr
+    assert "expected a CUDA device" in done.stderr
+    assert "--dry-run" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -44,46 +52,84 @@ def test_unknown_stages_are_named(capsys):
     assert "dance" in capsys.readouterr().err
 
 
+@pytest.fixture
+def run(tmp_path) -> Run:
+    run = Run(tmp_path, 60.0, environment())
+    run.budget.begin(1.0)
+    return run
+
+
+def said(run: Run) -> str:
+    return (run.output / "summary.txt").read_text()
+
+
 def test_a_stage_that_fails_or_takes_too_long_does_not_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "_LEAST", 0.0)
-    run = gpu_check.Run(tmp_path, False, 2.0)
+    monkeypatch.setattr(gpu_run, "_LEAST", 0.0)
+    run = Run(tmp_path, 2.0, environment())
 
     def fail(_):
         raise RuntimeError("wrong result")
 
     run.stage("tests", fail)
     assert run.failed
-    run.stage("ops", lambda _: time.sleep(60))
-    summary = (tmp_path / "summary.txt").read_text()
-    assert "wrong result" in summary
-    assert "stopped" in summary
+    run.stage("ops", lambda _: time.sleep(60), 0.5)
+    assert run.budget._end - time.monotonic() > 0
+    assert "wrong result" in said(run)
+    assert "stopped" in said(run)
     time.sleep(max(run.budget._end - time.monotonic(), 0))
-    run.stage("train", lambda _: pytest.fail("it must not start"))
-    assert "skipped" in (tmp_path / "summary.txt").read_text()
+    run.stage("steps", lambda _: pytest.fail("it must not start"))
+    assert "skipped" in said(run)
 
 
-def test_commands_leave_a_log_and_are_stopped(tmp_path):
-    run = gpu_check.Run(tmp_path, False, 40.0)
+def test_a_second_run_adds_to_the_first(tmp_path):
+    for text in ("first", "second"):
+        Run(tmp_path, 60.0, environment()).say(text)
+    assert (tmp_path / "summary.txt").read_text() == "first\nsecond\n"
+
+
+def test_shares_leave_the_others_theirs():
+    shares = gpu_check.shares(["tests", "ops", "steps"])
+    left, given = 1.0, []
+    for share in shares.values():
+        given.append(share * left)
+        left -= given[-1]
+    assert left == 0
+    weights = [gpu_stages.STAGES[name].weight for name in shares]
+    assert given == pytest.approx([weight / sum(weights) for weight in weights])
+
+
+def test_commands_leave_a_log_and_are_stopped(run):
     print_one = [sys.executable, "-c", "import os; print(os.environ['ONE'])"]
-    assert run.command("a.log", print_one, 60, ONE="1") == (0, "1\n")
-    assert (tmp_path / "a.log").read_text() == "1\n"
-    status, _ = run.command("b.log", [sys.executable, "-c", "import time; time.sleep(60)"], 0.1)
+    assert run.command("a.log", print_one, 60, run.output, ONE="1") == (0, "1\n")
+    assert (run.output / "a.log").read_text() == "1\n"
+    status, _ = run.command("b.log", [sys.executable, "-c", "import time; time.sleep(60)"], 0.1, run.output)
     assert status is None
 
 
-@pytest.fixture
-def run(tmp_path) -> gpu_check.Run:
-    run = gpu_check.Run(tmp_path, False, 60.0)
-    run.budget.begin(1.0)
-    return run
+def only(monkeypatch, op: str) -> None:
+    """The stage `tests` compares this op alone, on the CPU."""
+    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_stages, "FUSED", "reference")
+    monkeypatch.setattr(gpu_stages, "PROBLEMS", [op])
 
 
-def test_without_pytest_only_its_stage_is_left_out(run, monkeypatch):
+def test_without_pytest_the_ops_are_compared_with_float64_all_the_same(run, monkeypatch):
+    only(monkeypatch, "partition")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else find_spec(name))
-    run.stage("tests", gpu_check.tests)
-    assert "skipped: pytest is missing" in run.lines[-2]
+    run.stage("tests", gpu_stages.tests)
+    assert "reference PyTorch in float64: all within tolerance" in said(run)
+    assert "pytest is missing" in said(run)
     assert not run.failed
+
+
+def test_a_wrong_op_fails_the_stage(run, monkeypatch):
+    only(monkeypatch, "partitioned_linear")
+    monkeypatch.setattr(gpu_stages, "_run_pytest", lambda run: None)
+    monkeypatch.setattr(linear, "aten_grad_weight", lambda *args: (torch.full((1, 1), float("nan")), torch.zeros(1)))
+    run.stage("tests", gpu_stages.tests)
+    assert run.failed
+    assert "partitioned_linear is wrong" in said(run)
 
 
 def test_a_test_file_that_needs_more_packages_is_left_out(run, monkeypatch):
@@ -92,10 +138,10 @@ def test_a_test_file_that_needs_more_packages_is_left_out(run, monkeypatch):
     (tests / "test_a.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_one(): pass\n")
     (tests / "test_b.py").write_text("import no_such_package\n# pytest.mark.gpu\n")
     (tests / "test_c.py").write_text("def test_three(): pass\n")
-    monkeypatch.setattr(gpu_check, "ROOT", run.output)
-    assert gpu_check._marked_files(run) == [tests / "test_a.py"]
-    (line,) = run.lines
-    assert line == "tests/test_b.py is left out: ModuleNotFoundError: No module named 'no_such_package'"
+    monkeypatch.setattr(gpu_stages, "ROOT", run.output)
+    assert gpu_stages._marked_files(run) == [tests / "test_a.py"]
+    line = "tests/test_b.py is left out: ModuleNotFoundError: No module named 'no_such_package'\n"
+    assert said(run) == line
 
 
 @pytest.mark.parametrize("missing", ["setuptools", "compiler", "headers"])
@@ -107,16 +153,17 @@ def test_without_the_means_to_build_it_says_which(missing, run, monkeypatch, tmp
     else:
         monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
         monkeypatch.setattr(shutil, "which", lambda name: name)
-    run.stage("build", gpu_check.build)
-    assert f"skipped: {'there is no C++ ' * (missing == 'compiler')}" in run.lines[-2]
-    assert missing in run.lines[-2]
+    run.stage("build", gpu_stages.build)
+    line = said(run).splitlines()[-2]
+    assert f"skipped: {'there is no C++ ' * (missing == 'compiler')}" in line
+    assert missing in line
     assert not run.failed
 
 
 def test_without_compute_sanitizer_it_says_so(run, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    run.stage("sanitizer", gpu_check.sanitizer)
-    assert "skipped: compute-sanitizer is not on this machine" in run.lines
+    run.stage("sanitizer", gpu_stages.sanitizer)
+    assert "skipped: compute-sanitizer is not on this machine" in said(run)
     assert not run.failed
 
 
@@ -126,73 +173,118 @@ def test_what_compute_sanitizer_finds_is_told(status, run, monkeypatch, tmp_path
     tool.write_text(f"#!/bin/sh\necho \"one pass: 9 results, $*\"\necho '== ERROR SUMMARY: 3 errors'\nexit {status}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    run.stage("sanitizer", gpu_check.sanitizer)
+    run.stage("sanitizer", gpu_stages.sanitizer)
     assert run.failed is bool(status)
-    said = "\n".join(run.lines)
-    assert "ERROR SUMMARY: 3 errors" in said
-    assert "--tool memcheck" in said
-    assert "--one-pass" in said
+    for text in ("ERROR SUMMARY: 3 errors", "--tool memcheck", "gpu_check.py --one-pass"):
+        assert text in said(run)
 
 
-def test_where_triton_cannot_launch_nothing_else_is_tried(run):
+def test_where_triton_cannot_launch_it_says_how_it_could(run):
     """Here it cannot: there is no GPU."""
-    assert not gpu_check.launches_work(run)
+    assert not gpu_stages.launches_work(run)
     assert run.failed
-    assert "install gcc" in run.lines[-1]
+    assert "install gcc" in said(run)
 
 
 def test_the_tuning_stage_writes_this_gpus_table(run, monkeypatch):
-    monkeypatch.setattr(gpu_check.kernels, "gpu_name", lambda: "NVIDIA Made Up")
+    monkeypatch.setattr(gpu_stages.kernels, "gpu_name", lambda: "NVIDIA Made Up")
     asked = []
     report = tune.TuneReport(tune.BenchTuneConfig(), run.output / "a.json", [], {}, {}, ["a class: too slow"])
     monkeypatch.setattr(tune, "run", lambda config: asked.append(config) or report)
-    run.stage("tune", gpu_check.tune_launches)
+    run.stage("tune", gpu_stages.tune_launches)
     (config,) = asked
     assert config.output == str(run.output / "nvidia-made-up.json")
     assert config.max_seconds < 60
     assert run.failed
-    assert "FAILED: a class: too slow" in "\n".join(run.lines)
+    assert "FAILED: a class: too slow" in said(run)
 
 
-WITHOUT = """
-import pathlib, sys
-from importlib.machinery import PathFinder
-class Missing:
-    names = {"torchvision", "timm", "transformers", "accelerate", "jsonargparse", "safetensors", "sklearn", "pyarrow",
-             "PIL", "matplotlib", "tensorboard", "tqdm", "rich", "yaml", "pytest", "pandas"}
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in cls.names else PathFinder.find_spec(name, path, target)
-sys.meta_path = [Missing if finder is PathFinder else finder for finder in sys.meta_path]
-"""
+def walk(*arguments: object, **variables: str) -> subprocess.Popen:
+    """gpu_check.py on a CPU, with torch, triton and numpy alone."""
+    command = [sys.executable, str(WALK), *map(str, arguments)]
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=os.environ | quiet | variables, stdout=subprocess.PIPE, text=True)
 
 
-def run_without_packages(code: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", WITHOUT + code, *flags]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[1])
+@pytest.mark.parametrize("interpreted", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_the_whole_script_walks_through(interpreted, tmp_path):
+    """With the packages that such a machine has: torch, triton, numpy."""
+    pytest.importorskip("triton")
+    if interpreted == "0" and backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    process = walk("--output", tmp_path, "--seconds", 3000, TRITON_INTERPRET=interpreted)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-3000:]
+    assert (tmp_path / "summary.txt").read_text() == printed
+    for name, stage in gpu_stages.STAGES.items():
+        assert (f"\n-- {name}: " in printed) == (name not in gpu_check.ON_REQUEST), stage
+    assert "bert fp32 dfs/channels_last/eager/beta=0.5 by aten: left out, the package transformers is not" in printed
+    backend = "triton" if interpreted == "1" else "cpp"
+    for file, mode in (
+        ("steps", "eager"),
+        ("steps", "compile"),
+        ("graphs", "eager, captured"),
+        ("graphs", "compile, redu"),
+    ):
+        found = {(row["mode"], row["backend_used"], row["metric"]) for row in read(tmp_path / f"{file}.csv")}
+        for metric in ("step", "speedup", "peak_memory"):
+            assert any(key[0].startswith(mode) and key[1:] == (backend, metric) for key in found), (file, mode, metric)
+    assert {row["backend_used"] for row in read(tmp_path / "steps_tuned.csv")} >= {"stock", "auto"}
+    assert json.loads((tmp_path / "nvidia-made-up.json").read_text())["entries"]
+    for variant in ("dfs", "dense"):
+        assert "backward" in (tmp_path / f"profile_vgg7_64_{variant}.txt").read_text()
+        assert (tmp_path / f"profile_vgg7_64_{variant}.json.gz").stat().st_size > 0
 
 
-def test_all_benchmarks_and_the_script_import_with_torch_numpy_and_triton_alone():
-    code = """
-import importlib
-for path in sorted(pathlib.Path("benchmarks").glob("[a-z]*.py")):
-    importlib.import_module(f"dfs_engine.benchmarks.{path.stem}")
-sys.exit(importlib.import_module("dfs_engine.benchmarks.gpu_check").main(["--quick"]))
-"""
-    done = run_without_packages(code)
-    assert done.returncode == 1
-    assert done.stderr.strip() == gpu_check._NO_GPU
+def read(path: Path) -> list[dict[str, str]]:
+    return gpu_expected._rows(path)
 
 
-def test_tuning_runs_with_torch_numpy_and_triton_alone():
-    code = """
-from dfs_engine.benchmarks import tune
-print(tune.run(tune.BenchTuneConfig(dry_run=True, shapes="vit_tiny/*")).table())
-"""
-    done = run_without_packages(code)
-    assert done.returncode == 0, done.stderr
-    assert "norm_linear_grad_input bf16" in done.stdout
+def speedups(path: Path) -> int:
+    return sum(row["metric"] == "speedup" for row in read(path))
+
+
+def test_a_run_that_is_killed_keeps_what_it_had_measured(tmp_path):
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    path = tmp_path / "steps.csv"
+    process = walk("--output", tmp_path, "--stages", "steps", "--seconds", 3000)
+    measured = 0
+    for line in process.stdout:
+        measured += " ms, dense " in line
+        if measured == 2:
+            time.sleep(random.uniform(0, 1))
+            break
+    process.kill()
+    measured += sum(" ms, dense " in line for line in process.stdout)  # what it said before the kill
+    assert process.wait() == -signal.SIGKILL
+    assert measured >= 2
+    assert measured <= speedups(path) <= measured + 1
+    assert (tmp_path / "summary.txt").read_text().count(" ms, dense ") in (measured, measured + 1)
+    with path.open("a") as file:
+        file.write("2026-01-01T00:00:00+00:00,abc")  # as if it had been killed in the middle of a line
+    before = speedups(path)
+    append_csv(path, environment(), [{"metric": "speedup", "median": 1.5, "mode": "eager"}])
+    assert speedups(path) == before + 1
+    assert gpu_expected.table(tmp_path).count("vgg7_64 step in fp32") >= 2
+
+
+def test_the_listing_needs_no_gpu(capsys, monkeypatch):
+    for name in STEP_MODELS.keys() - {"vgg16_64"}:
+        monkeypatch.delitem(STEP_MODELS, name)
+    gpu_stages.step_shapes.cache_clear()
+    assert gpu_check.main(["--dry-run", "--stages", "tests,ops,steps,tune", "--seconds", "100"]) == 0
+    printed = capsys.readouterr().out
+    stages = re.findall(r"^(\w+): (\d+) s, of", printed, re.MULTILINE)
+    assert [name for name, _ in stages] == ["tests", "ops", "steps", "tune"]
+    assert sum(int(seconds) for _, seconds in stages) == pytest.approx(100, abs=2)
+    for line in (
+        "partitioned_conv2d in bf16",
+        "conv2d vgg16_64 256x64x224x224->64,k3s1 in bf16",
+        "vgg16_64, batch 256, bf16: dfs/channels_last/compile/beta=0.5 by triton beside dense",
+        "3x3s1x1d1x1 (vgg16_64 256x64x224x224->64,k3s1, beta 0.5)",
+    ):
+        assert line in printed
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -256,29 +348,3 @@ def test_precision_is_put_back():
             assert given == dtype
             assert {owner.fp32_precision for owner in owners} == {"tf32" if allowed else "ieee"}
     assert [owner.fp32_precision for owner in owners] == before
-
-
-def test_steps_of_a_model(monkeypatch, tmp_path):
-    """On the CPU, whose kernels stand in for Triton's; there is no time to compile."""
-    if backends.unavailable_reason("cpp") is not None:
-        pytest.skip(backends.unavailable_reason("cpp"))
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
-    for name, value in {"FUSED": "cpp", "_RUNS": [("vgg7_64", 2, "fp32")], "_GATE_BATCH": 2, "_ROUNDS": 1}.items():
-        monkeypatch.setattr(gpu_steps, name, value)
-    said = []
-    (report,) = gpu_steps.run(environment(), False, lambda: 40.0, said.append)
-    assert len(said) == sum(case.compile == "on" for case, _ in gpu_steps.cases(False))
-    append_csv(tmp_path / "train.csv", report.stamp, report.csv_rows(report.rows))
-    with (tmp_path / "train.csv").open() as file:
-        found = {(row["variant"], row["backend_used"], row["case"]) for row in csv.DictReader(file)}
-    assert {("dfs", "cpp", "beta=0.5/channels_last"), ("dense", "stock", "nchw")} <= found
-    assert "x as fast as the best dense" in gpu_steps.targets(report)
-
-
-def test_cases_are_distinct_and_the_quick_ones_some_of_them():
-    every, quick = gpu_steps.cases(False), gpu_steps.cases(True)
-    assert len(set(every)) == len(every)
-    assert set(quick) < set(every)
-    wanted = itertools.product(("dense", "detach", "split"), ("nchw", "channels_last"))
-    assert {(case.variant, case.layout) for case, _ in every if case.variant != "dfs"} == set(wanted)
-    assert {backend for case, backend in every if case.variant == "dfs"} == {"aten", "triton"}

@@ -1,17 +1,23 @@
 """`dfs bench tune` without a GPU: what it would measure, what it writes, how it goes on. Clock and GPU are made up."""
 
+import importlib
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+import dfs_engine
+from dfs_engine import backend as backends
 from dfs_engine import cli
 from dfs_engine.benchmarks import gpu_problems, tune
+from dfs_engine.benchmarks.gpu_ops import precision
 from dfs_engine.benchmarks.gpu_problems import ATEN
 from dfs_engine.benchmarks.measure import Stats, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
+from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.tune import BenchTuneConfig
 from dfs_engine.kernels import config as kernels
 
@@ -31,10 +37,9 @@ SHAPES = (
 def machine(monkeypatch, tmp_path):
     """A GPU that computes on the CPU, where the dispatcher's kernels stand in for Triton's; no time passes."""
     monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
-    monkeypatch.setattr(tune, "SHAPES", SHAPES)
-    monkeypatch.setattr(tune, "BATCHES", {shape.family: 3 for shape in SHAPES})
+    monkeypatch.setattr(BenchTuneConfig, "chosen_shapes", lambda _: (replace(shape, batch=3) for shape in SHAPES))
     monkeypatch.setattr(tune, "environment", lambda _: environment())
-    monkeypatch.setattr(kernels, "gpu_name", lambda: GPU)
+    monkeypatch.setattr(kernels, "gpu_name", lambda *_: GPU)
     monkeypatch.setattr(kernels, "TABLES", tmp_path / "tables")
     monkeypatch.setattr(tune, "measure_device", clock())
 
@@ -188,22 +193,54 @@ def test_the_table_of_another_gpu_is_left_alone(machine, tmp_path):
 
 
 def test_the_listing_needs_no_gpu(capsys):
-    assert cli.main(["bench", "tune", "--dry_run", "--shapes", "vit_tiny/*", "--dtypes", "bf16,fp16"]) == 0
+    assert cli.main(["bench", "tune", "--dry_run", "--models", "vgg16_64", "--shapes", "*/*x224x224*"]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    assert any(line.startswith("to do: norm_linear_grad_input fp16 16384x128x1024") for line in lines)
+    assert any(line.startswith("to do: conv2d_grad_weight fp16 64x512x") for line in lines)
     total = len(lines) - 1
     assert lines[-1].startswith(f"{total} of {total} shape classes would be measured")
 
 
 def test_a_class_is_measured_once():
-    tasks = tune.plan(BenchTuneConfig())
+    pytest.importorskip("timm")
+    tasks = tune.plan(BenchTuneConfig(models="vgg16_64,vit_base_patch16_224"))
     assert len({task.key for task in tasks}) == len(tasks)
-    # The shapes of the models are all there, in every dtype, except for groups.
+    # The shapes of the models, in every dtype.
     assert {task.op for task in tasks} == {"conv2d", "linear", "norm_linear", "conv_block"}
     assert {task.dtype for task in tasks} == {"bf16", "fp16", "tf32", "fp32"}
-    at_two = tune.plan(BenchTuneConfig(batch_size="32,256", dtypes="bf16", shapes="vgg16/*"))
-    assert {task.shape.batch for task in at_two} == {32, 256}
+    assert {task.shape.batch for task in tasks} == {256}
+    at_two = tune.plan(BenchTuneConfig(models="vgg7_64", batch_size="32,128", dtypes="bf16"))
+    assert {task.shape.batch for task in at_two} == {32, 128}
+
+
+def test_a_step_asks_for_the_classes_that_are_tuned(monkeypatch):
+    """Every question that a step puts to the table is about a class that would be measured for it."""
+    model = StepModel("vgg7_64", 6, num_classes=3, options={"width": 32}, image_size=16)
+    monkeypatch.setitem(tune.STEP_MODELS, "vgg7_64", model)
+    keys = {task.key for task in tune.plan(BenchTuneConfig(models="vgg7_64", dtypes="fp32", beta="0.5"))}
+    asked = set()
+
+    def prefers(op, m, n, k, dtype, geometry="", **_):
+        if n not in (3, 27):  # of the image, whose gradient nobody wants
+            asked.add(kernels.table_key(op, m, n, k, dtype, geometry))
+        return True
+
+    def select(op, device, dtype, backend=None, wins=None):
+        """As on a GPU `auto` asks whether Triton wins; here aten computes."""
+        assert wins is None or op == "partitioned_linear" or wins("triton")
+        return "aten"
+
+    for name in ("conv2d", "conv_block"):
+        module = importlib.import_module(f"dfs_engine.ops.{name}")  # some have functions of the same name
+        monkeypatch.setattr(module, "prefers_triton", prefers)
+    monkeypatch.setattr(backends, "select", select)
+    with precision("fp32"):
+        step = dfs_engine.create_model("vgg7_64", num_classes=3, width=32)
+        step(torch.randn(6, 3, 16, 16).contiguous(memory_format=torch.channels_last))
+    assert {key.split()[0] for key in asked} == {
+        "conv2d_grad_input", "conv2d_grad_weight", "conv_block", "conv_block_pool",
+    }  # fmt: skip
+    assert asked <= keys
 
 
 def test_finished_classes_are_listed(machine):
@@ -214,7 +251,7 @@ def test_finished_classes_are_listed(machine):
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "gpu_name", lambda: None)
+    monkeypatch.setattr(kernels, "gpu_name", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["bench", "tune"])
     assert stopped.value.code == 2
@@ -222,7 +259,9 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--ops conv3d", "--dtypes fp64", "--beta 2", "--batch_size 0", "--rounds 0"], ids=lambda flag: flag
+    "flag",
+    ["--ops conv3d", "--models vgg17_64", "--dtypes fp64", "--beta 2", "--batch_size 0", "--rounds 0"],
+    ids=lambda flag: flag,
 )
 def test_wrong_flags_are_named(flag, capsys):
     with pytest.raises(SystemExit) as stopped:

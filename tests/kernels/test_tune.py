@@ -30,11 +30,10 @@ def test_every_configuration_computes_what_aten_does(dtype, device, monkeypatch,
         return {way: Stats.of([1e-3]) for way in calls}
 
     monkeypatch.setattr(gpu_problems, "DEVICE", device)
-    monkeypatch.setattr(tune, "SHAPES", SHAPES)
-    monkeypatch.setattr(tune, "BATCHES", {shape.family: shape.batch for shape in SHAPES})
+    monkeypatch.setattr(tune.BenchTuneConfig, "chosen_shapes", lambda _: SHAPES)
     monkeypatch.setattr(tune, "environment", lambda _: environment())
     monkeypatch.setattr(tune, "measure_device", measure)
-    monkeypatch.setattr(kernels, "gpu_name", lambda: "GPU")
+    monkeypatch.setattr(kernels, "gpu_name", lambda *_: "GPU")
     options = {"beta": "0.5", "progress": False, "output": str(tmp_path / "table.json")}
     report = tune.run(tune.BenchTuneConfig(dtypes=dtype, **options))
     assert not report.failed

@@ -1,0 +1,293 @@
+"""The stages of gpu_check.py, in the order of worth: what each does, and what it would do, for `--dry-run`."""
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dfs_engine import doctor, validate
+from dfs_engine.benchmarks import gpu_expected, gpu_graphs, gpu_ops, gpu_problems, gpu_steps, tune
+from dfs_engine.benchmarks.gpu_run import Run
+from dfs_engine.benchmarks.gpu_steps import FUSED, STOCK, Pair, Plan
+from dfs_engine.benchmarks.measure import append_csv
+from dfs_engine.benchmarks.shapes import Shape
+from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
+from dfs_engine.kernels import config as kernels
+from dfs_engine.validate_problems import PROBLEMS
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPE = "bf16"
+_PROFILED = "vgg16_64"
+# Seconds: of a shape class to be tuned, and of an op to be compared with float64.
+_CLASS_SECONDS, _OP_SECONDS = 12.0, 25.0
+
+
+class Stage(NamedTuple):
+    """`plan` names what `work` does, line by line, with the seconds that each takes; `weight`: of the time."""
+
+    work: Callable[[Run], None]
+    plan: Callable[[], list[tuple[str, float]]]
+    weight: float
+
+
+def report_environment(run: Run) -> None:
+    """What this machine is, and what it can do at most."""
+    run.say(str(run.stamp))
+    found = doctor.report()
+    (run.output / "environment.json").write_text(json.dumps(found, indent=1, default=str))
+    run.say(f"GPU: {found['gpus']}\nBackends: {found['backends']}")
+    run.say("; ".join(f"{name} {rate}" for name, rate in gpu_ops.machine_rates().items()))
+    torch.cuda.empty_cache()  # the tests run in processes of their own
+
+
+def launches_work(run: Run) -> bool:
+    """Whether Triton can launch anything at all; says why not."""
+    try:
+        ones = torch.ones(16, 16, device=gpu_problems.DEVICE)
+        torch.ops.dfs_engine.linear_grad_input(ones, ones, 0, 16).cpu()  # which waits for it
+    except Exception as error:
+        run.fail(
+            f"no Triton kernel can be launched here: {type(error).__name__}: {str(error)[:1000]}\nTriton builds its "
+            "launcher with a C compiler and Python's headers: install gcc and python3-dev, or set CC."
+        )
+        return False
+    return True
+
+
+def tests(run: Run) -> None:
+    """Every op against float64; then, where pytest is, the tests marked `gpu`."""
+    for index, op in enumerate(PROBLEMS):
+        config = validate.ValidateConfig(
+            ops=op, backends=f"{STOCK},{FUSED}", dtypes="bf16,fp32,fp16", device=gpu_problems.DEVICE, quick=True,
+            max_seconds=run.budget.left() / (len(PROBLEMS) - index + 1), progress=False,
+        )  # fmt: skip
+        report = validate.run(config)
+        run.say(report.table())
+        if not report.ok:
+            run.fail(f"{op} is wrong, see above")
+    if importlib.util.find_spec("pytest") is None:
+        run.say("pytest is missing: repeats, streams, CUDA graphs and offsets beyond 32 bits are not tested")
+    else:
+        _run_pytest(run)
+
+
+def _run_pytest(run: Run) -> None:
+    """Tests marked `gpu`, and those of the kernels, on the GPU."""
+    # Compiling kernels takes most of the time; tests that need most of the memory are one group.
+    parallel = ["-n", "6", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") is not None else []
+    suites = {
+        "tests_gpu.log": ["-m", "gpu", *map(str, _marked_files(run))],
+        # Compiling for other GPUs needs none, and is done where there is none.
+        "tests_kernels.log": ["tests/kernels", "--ignore=tests/kernels/test_compile.py"],
+    }
+    for log, arguments in suites.items():
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", *parallel, *arguments]
+        status, output = run.command(log, command, run.budget.left() - 2, ROOT)
+        last = output.strip().splitlines()[-1] if output.strip() else "no output"
+        if status is None:
+            run.say(f"{log}: its time was used up")
+        elif status:
+            run.fail(f"{log}: {last}\n{output[-3000:]}")
+        else:
+            run.say(f"{log}: {last}")
+
+
+def _marked_files(run: Run) -> list[Path]:
+    """Of tests/, which needs more packages than this as a whole, the files with tests marked `gpu` that can be read."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "mark.gpu" not in path.read_text():
+            continue
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", str(path)]
+        status, output = run.command("collect.log", command, run.budget.left() - 2, ROOT)
+        if status == 0:
+            found.append(path)
+        else:
+            reason = next((line for line in output.splitlines() if "ModuleNotFoundError" in line), "see collect.log")
+            run.say(f"{path.relative_to(ROOT)} is left out: {reason.strip().removeprefix('E').strip()}")
+    return found
+
+
+def _plan_tests() -> list[tuple[str, float]]:
+    compared = [(f"{op} in bf16, fp32, fp16 by {STOCK} and {FUSED} against float64", _OP_SECONDS) for op in PROBLEMS]
+    return [*compared, ("tests/gpu, where pytest is installed", 60.0)]
+
+
+def _models() -> list[StepModel]:
+    return list(STEP_MODELS.values())
+
+
+@functools.cache
+def step_shapes() -> list[Shape]:
+    """Of all steps that can be built here."""
+    return [shape for model in _models() if model.missing() is None for shape in model.shapes()]
+
+
+def _ops(run: Run, shapes: list[Shape], precisions: Iterable[str]) -> None:
+    rows = []
+    try:
+        for row in gpu_ops.run(shapes, precisions, run.budget.left, run.say):
+            rows.append(row)
+            append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
+    finally:
+        run.say(gpu_ops.table(rows))
+
+
+def ops(run: Run) -> None:
+    """Single ops on the largest shapes."""
+    _ops(run, gpu_ops.first_shapes(step_shapes()), [DTYPE])
+
+
+def all_ops(run: Run) -> None:
+    """Single ops on every shape in every precision."""
+    _ops(run, step_shapes(), gpu_ops.MEASURED)
+
+
+def _plan_ops(shapes: list[Shape], precisions: Iterable[str]) -> list[tuple[str, float]]:
+    return [
+        (f"{shape.op} {shape.family} {shape} in {name}", gpu_ops.SHAPE_SECONDS)
+        for name in precisions
+        for shape in shapes
+    ]
+
+
+def _steps(run: Run, plan: Plan, file: str) -> None:
+    try:
+        for result in gpu_steps.run(plan, DTYPE, run.stamp, run.budget.left, run.say):
+            append_csv(run.output / file, run.stamp, result.csv_rows())
+            run.say(str(result))
+    finally:
+        run.say(gpu_expected.table(run.output))
+
+
+def steps(run: Run) -> None:
+    """Training steps, each beside `dense`, eager and compiled."""
+    _steps(run, gpu_steps.plan(_models()), "steps.csv")
+
+
+def graphs(run: Run) -> None:
+    """The same with CUDA graphs: a whole step as one, and torch.compile's."""
+    _steps(run, gpu_steps.graphs_plan(_models()), "graphs.csv")
+
+
+def tuned_steps(run: Run) -> None:
+    """Steps by the launches and choices of this GPU's table."""
+    path, gpu = _table_path(run), kernels.gpu_name()
+    if path.is_file():
+        kernels.use_table(json.loads(path.read_text()))
+    elif gpu not in kernels.read_tables():
+        run.say(f"skipped: there is no table of {gpu}; the stage `tune` writes one")
+        return
+    _steps(run, gpu_steps.tuned_plan(_models()), "steps_tuned.csv")
+
+
+def _plan_steps(plan: Plan) -> list[tuple[str, float]]:
+    lines = []
+    for model, pair in plan:
+        what = f"{model.name}, batch {model.batch}, {DTYPE}: {pair} beside dense"
+        reason = model.missing()
+        lines.append((what, gpu_steps.SECONDS[pair.mode]) if reason is None else (f"{what}: left out, {reason}", 0.0))
+    return lines
+
+
+def _table_path(run: Run) -> Path:
+    return run.output / kernels.table_path(kernels.gpu_name() or "").name
+
+
+def tune_launches(run: Run) -> None:
+    """The table of this GPU at the steps' sizes, as far as the time allows; what it has is not measured again."""
+    config = _tune_config(output=str(_table_path(run)), max_seconds=run.budget.left() - 5)
+    found = tune.run(config)
+    run.say(found.table())
+    if found.failed:
+        run.fail(f"{len(found.failed)} shape classes failed, see above")
+
+
+def _tune_config(**options: object) -> tune.BenchTuneConfig:
+    # 1: of layers behind the first of a block, which are whole.
+    return tune.BenchTuneConfig(**{"dtypes": DTYPE, "beta": f"{gpu_problems.BETA},1", "progress": False} | options)
+
+
+def _plan_tune() -> list[tuple[str, float]]:
+    return [(str(task), _CLASS_SECONDS) for task in tune.plan(_tune_config())]
+
+
+def profile(run: Run) -> None:
+    """Where the time of one model's step goes."""
+    for variant in ("dfs", "dense"):
+        step = gpu_steps.build(STEP_MODELS[_PROFILED], DTYPE, Pair("off", variant, FUSED))
+        table = gpu_graphs.write_profile(step, run.output / f"profile_{_PROFILED}_{variant}")
+        run.say(f"{_PROFILED} {variant}, eager:\n{table}")
+        del step
+
+
+def _cannot_build() -> str | None:
+    """What the C++ extension's build lacks here, or None."""
+    if importlib.util.find_spec("setuptools") is None:
+        return "setuptools is missing"
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "there is no C++ compiler"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python's headers are missing"
+    return None
+
+
+def build(run: Run) -> None:
+    """The C++ extension, in place."""
+    reason = _cannot_build()
+    if reason is not None:
+        run.say(f"skipped: {reason}; the CPU's cpp backend is not part of this run")
+        return
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    status, output = run.command("build.log", command, run.budget.left() - 5, ROOT, MAX_JOBS=str(os.cpu_count()))
+    loads = subprocess.run([sys.executable, "-c", "import dfs_engine._C"], cwd=ROOT, capture_output=True, text=True)
+    if loads.returncode == 0:
+        run.say("built, and it loads")
+    else:
+        reason = "its time was used up" if status is None else (output + loads.stderr).strip()[-600:]
+        run.fail(f"the extension was not built, or does not load: {reason}")
+
+
+def sanitizer(run: Run) -> None:
+    """compute-sanitizer's memcheck over one pass of every kernel."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        run.say("skipped: compute-sanitizer is not on this machine")
+        return
+    one_pass = [sys.executable, str(Path(__file__).with_name("gpu_check.py")), "--one-pass"]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *one_pass]
+    # torch's allocator would hand out parts of one block, between which memcheck sees no border.
+    status, output = run.command(
+        "memcheck.log", command, run.budget.left() - 1, ROOT, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+    )
+    said = [line for line in output.splitlines() if "ERROR SUMMARY" in line or line.startswith("one pass")]
+    if status is None:
+        run.say("its time was used up; see memcheck.log")
+    elif status:
+        run.fail(f"memcheck: {'; '.join(said)}\n{output[-2000:]}")
+    else:
+        run.say("memcheck: " + "; ".join(said))
+
+
+STAGES = {
+    "tests": Stage(tests, _plan_tests, 2.0),
+    "ops": Stage(ops, lambda: _plan_ops(gpu_ops.first_shapes(step_shapes()), [DTYPE]), 1.5),
+    "steps": Stage(steps, lambda: _plan_steps(gpu_steps.plan(_models())), 6.0),
+    "tune": Stage(tune_launches, _plan_tune, 3.5),
+    "tuned": Stage(tuned_steps, lambda: _plan_steps(gpu_steps.tuned_plan(_models())), 3.0),
+    "graphs": Stage(graphs, lambda: _plan_steps(gpu_steps.graphs_plan(_models())), 3.0),
+    "profile": Stage(profile, lambda: [(f"{_PROFILED}, {variant}", 12.0) for variant in ("dfs", "dense")], 0.7),
+    "all_ops": Stage(all_ops, lambda: _plan_ops(step_shapes(), gpu_ops.MEASURED), 6.0),
+    "build": Stage(build, lambda: [("the C++ extension", 100.0)], 2.0),
+    "sanitizer": Stage(sanitizer, lambda: [("compute-sanitizer's memcheck over one pass of every kernel", 60.0)], 1.0),
+}
+ON_REQUEST = ("all_ops", "build", "sanitizer")
