@@ -1,6 +1,6 @@
 """Everything that needs a GPU: are the kernels right, and what are they worth? docs/gpu.md says how to use it.
 
-    python benchmarks/gpu_check.py [--stages tests,ops,steps] [--seconds 345] [--output DIR] [--dry-run]
+    python benchmarks/gpu_check.py [--stages tests,ops,steps] [--seconds 345] [--output DIR] [--scale 0.25] [--dry-run]
 
 Needs torch, triton and numpy; runs in a checkout that is not installed. What a missing package or the time does not
 allow is left out, and said. Every result is written when it is there: a run that is killed keeps what it had measured,
@@ -23,6 +23,7 @@ from dfs_engine.benchmarks import gpu_problems  # noqa: E402
 from dfs_engine.benchmarks.gpu_run import Run  # noqa: E402
 from dfs_engine.benchmarks.gpu_stages import ON_REQUEST, STAGES, launches_work, report_environment  # noqa: E402
 from dfs_engine.benchmarks.measure import environment  # noqa: E402
+from dfs_engine.benchmarks.step_models import scale_batches  # noqa: E402
 from dfs_engine.machine import check_device  # noqa: E402
 from dfs_engine.names import split_choices  # noqa: E402
 
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"of {', '.join(STAGES)}, comma-separated, in this order; default all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="for everything; default %(default)s")
+    parser.add_argument("--scale", type=float, default=1.0, help="batch sizes times this, for a smaller GPU")
     parser.add_argument("--dry-run", action="store_true", help="only list the stages and their cases; needs no GPU")
     parser.add_argument("--one-pass", action="store_true", help="only launch every kernel once, for memcheck")
     options = parser.parse_args(arguments)
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     stages = named or [name for name in STAGES if name not in ON_REQUEST]
+    scale_batches(options.scale)
     if options.dry_run:
         print(listing(stages, options.seconds))
         return 0

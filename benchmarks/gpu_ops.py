@@ -156,6 +156,8 @@ def run(
             what = f"{shape.op} {shape.family} {shape} {name}"
             try:
                 yield from _measure(shape, name, left, functools.partial(fail, what))
+            except torch.OutOfMemoryError:
+                say(f"{what}: does not fit the GPU's memory")
             except Exception as error:
                 fail(what, error)
     torch.compiler.reset()
@@ -170,6 +172,8 @@ def _measure(shape: Shape, name: str, left: Callable[[], float], fail: Callable[
             try:
                 problem.check()
                 timings = measure_device(problem.calls, _ROUNDS, left)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 fail(error)
                 continue

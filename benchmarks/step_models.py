@@ -1,7 +1,7 @@
 """The training steps that are timed on a GPU, and tuned for: the families at real sizes, and their layers' shapes."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
@@ -58,6 +58,12 @@ STEP_MODELS = {
         StepModel("bert", batch=64, num_classes=2, package="transformers"),
     )
 }
+
+
+def scale_batches(factor: float) -> None:
+    """Of all steps from now on: for a GPU that is smaller than they were made for."""
+    for name, model in STEP_MODELS.items():
+        STEP_MODELS[name] = replace(model, batch=max(1, round(factor * model.batch)))
 
 
 def recorded_shapes(family: str, model: MultiExitModel, batch: int, image_size: int | None = None) -> list[Shape]:

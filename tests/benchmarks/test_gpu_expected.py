@@ -1,10 +1,13 @@
 """Expectations beside measurements: what is read back, and what is said of it."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dfs_engine.benchmarks import gpu_expected
+from dfs_engine import validate
+from dfs_engine.benchmarks import gpu_check, gpu_expected, gpu_stages, tune
 from dfs_engine.benchmarks.measure import append_csv, environment
 
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -54,9 +57,38 @@ def test_a_torn_line_is_left_out(tmp_path):
     assert line(gpu_expected.table(tmp_path), "resnet50 step").endswith("| 1.01 | 1.010 | as expected |")
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="needs a checkout")
+needs_docs = pytest.mark.skipif(not DOCS.exists(), reason="needs a checkout")
+
+
+@needs_docs
 def test_the_documentation_has_the_same_expectations():
     text = DOCS.read_text()
     for row in gpu_expected.table().splitlines()[2:]:
         what, expected = row.split(" | ")[:2]
         assert f"{what} | {expected} |" in text, row
+
+
+@needs_docs
+def test_the_commands_of_the_documentation_are_accepted(monkeypatch, capsys):
+    commands = re.findall(r"python benchmarks/gpu_check.py ([^`#\n]*)", DOCS.read_text())
+    assert len(commands) == 5
+    monkeypatch.setattr(gpu_check, "listing", lambda stages, seconds: f"{len(stages)} stages in {seconds}")
+    for command in commands:
+        assert gpu_check.main([*command.split(), "--dry-run"]) == 0
+        assert " stages in " in capsys.readouterr().out
+
+
+@needs_docs
+def test_the_stages_of_the_documentation_are_those_that_there_are():
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \|", DOCS.read_text(), re.MULTILINE)
+    assert re.findall(r"[a-z_]+", " ".join(rows)) == list(gpu_stages.STAGES)
+
+
+@needs_docs
+def test_the_python_of_the_documentation_runs(monkeypatch):
+    asked = []
+    for module in (validate, tune):
+        monkeypatch.setattr(module, "run", lambda config: SimpleNamespace(table=lambda: asked.append(config)))
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    exec(block, {})
+    assert [type(config) for config in asked] == [validate.ValidateConfig, tune.BenchTuneConfig]
