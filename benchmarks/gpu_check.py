@@ -28,6 +28,8 @@ from dfs_engine.machine import check_device  # noqa: E402
 from dfs_engine.names import split_choices  # noqa: E402
 
 _SECONDS = 870.0
+# Share of the time that may go before the first stage.
+_ENVIRONMENT = 0.1
 # What needs no kernel of this project: for a machine on which Triton launches nothing.
 _WITHOUT_TRITON = ("steps", "build")
 
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"one pass: {gpu_problems.one_pass()} results, all finite")
         return 0
     run = Run(options.output, options.seconds, environment(gpu_problems.DEVICE), _BEGIN)
-    report_environment(run)
+    run.stage("environment", report_environment, _ENVIRONMENT)
     if not launches_work(run):
         stages = [name for name in stages if name in _WITHOUT_TRITON]
     for name, share in shares(stages).items():

@@ -15,23 +15,14 @@ _WARMUP, _PROFILED, _ROWS = 3, 2, 40
 _TRACE_BYTES = 12 * 2**20
 
 
-class CapturedStep:
-    """A whole step, its four phases recorded as one graph.
+def capture(step: Step) -> tuple[Phases, int]:
+    """A whole step, its four phases recorded as one graph, and the bytes that it held meanwhile.
 
-    Attributes:
-        peak_bytes: that the step held while it was recorded; a replay allocates nothing.
+    `step` has to outlive the graph, which reads and writes its tensors.
     """
-
-    def __init__(self, step: Step) -> None:
-        self.step = step  # whose parameters and inputs the graph reads and writes
-        self.peak_bytes = peak_memory(self._record, gpu_problems.DEVICE)
-
-    def _record(self) -> None:
-        self.run = record(self.step.run)
-
-    @property
-    def phases(self) -> Phases:
-        return {TOTAL: self.run}
+    replays: list[Callable[[], object]] = []
+    peak_bytes = peak_memory(lambda: replays.append(record(step.run)), gpu_problems.DEVICE)
+    return {TOTAL: replays[0]}, peak_bytes
 
 
 def record(call: Callable[[], object]) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """Whole training steps on the GPU, pair by pair: a step, and `dense` in the same mode, taking turns."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -9,10 +9,10 @@ import torch
 import torch._dynamo
 
 from dfs_engine.benchmarks import gpu_problems
-from dfs_engine.benchmarks.gpu_graphs import CapturedStep
+from dfs_engine.benchmarks.gpu_graphs import capture
 from dfs_engine.benchmarks.gpu_ops import precision
 from dfs_engine.benchmarks.gpu_problems import BETA
-from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.measure import TOTAL, Environment, Phases, Stats, peak_memory, summarise, time_phases
 from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
@@ -69,8 +69,10 @@ def graphs_plan(models: list[StepModel]) -> Plan:
     return _each(_GRAPHS, models)
 
 
-def _each(pairs: Iterable[Pair], models: list[StepModel]) -> Plan:
-    return [(model, pair) for pair in pairs for model in models]
+def _each(pairs: Sequence[Pair], models: list[StepModel]) -> Plan:
+    """Mode by mode; in one, a model's pairs follow each other and share its `dense`."""
+    modes = dict.fromkeys(pair.mode for pair in pairs)
+    return [(model, pair) for mode in modes for model in models for pair in pairs if pair.mode == mode]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +140,28 @@ def run(
         raise RuntimeError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 
 
+class _Built(NamedTuple):
+    """A step that has run, so that it is compiled and fits; `step` keeps alive what a graph reads and writes."""
+
+    case: Case
+    step: Step
+    phases: Phases
+    peak_bytes: int
+    flops: FlopCount
+    backend_used: str
+
+
 class _Bench:
     """One model in one precision: checks each formulation once, on few images, and keeps the `dense` step of a mode."""
 
     def __init__(self, model: StepModel, name: str, stamp: Environment) -> None:
         config = _config(model)
-        self.name, self.dtype = name, "fp32" if name == "tf32" else name
+        self.name, self.dtype = name, _dtype(name)
         self.builder, self.small = StepBuilder(config, model.batch), StepBuilder(config, _GATE_BATCH)
         self.report = TrainReport(config=config, stamp=stamp)
         self._checked: set[Pair] = set()
         self._flops: dict[str, FlopCount] = {}
-        self._dense: tuple[Pair, Any] | None = None
+        self._dense: tuple[Pair, _Built] | None = None
 
     def time(self, pair: Pair, left: Callable[[], float]) -> PairResult:
         """Raises RuntimeError where the step does not compute what it must; it is not timed then."""
@@ -165,12 +178,13 @@ class _Bench:
             device=gpu_problems.DEVICE,
             max_seconds=min(_TIMING, max(left() - 2, 1.0)),
         )
+        # Nothing that could fail stands between the measurement and whoever writes it.
         rounds = zip(times["dense"][TOTAL], times["other"][TOTAL], strict=True)
         timings = summarise(times)
         return PairResult(
             self.report,
-            self._row(dense_pair, dense, timings["dense"]),
-            self._row(pair, other, timings["other"]),
+            self._row(dense, timings["dense"]),
+            self._row(other, timings["other"]),
             Stats.of([first / second for first, second in rounds]),
         )
 
@@ -184,40 +198,47 @@ class _Bench:
     def _check(self, pair: Pair) -> None:
         if pair not in self._checked:
             case = pair.case(pair.variant)
-            self.small.check_formulation([case])
+            if all(checked.variant != pair.variant for checked in self._checked):
+                self.small.check_formulation([case])
             self.small.check_kernels(self.dtype, {case: self.small.build(case, self.dtype, backend=pair.backend)})
             self._checked.add(pair)
 
-    def _build(self, pair: Pair) -> Any:
-        """The step, which has run once: compiled, and in memory."""
-        step: Any = self.builder.build(pair.case(pair.variant), self.dtype, backend=pair.backend)
-        step.run()
-        return CapturedStep(step) if pair.mode == "captured" else step
-
-    def _row(self, pair: Pair, step: Any, timings: dict[str, Stats]) -> TrainRow:
+    def _build(self, pair: Pair) -> _Built:
         case = pair.case(pair.variant)
         if pair.variant not in self._flops:
             self._flops[pair.variant] = self.builder.count_flops(case)
-        is_captured = isinstance(step, CapturedStep)
-        used = (step.step if is_captured else step).backend_used
+        step = self.builder.build(case, self.dtype, backend=pair.backend)
+        step.run()
+        if pair.mode == "captured":
+            phases, peak_bytes = capture(step)
+        else:
+            phases, peak_bytes = step.phases, peak_memory(step.run, gpu_problems.DEVICE)
+        used = AUTO if pair.variant == "dfs" and pair.backend == AUTO else step.backend_used
+        return _Built(case, step, phases, peak_bytes, self._flops[pair.variant], used)
+
+    def _row(self, built: _Built, timings: dict[str, Stats]) -> TrainRow:
         return TrainRow(
             dtype=self.name,
-            case=case,
+            case=built.case,
             shape=tuple(self.builder.inputs.shape),
-            backend_used=AUTO if pair.variant == "dfs" and pair.backend == AUTO else used,
+            backend_used=built.backend_used,
             timings=timings,
-            peak_bytes=step.peak_bytes if is_captured else peak_memory(step.run, gpu_problems.DEVICE),
-            flops=self._flops[pair.variant],
+            peak_bytes=built.peak_bytes,
+            flops=built.flops,
         )
 
 
 def build(model: StepModel, name: str, pair: Pair) -> Step:
     """One step, for a profile: it has run once."""
-    step = StepBuilder(_config(model), model.batch).build(
-        pair.case(pair.variant), "fp32" if name == "tf32" else name, backend=pair.backend
-    )
+    builder = StepBuilder(_config(model), model.batch)
+    step = builder.build(pair.case(pair.variant), _dtype(name), backend=pair.backend)
     step.run()
     return step
+
+
+def _dtype(name: str) -> str:
+    """What `StepBuilder` calls a precision."""
+    return "fp32" if name == "tf32" else name
 
 
 def _config(model: StepModel) -> Any:
