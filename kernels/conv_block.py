@@ -13,25 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfs_engine.kernels import config
 from dfs_engine.kernels import conv_block_kernels as kernels
-from dfs_engine.kernels.config import TYPE_NAMES, Compilation
+from dfs_engine.kernels.config import Compilation
 
-# 64 channels are a full 128-byte line in half precision; with these rows a thread loads 16 bytes of it at a time.
-_BLOCK_C, _NUM_WARPS, _NUM_STAGES = 64, 4, 2
-_STATISTICS_ROWS = 64
+# Of a tile. 64 channels are a full 128-byte line in half precision, of which each thread loads 16 bytes at a time. More
+# rows would take registers, hence warps, that hide memory's latency better than a longer tile does.
+_BLOCK_C, _BLOCK_P, _STATISTICS_ROWS = 64, 16, 32
 # (channels, their partial sums) that one program merges at a time, for few partial sums and for many.
 _MERGES = ((32, 32), (1, 1024))
 # Programs of a large launch: some waves on the largest GPU, so that the last one does not leave it idle.
 _PROGRAMS = 8192
-_LAUNCH = {"num_warps": _NUM_WARPS, "num_stages": _NUM_STAGES, "enable_fp_fusion": True}
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _block_rows(pool: bool) -> int:
-    """Output pixels of a tile; each of a pool's reads four."""
-    return 16 if pool else 32
 
 
 def _chunks(num_images: int, num_pixels: int, num_channels: int, block: int) -> tuple[int, int]:
@@ -65,14 +60,14 @@ def _statistics(z: Tensor, eps: float, relu_first: bool) -> tuple[Tensor, Tensor
     deviations = z.new_empty((num_channels, num_parts), dtype=torch.float32)
     kernels.statistics_kernel[(num_parts * math.ceil(num_channels / _BLOCK_C),)](
         z, means, deviations, num_rows, num_channels, rows_per_part, num_parts,
-        FIRST=relu_first, BLOCK_R=_STATISTICS_ROWS, BLOCK_C=_BLOCK_C, **_LAUNCH,
+        FIRST=relu_first, BLOCK_R=_STATISTICS_ROWS, BLOCK_C=_BLOCK_C, **config.PLAIN,
     )  # fmt: skip
     mean = z.new_empty(num_channels, dtype=torch.float64)
     inverse_std, variance = (z.new_empty(num_channels, dtype=torch.float32) for _ in range(2))
     merge = _merge(num_parts)
     kernels.merge_statistics_kernel[(math.ceil(num_channels / merge["CHANNELS"]),)](
         means, deviations, mean, inverse_std, variance, num_rows, num_channels, rows_per_part, num_parts, eps,
-        **merge, **_LAUNCH,
+        **merge, **config.PLAIN,
     )  # fmt: skip
     return mean, inverse_std, variance
 
@@ -121,21 +116,21 @@ def conv_block(
             inverse_std = (variance + eps).rsqrt()
         gamma, beta = gamma.contiguous(), beta.contiguous()
         residual = None if residual is None else _rows_of(residual)
-        block, num_pixels = _block_rows(pool), out_height * out_width
+        num_pixels = out_height * out_width
         flags = {"FIRST": relu_first, "RESIDUAL": residual is not None, "BLOCK_C": _BLOCK_C}
-        per_chunk, num_chunks = _chunks(num_images, num_pixels, num_channels, block)
+        per_chunk, num_chunks = _chunks(num_images, num_pixels, num_channels, _BLOCK_P)
         kinds = 1 if relu_first else 2 + (residual is not None)
         sums = z.new_empty((num_images, num_chunks, kinds, num_channels), dtype=torch.float32)
         num_blocks = math.ceil(num_channels / _BLOCK_C)
         kernels.normalise_kernel[(num_images * num_chunks * num_blocks,)](
             z, z if residual is None else residual, mean, inverse_std, gamma, beta, feature, sums,
             num_channels, height, width, out_height, out_width, per_chunk, num_chunks,
-            POOL=pool, BLOCK_P=block, **flags, **_LAUNCH,
+            POOL=pool, BLOCK_P=_BLOCK_P, **flags, **config.PLAIN,
         )  # fmt: skip
         if averages:
             kernels.average_kernel[(num_images * num_blocks,)](
                 sums, gamma, beta, average, average_hat, passed, num_channels, num_chunks, num_pixels,
-                **flags, **_LAUNCH,
+                **flags, **config.PLAIN,
             )  # fmt: skip
     return feature, average, average_hat, mean, inverse_std, variance, passed
 
@@ -170,7 +165,8 @@ def conv_block_backward(
     num_images, num_channels, height, width = z.shape
     num_shared, out_height, out_width = grad_shared.shape[1:]
     if grad_average is None:
-        grad_average = average_hat = passed = z.new_zeros((num_images, num_channels), dtype=torch.float32)
+        grad_average = z.new_zeros((num_images, num_channels))
+        average_hat = passed = grad_average.float()
     grad_z = _empty_rows(z, height, width)
     grad_residual = z.new_empty(0) if feature is None else _empty_rows(z, height, width)
     grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(beta)
@@ -178,37 +174,37 @@ def conv_block_backward(
         return grad_z, grad_gamma.zero_(), grad_beta.zero_(), grad_residual
     with torch.cuda.device_of(z):
         gamma, beta, feature = gamma.contiguous(), beta.contiguous(), z if feature is None else _rows_of(feature)
-        block, num_pixels = _block_rows(pool), out_height * out_width
-        flags = {"FIRST": relu_first, "POOL": pool, "RESIDUAL": feature is not z, "BLOCK_P": block, "BLOCK_C": _BLOCK_C}
+        blocks = {"BLOCK_P": _BLOCK_P, "BLOCK_C": _BLOCK_C}
+        flags = {"FIRST": relu_first, "POOL": pool, "RESIDUAL": feature is not z, **blocks}
         per_image, num_rows = height * width, num_images * height * width
-        per_chunk, num_chunks = _chunks(num_images, num_pixels, max(num_shared, 1), block)
+        per_chunk, num_chunks = _chunks(num_images, out_height * out_width, max(num_shared, 1), _BLOCK_P)
         num_parts = num_images * num_chunks
         sums, products = (z.new_empty((num_shared, num_parts), dtype=torch.float32) for _ in range(2))
         if num_shared:
             kernels.reduce_kernel[(num_parts * math.ceil(num_shared / _BLOCK_C),)](
                 grad_shared, z, feature, mean, inverse_std, gamma, beta, sums, products,
                 num_shared, num_channels, height, width, out_height, out_width, per_chunk, num_chunks, num_parts,
-                *grad_shared.stride(), **flags, **_LAUNCH,
+                *grad_shared.stride(), **flags, **config.PLAIN,
             )  # fmt: skip
         slope, offset = (z.new_empty(num_channels, dtype=torch.float32) for _ in range(2))
         merge = _merge(max(num_parts, num_images))
         kernels.merge_gradients_kernel[(math.ceil(num_channels / merge["CHANNELS"]),)](
             sums, products, grad_average, average_hat, passed, grad_gamma, grad_beta, slope, offset,
             num_shared, num_channels, num_parts, num_images, num_rows, *grad_average.stride(),
-            TRAINING=training, **merge, **_LAUNCH,
+            TRAINING=training, **merge, **config.PLAIN,
         )  # fmt: skip
         # With a pool a window that an odd size cuts off has pixels, too.
         per_image = math.ceil(height / 2) * math.ceil(width / 2) if pool else per_image
-        per_chunk, num_chunks = _chunks(num_images, per_image, num_channels, block)
+        per_chunk, num_chunks = _chunks(num_images, per_image, num_channels, _BLOCK_P)
         kernels.gradient_kernel[(num_images * num_chunks * math.ceil(num_channels / _BLOCK_C),)](
             grad_shared, grad_average, z, feature, mean, inverse_std, gamma, beta, slope, offset, grad_z, grad_residual,
             num_shared, num_channels, height, width, out_height, out_width, per_chunk, num_chunks,
-            *grad_shared.stride(), *grad_average.stride(), **flags, **_LAUNCH,
+            *grad_shared.stride(), *grad_average.stride(), **flags, **config.PLAIN,
         )  # fmt: skip
     return grad_z, grad_gamma, grad_beta, grad_residual
 
 
-# Pointers that have another type than z's: statistics and partial sums are float32, but for the mean.
+# Pointers that have another type than float32: the mean, and what has z's.
 _FLOAT64 = {"means_ptr", "mean_ptr"}
 _AS_Z = {
     "z_ptr", "residual_ptr", "feature_ptr", "average_ptr",
@@ -219,36 +215,30 @@ _MODES = ((True, False, False), (True, True, False), (False, False, False), (Fal
 
 
 def compilations() -> Iterator[Compilation]:
-    """Every kernel in every way that it can be launched."""
-    for dtype, (first, pool, residual) in itertools.product(TYPE_NAMES.values(), _MODES):
-        constants = {
-            "FIRST": first, "POOL": pool, "RESIDUAL": residual, "BLOCK_P": _block_rows(pool), "BLOCK_C": _BLOCK_C,
-            "BLOCK_R": _STATISTICS_ROWS,
-        }  # fmt: skip
-        names = ["normalise_kernel", "reduce_kernel", "gradient_kernel"]
+    """Every kernel in every way that it is launched on channels_last gradients and float32 parameters."""
+    blocks = {"BLOCK_P": _BLOCK_P, "BLOCK_C": _BLOCK_C, "BLOCK_R": _STATISTICS_ROWS}
+    for dtype, (first, pool, residual) in itertools.product(config.TYPE_NAMES.values(), _MODES):
+        names = ["normalise", "reduce", "gradient"]
         if not pool:
-            names.append("average_kernel")
-            if not residual:
-                names.append("statistics_kernel")
+            names += ["average"] if residual else ["average", "statistics"]
         for name in names:
-            yield _compilation(name, dtype, constants)
+            yield _compilation(name, dtype, {"FIRST": first, "POOL": pool, "RESIDUAL": residual, **blocks})
     for channels, parts in _MERGES:
-        constants = {"CHANNELS": channels, "PARTS": parts, "TRAINING": True}
-        yield _compilation("merge_statistics_kernel", "fp32", constants)
-        yield _compilation("merge_gradients_kernel", "fp32", constants)
+        merge = {"CHANNELS": channels, "PARTS": parts}
+        yield _compilation("merge_statistics", "fp32", merge)
+        for dtype, training in itertools.product(config.TYPE_NAMES.values(), (True, False)):
+            yield _compilation("merge_gradients", dtype, {"TRAINING": training, **merge})
 
 
 def _compilation(name: str, dtype: str, constants: dict[str, Any]) -> Compilation:
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernels, f"{name}_kernel")
 
-    def type_of(argument: str) -> str:
-        if argument.isupper():
-            return "constexpr"
-        if argument.endswith("_ptr"):
-            return "*fp64" if argument in _FLOAT64 else f"*{dtype if argument in _AS_Z else 'fp32'}"
-        return "fp32" if argument == "eps" else "i32"
+    def type_of(pointer: str) -> str:
+        return "*fp64" if pointer in _FLOAT64 else f"*{dtype if pointer in _AS_Z else 'fp32'}"
 
-    signature = {argument: type_of(argument) for argument in kernel.arg_names}
-    used = {argument: constants[argument] for argument, type in signature.items() if type == "constexpr"}
-    modes = " ".join(flag for flag, value in used.items() if value is True)
-    return Compilation(f"conv_block.{name} {dtype} {modes}".rstrip(), kernel, signature, used, _NUM_WARPS, _NUM_STAGES)
+    types = {argument: type_of(argument) for argument in kernel.arg_names if argument.endswith("_ptr")}
+    modes = [flag for flag, value in constants.items() if value is True]
+    modes += [f"{constants['PARTS']} parts"] if "PARTS" in constants else []
+    label = " ".join([f"conv_block.{name}", dtype, *modes])
+    strides = {"stride_c": 1, "stride_average_c": 1}
+    return config.compilation(label, kernel, types | {"eps": "fp32"}, constants | strides)

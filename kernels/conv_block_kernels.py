@@ -8,6 +8,14 @@ maximum over each 2x2 window. A NaN stays one throughout. A part is what one pro
 import triton
 import triton.language as tl
 
+# Of the loops over pixels: the tile that is computed with and those that are on their way to shared memory.
+_NUM_STAGES = tl.constexpr(3)
+# By these no load is aligned: to compile for each of their values would only cost time.
+_COUNTS = [
+    "num_images", "num_rows", "num_pixels", "num_parts", "num_chunks", "rows_per_part", "pixels_per_chunk",
+    "height", "width", "out_height", "out_width",
+]  # fmt: skip
+
 
 @triton.jit
 def _load(pointers, mask, FIRST: tl.constexpr):
@@ -32,17 +40,26 @@ def _parameter(pointer, channels, is_channel):
 
 
 @triton.jit
-def _produce(
-    pointers, mask, next_row, next_pixel, mean, rest, inverse_std, gamma, beta, FIRST: tl.constexpr, POOL: tl.constexpr
-):
+def _window(pointers, mask, has_right, has_below, next_row, next_pixel, FIRST: tl.constexpr, POOL: tl.constexpr):
+    """What is normalised at the pixels of a window, row by row, or at the only one: each is read once."""
+    here = _load(pointers, mask, FIRST)
+    if not POOL:
+        return (here,)
+    right = _load(pointers + next_pixel, mask & has_right, FIRST)
+    below = _load(pointers + next_row, mask & has_below, FIRST)
+    diagonal = _load(pointers + next_row + next_pixel, mask & has_right & has_below, FIRST)
+    return here, right, below, diagonal
+
+
+@triton.jit
+def _produce(window, mean, rest, inverse_std, gamma, beta, POOL: tl.constexpr):
     """(y without the last ReLU, x_hat, position) of the pixel that survives its window, or of the only one."""
-    x_hat = (_load(pointers, mask, FIRST) - mean) * inverse_std - rest
+    x_hat = (window[0] - mean) * inverse_std - rest
     y = x_hat * gamma + beta
     position = tl.zeros_like(y).to(tl.int32)
     if POOL:
         for index in tl.static_range(1, 4):
-            offset = (index // 2) * next_row + (index % 2) * next_pixel
-            other = (_load(pointers + offset, mask, FIRST) - mean) * inverse_std - rest
+            other = (window[index] - mean) * inverse_std - rest
             value = other * gamma + beta
             # The first of equal values, and a NaN before all, as torch's max_pool2d.
             is_larger = (value > y) | (value != value)
@@ -62,7 +79,7 @@ def _place(num_channels, num_chunks, BLOCK_C: tl.constexpr):
     return (i_part // num_chunks).to(tl.int64), i_part % num_chunks, channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def statistics_kernel(
     z_ptr, means_ptr, deviations_ptr, num_rows, num_channels, rows_per_part, num_parts,
     FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -79,7 +96,7 @@ def statistics_kernel(
     shift = tl.sum(head, 0) / tl.minimum(last - first, BLOCK_R).to(tl.float32)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(0, rows_per_part, BLOCK_R):
+    for start in tl.range(0, rows_per_part, BLOCK_R, num_stages=_NUM_STAGES):
         rows = first + start + tl.arange(0, BLOCK_R)
         mask = (rows < last)[:, None] & is_channel[None, :]
         r = _load(z_ptr + rows[:, None] * num_channels + channels[None, :], mask, FIRST)
@@ -94,7 +111,7 @@ def statistics_kernel(
     tl.store(deviations_ptr + parts, tl.where(deviation < 0, 0.0, deviation), is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def merge_statistics_kernel(
     means_ptr, deviations_ptr, mean_ptr, inverse_std_ptr, variance_ptr,
     num_rows, num_channels, rows_per_part, num_parts, eps, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
@@ -125,7 +142,7 @@ def merge_statistics_kernel(
     tl.store(inverse_std_ptr + channels, 1.0 / tl.sqrt(variance + eps), is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def normalise_kernel(
     z_ptr, residual_ptr, mean_ptr, inverse_std_ptr, gamma_ptr, beta_ptr, feature_ptr, sums_ptr,
     num_channels, height, width, out_height, out_width, pixels_per_chunk, num_chunks,
@@ -145,7 +162,7 @@ def normalise_kernel(
     counts = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     values = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     first = i_chunk * pixels_per_chunk
-    for start in range(first, tl.minimum(first + pixels_per_chunk, num_pixels), BLOCK_P):
+    for start in tl.range(first, tl.minimum(first + pixels_per_chunk, num_pixels), BLOCK_P, num_stages=_NUM_STAGES):
         pixels = start + tl.arange(0, BLOCK_P)
         mask = (pixels < num_pixels)[:, None] & is_channel[None, :]
         source = (
@@ -154,9 +171,8 @@ def normalise_kernel(
             else pixels.to(tl.int64)
         )
         pointers = z_ptr + source[:, None] * num_channels + channels[None, :]
-        y, x_hat, _ = _produce(
-            pointers, mask, width * num_channels, num_channels, mean, rest, inverse_std, gamma, beta, FIRST, POOL
-        )
+        window = _window(pointers, mask, mask, mask, width * num_channels, num_channels, FIRST, POOL)
+        y, x_hat, _ = _produce(window, mean, rest, inverse_std, gamma, beta, POOL)
         offsets = pixels.to(tl.int64)[:, None] * num_channels + channels[None, :]
         if RESIDUAL:
             residual = tl.load(residual_ptr + image * num_pixels * num_channels + offsets, mask, 0.0)
@@ -181,7 +197,7 @@ def normalise_kernel(
         tl.store(sums_ptr + 2 * num_channels, tl.sum(values, 0), is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def average_kernel(
     sums_ptr, gamma_ptr, beta_ptr, average_ptr, average_hat_ptr, passed_ptr, num_channels, num_chunks, num_pixels,
     FIRST: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -215,7 +231,7 @@ def average_kernel(
     tl.store(passed_ptr + offsets, passed, is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def reduce_kernel(
     grad_ptr, z_ptr, feature_ptr, mean_ptr, inverse_std_ptr, gamma_ptr, beta_ptr, sums_ptr, products_ptr,
     num_shared, num_channels, height, width, out_height, out_width, pixels_per_chunk, num_chunks, num_parts,
@@ -235,15 +251,14 @@ def reduce_kernel(
     sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     first = i_chunk * pixels_per_chunk
-    for start in range(first, tl.minimum(first + pixels_per_chunk, num_pixels), BLOCK_P):
+    for start in tl.range(first, tl.minimum(first + pixels_per_chunk, num_pixels), BLOCK_P, num_stages=_NUM_STAGES):
         pixels = start + tl.arange(0, BLOCK_P)
         mask = (pixels < num_pixels)[:, None] & is_channel[None, :]
         row, column = (pixels // out_width).to(tl.int64), (pixels % out_width).to(tl.int64)
         source = (row * width + column) * STEP
         pointers = z_ptr + source[:, None] * num_channels + channels[None, :]
-        y, x_hat, _ = _produce(
-            pointers, mask, width * num_channels, num_channels, mean, rest, inverse_std, gamma, beta, FIRST, POOL
-        )
+        window = _window(pointers, mask, mask, mask, width * num_channels, num_channels, FIRST, POOL)
+        y, x_hat, _ = _produce(window, mean, rest, inverse_std, gamma, beta, POOL)
         offsets = (row * stride_h + column * stride_w)[:, None] + channels.to(tl.int64)[None, :] * stride_c
         grad = tl.load(grad_ptr + offsets, mask, 0.0).to(tl.float32)
         if RESIDUAL:
@@ -258,7 +273,7 @@ def reduce_kernel(
     tl.store(products_ptr + parts, tl.sum(products, 0), is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def merge_gradients_kernel(
     sums_ptr, products_ptr, grad_average_ptr, average_hat_ptr, passed_ptr,
     grad_gamma_ptr, grad_beta_ptr, slope_ptr, offset_ptr,
@@ -294,12 +309,12 @@ def merge_gradients_kernel(
     tl.store(slope_ptr + channels, grad_gamma / count, is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
     grad_ptr, grad_average_ptr, z_ptr, feature_ptr, mean_ptr, inverse_std_ptr, gamma_ptr, beta_ptr, slope_ptr,
     offset_ptr, grad_z_ptr, grad_residual_ptr,
     num_shared, num_channels, height, width, out_height, out_width, pixels_per_chunk, num_chunks,
-    stride_n, stride_c, stride_h, stride_w, average_stride_n, average_stride_c,
+    stride_n, stride_c, stride_h, stride_w, stride_average_n, stride_average_c,
     FIRST: tl.constexpr, POOL: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad_z = gamma * inverse_std * (grad_y - offset - x_hat * slope), times [z > 0] with FIRST.
@@ -318,7 +333,7 @@ def gradient_kernel(
     slope = _parameter(slope_ptr, channels, is_channel)
     drift = scale * (_parameter(offset_ptr, channels, is_channel) - rest * slope)
     pull = scale * inverse_std * slope
-    averages = image * average_stride_n + channels.to(tl.int64) * average_stride_c
+    averages = image * stride_average_n + channels.to(tl.int64) * stride_average_c
     exit = tl.load(grad_average_ptr + averages, is_channel, 0.0).to(tl.float32) / (out_height * out_width)
     z_ptr += image * height * width * num_channels
     grad_z_ptr += image * height * width * num_channels
@@ -326,7 +341,7 @@ def gradient_kernel(
     across = tl.cdiv(width, STEP)
     num_pixels = tl.cdiv(height, STEP) * across
     first = i_chunk * pixels_per_chunk
-    for start in range(first, tl.minimum(first + pixels_per_chunk, num_pixels), BLOCK_P):
+    for start in tl.range(first, tl.minimum(first + pixels_per_chunk, num_pixels), BLOCK_P, num_stages=_NUM_STAGES):
         pixels = start + tl.arange(0, BLOCK_P)
         row, column = (pixels // across).to(tl.int64), (pixels % across).to(tl.int64)
         is_whole = (row < out_height) & (column < out_width)
@@ -335,9 +350,10 @@ def gradient_kernel(
         is_shared = is_whole[:, None] & (channels < num_shared)[None, :]
         grad = exit[None, :] + tl.load(grad_ptr + offsets, is_shared, 0.0).to(tl.float32)
         at = (row * width + column)[:, None] * (STEP * num_channels) + channels[None, :]
-        y, _, position = _produce(
-            z_ptr + at, mask, width * num_channels, num_channels, mean, rest, inverse_std, gamma, beta, FIRST, POOL
-        )
+        has_right, has_below = (column * STEP + 1 < width)[:, None], (row * STEP + 1 < height)[:, None]
+        inside = (pixels < num_pixels)[:, None] & is_channel[None, :]
+        window = _window(z_ptr + at, inside, has_right, has_below, width * num_channels, num_channels, FIRST, POOL)
+        y, _, position = _produce(window, mean, rest, inverse_std, gamma, beta, POOL)
         if RESIDUAL:
             y = tl.load(feature_ptr + image * height * width * num_channels + at, mask, 0.0).to(tl.float32)
         if not FIRST:
@@ -345,12 +361,15 @@ def gradient_kernel(
         if RESIDUAL:
             tl.store(grad_residual_ptr + image * height * width * num_channels + at, grad, mask)
         for index in tl.static_range(STEP * STEP):
-            here = at + (index // 2) * width * num_channels + (index % 2) * num_channels
-            is_inside = (row * STEP + index // 2 < height) & (column * STEP + index % 2 < width)
-            inside = is_inside[:, None] & is_channel[None, :]
-            r = _load(z_ptr + here, inside, FIRST)
+            r = window[index]
             own = tl.where(mask & (position == index), grad, 0.0)
             result = scale * own - drift - (r - mean) * pull
             if FIRST:
                 result = tl.where(r <= 0, 0.0, result)
-            tl.store(grad_z_ptr + here, result, inside)
+            here = at + (index // 2) * width * num_channels + (index % 2) * num_channels
+            is_inside = inside
+            if index // 2:
+                is_inside &= has_below
+            if index % 2:
+                is_inside &= has_right
+            tl.store(grad_z_ptr + here, result, is_inside)

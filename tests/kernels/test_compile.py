@@ -95,6 +95,8 @@ def test_it_compiles_within_limits(compilation, capability, tmp_path):
         assert stack_size(generous.asm["cubin"], tmp_path) == 0
     if "PRECISION" in compilation.constexprs:
         check_tensor_cores(compilation, capability, kernel.asm["ptx"])
+    if "tl.range(" in compilation.kernel.src:  # it says how many tiles are on their way at a time
+        assert "cp.async" in kernel.asm["ptx"]
 
 
 @pytest.mark.slow
