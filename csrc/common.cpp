@@ -60,7 +60,7 @@ at::Tensor column_sum(const at::Tensor& matrix) {
     sum_blocks<scalar_t>(
         matrix.const_data_ptr<scalar_t>(), rows, columns, partial.mutable_data_ptr<at::opmath_type<scalar_t>>());
   });
-  return partial.sum(0).to(matrix.scalar_type());
+  return partial.sum(0);
 }
 
 }  // namespace dfs_engine

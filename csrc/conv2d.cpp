@@ -123,11 +123,15 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
     int64_t groups,
-    bool bias) {
-  const auto options = grad_output.options();
+    bool bias,
+    bool weight_channels_last,
+    std::optional<at::ScalarType> result_dtype) {
+  const auto result = result_dtype.value_or(grad_output.scalar_type());
+  const auto options = grad_output.options().dtype(result);
+  const auto weight_format = memory_format(weight_channels_last);
   auto grad_bias = bias ? at::zeros({weight_size[0]}, options) : at::empty({0}, options);
   if (grad_output.numel() == 0) {
-    return {at::zeros(weight_size, options), grad_bias};
+    return {at::zeros(weight_size, options.memory_format(weight_format)), grad_bias};
   }
   const bool winograd = winograd_applies(
       grad_output.scalar_type(), input.size(1), weight_size[0], weight_size.slice(2), stride, padding, dilation, groups) &&
@@ -151,7 +155,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
       : std::get<1>(at::convolution_backward(
             output_gradient,
             dense_input,
-            at::empty(weight_size, options.dtype(dtype)),
+            at::empty(weight_size, options.dtype(dtype).memory_format(weight_format)),
             std::nullopt,
             stride,
             padding,
@@ -164,10 +168,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
     // Through convolution_backward's mask it would cost a second weight gradient.
     grad_bias = channels_last
         ? column_sum(output_gradient.permute({0, 2, 3, 1}).reshape({-1, weight_size[0]}))
-        : output_gradient.sum({0, 2, 3});
-    grad_bias = grad_bias.to(grad_output.scalar_type());
+        : output_gradient.sum({0, 2, 3}, /*keepdim=*/false, result);
+    grad_bias = grad_bias.to(result);
   }
-  return {dense(gradient, grad_output.scalar_type(), false), grad_bias};
+  return {dense(gradient, result, weight_channels_last), grad_bias};
 }
 
 }  // namespace

@@ -188,7 +188,7 @@ at::Tensor reduce(const at::Tensor& grad_output, const at::Tensor& input, at::In
       }
     }
   });
-  return sums.sum(0).t().to(grad_output.scalar_type()).reshape(weight_size);
+  return sums.sum(0).t().to(at::kFloat).reshape(weight_size);
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ at::Tensor depthwise_grad_input(
     int64_t start,
     int64_t stop);
 
-// (C, 1, kH, kW). Sums in double over fixed blocks: the result does not depend on the number of threads.
+// (C, 1, kH, kW), in float. Sums in double over fixed blocks: the result does not depend on the number of threads.
 at::Tensor depthwise_grad_weight(
     const at::Tensor& grad_output,
     const at::Tensor& input,

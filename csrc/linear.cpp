@@ -87,18 +87,20 @@ at::Tensor linear_grad_input_cpu(const at::Tensor& grad_output, const at::Tensor
   return product(rows, columns).to(grad_output.scalar_type()).view(sizes);
 }
 
-std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(const at::Tensor& grad_output, const at::Tensor& input, bool bias) {
-  const auto options = grad_output.options();
+std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(
+    const at::Tensor& grad_output, const at::Tensor& input, bool bias, std::optional<at::ScalarType> result_dtype) {
+  const auto result = result_dtype.value_or(grad_output.scalar_type());
+  const auto options = grad_output.options().dtype(result);
   const auto outputs = grad_output.size(-1), inputs = input.size(-1);
   if (grad_output.numel() == 0 || inputs == 0) {
     const auto rows = grad_output.numel() / std::max<int64_t>(outputs, 1);
-    const auto grad_bias = grad_output.reshape({rows, outputs}).sum(0);
+    const auto grad_bias = grad_output.reshape({rows, outputs}).sum(0, /*keepdim=*/false, result);
     return {at::zeros({outputs, inputs}, options), bias ? grad_bias : at::empty({0}, options)};
   }
   const auto dtype = compute_dtype(grad_output.scalar_type());
   const auto rows = as_matrix(grad_output, dtype);
-  const auto grad_weight = product(rows.t(), as_matrix(input, dtype)).to(grad_output.scalar_type());
-  return {grad_weight, bias ? column_sum(rows).to(grad_output.scalar_type()) : at::empty({0}, options)};
+  const auto grad_weight = product(rows.t(), as_matrix(input, dtype)).to(result);
+  return {grad_weight, bias ? column_sum(rows).to(result) : at::empty({0}, options)};
 }
 
 }  // namespace

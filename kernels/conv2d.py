@@ -16,7 +16,14 @@ from torch import Tensor
 from dfs_engine.kernels import config
 from dfs_engine.kernels.config import Compilation, Config, NoConfigFits
 from dfs_engine.kernels.conv2d_depthwise import depthwise_grad_input, depthwise_grad_weight
-from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, compilation, count_pixels, divide, sum_splits
+from dfs_engine.kernels.conv2d_splits import (
+    LAYOUTS,
+    Strides,
+    check_pixels,
+    count_pixels,
+    divide,
+    sum_splits,
+)
 
 Pair = tuple[int, int]
 
@@ -147,6 +154,39 @@ def _grad_input_kernel(
     tl.store(target, accumulator.to(grad_input.dtype.element_ty), is_pixel[:, None] & is_channel[None, :])
 
 
+@triton.jit
+def _sum_products(
+    grad_tile, input_tile, is_row, is_column, shift_y, shift_x, start, end,
+    out_height, out_width, factor_h, digits_h, factor_w, digits_w, height, width,
+    stride_gn, stride_gh, stride_gw, stride_n, stride_h, stride_w,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Over output pixels [start, end): the tile's products, and with BIAS its rows of grad_output."""
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(start, end, BLOCK_K):
+        pixel = first + tl.arange(0, BLOCK_K)
+        line = divide(pixel, factor_w, digits_w)
+        image = divide(line, factor_h, digits_h)
+        out_y, out_x = line - image * out_height, pixel - line * out_width
+        y, x = out_y * STRIDE_H, out_x * STRIDE_W
+        # Seen as unsigned, what lies before the image lies far behind it.
+        inside_h = (y[:, None] + shift_y[None, :]).to(tl.uint32) < height.to(tl.uint32)
+        inside_w = (x[:, None] + shift_x[None, :]).to(tl.uint32) < width.to(tl.uint32)
+        if WIDE:
+            image, out_y, out_x, y, x = _wide(image), _wide(out_y), _wide(out_x), _wide(y), _wide(x)
+        grad_offset = image * stride_gn + out_y * stride_gh + out_x * stride_gw
+        input_offset = image * stride_n + y * stride_h + x * stride_w
+        is_pixel = (pixel < end)[:, None]
+        a = tl.load(grad_tile + grad_offset[:, None], is_pixel & is_row[None, :], 0.0)
+        b = tl.load(input_tile + input_offset[:, None], is_pixel & inside_h & inside_w & is_column[None, :], 0.0)
+        accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+        if BIAS:
+            bias += tl.sum(a.to(tl.float32), 0)
+    return accumulator, bias
+
+
 @triton.jit(
     do_not_specialize=[
         "num_pixels", "chunk", "out_height", "out_width", "factor_h", "digits_h", "factor_w", "digits_w",
@@ -175,6 +215,7 @@ def _grad_weight_kernel(
     split, group = tl.program_id(1), tl.program_id(2)
     column = pid % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     row = pid // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row, is_column = row < out_channels, column < num_columns
     tap, channel = column // channels, column % channels
     shift_y = tap // KERNEL_W * DILATION_H - padding_h
     shift_x = tap % KERNEL_W * DILATION_W - padding_w
@@ -182,40 +223,27 @@ def _grad_weight_kernel(
     column_offset = _wide(group * channels + channel) * stride_c + _wide(shift_y) * stride_h + _wide(shift_x) * stride_w
     grad_tile = grad_output + (out_channel * stride_go)[None, :]
     input_tile = input + column_offset[None, :]
-
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias = tl.zeros((BLOCK_M,), tl.float32)
-    end = tl.minimum((split + 1) * chunk, num_pixels)
-    for first in range(split * chunk, end, BLOCK_K):
-        pixel = first + tl.arange(0, BLOCK_K)
-        line = divide(pixel, factor_w, digits_w)
-        image = divide(line, factor_h, digits_h)
-        out_y, out_x = line - image * out_height, pixel - line * out_width
-        y, x = out_y * STRIDE_H, out_x * STRIDE_W
-        # Seen as unsigned, what lies before the image lies far behind it.
-        inside_h = (y[:, None] + shift_y[None, :]).to(tl.uint32) < height.to(tl.uint32)
-        inside_w = (x[:, None] + shift_x[None, :]).to(tl.uint32) < width.to(tl.uint32)
-        if WIDE:
-            image, out_y, out_x, y, x = _wide(image), _wide(out_y), _wide(out_x), _wide(y), _wide(x)
-        grad_offset = image * stride_gn + out_y * stride_gh + out_x * stride_gw
-        input_offset = image * stride_n + y * stride_h + x * stride_w
-        is_pixel = (pixel < end)[:, None]
-        a = tl.load(grad_tile + grad_offset[:, None], is_pixel & (row < out_channels)[None, :], 0.0)
-        input_mask = is_pixel & inside_h & inside_w & (column < num_columns)[None, :]
-        b = tl.load(input_tile + input_offset[:, None], input_mask, 0.0)
-        accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
-        if BIAS:
-            bias += tl.sum(a.to(tl.float32), 0)
-
+    start, end = split * chunk, tl.minimum((split + 1) * chunk, num_pixels)
+    # All blocks of columns read grad_output; the first one adds it up, in a loop of its own: a condition inside would
+    # keep the others from multiplying straight out of shared memory.
+    if BIAS and pid % column_blocks == 0:
+        accumulator, bias = _sum_products(
+            grad_tile, input_tile, is_row, is_column, shift_y, shift_x, start, end,
+            out_height, out_width, factor_h, digits_h, factor_w, digits_w, height, width,
+            stride_gn, stride_gh, stride_gw, stride_n, stride_h, stride_w,
+            STRIDE_H, STRIDE_W, True, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(grad_bias + split * stride_bias_split + out_channel, bias.to(grad_bias.dtype.element_ty), is_row)
+    else:
+        accumulator, _ = _sum_products(
+            grad_tile, input_tile, is_row, is_column, shift_y, shift_x, start, end,
+            out_height, out_width, factor_h, digits_h, factor_w, digits_w, height, width,
+            stride_gn, stride_gh, stride_gw, stride_n, stride_h, stride_w,
+            STRIDE_H, STRIDE_W, False, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     target = grad_weight + _wide(split) * stride_split + (out_channel * num_columns)[:, None]
     target += (channel * stride_wc + tap * stride_tap)[None, :]
-    is_weight = (row < out_channels)[:, None] & (column < num_columns)[None, :]
-    tl.store(target, accumulator.to(grad_weight.dtype.element_ty), is_weight)
-    if BIAS:
-        target = grad_bias + split * stride_bias_split + out_channel
-        # All blocks of columns have it, the first one writes it.
-        num_written = tl.where(pid % column_blocks == 0, out_channels, 0)
-        tl.store(target, bias.to(grad_bias.dtype.element_ty), row < num_written)
+    tl.store(target, accumulator.to(grad_weight.dtype.element_ty), is_row[:, None] & is_column[None, :])
 
 
 def _geometry(weight_size: Sequence[int], stride: Pair, dilation: Pair) -> dict[str, int]:
@@ -344,6 +372,8 @@ def conv2d_grad_weight(
     dilation: Pair,
     groups: int,
     bias: bool,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel of `dfs_engine::conv2d_grad_weight`: both parameters' gradients in one pass over grad_output.
 
@@ -351,10 +381,12 @@ def conv2d_grad_weight(
         grad_output: (N, out_channels, OH, OW), any strides.
         input: (N, in_channels, H, W), any strides.
         weight_size: (out_channels, in_channels / groups, kH, kW).
+        channels_last: layout of grad_weight.
+        dtype: of the results, to which the float32 sums are rounded; None: grad_output's.
 
     Returns:
-        grad_weight, contiguous, of weight_size; grad_bias (out_channels,), empty without `bias`. Dtype of grad_output.
-        Sums are taken in an order that shapes and configuration fix.
+        grad_weight, dense, of weight_size; grad_bias (out_channels,), empty without `bias`. Sums are taken in an order
+        that shapes and configuration fix.
 
     Raises:
         NoConfigFits: too large for the GPU, or too many pixels.
@@ -363,19 +395,24 @@ def conv2d_grad_weight(
     num_images, _, out_height, out_width = grad_output.shape
     num_pixels = num_images * out_height * out_width
     num_columns = weight_size[1] * weight_size[2] * weight_size[3]
-    if num_pixels == 0 or weight_size[0] * num_columns == 0:
-        return grad_output.new_zeros(weight_size), grad_output.new_zeros(weight_size[0] if bias else 0)
+    options: Any = {"dtype": dtype or grad_output.dtype, "device": grad_output.device}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad_weight = torch.empty(tuple(weight_size), memory_format=layout, **options)
+    grad_bias = torch.empty(weight_size[0] if bias else 0, **options)
+    if num_pixels == 0 or grad_weight.numel() == 0:
+        return grad_weight.zero_(), grad_bias.zero_()
     check_pixels(op, num_pixels)
     geometry = _geometry(weight_size, stride, dilation)
     grad_output, input = _adjacent(grad_output), _adjacent(input)
     if groups == input.size(1) > 1:
-        return depthwise_grad_weight(grad_output, input, weight_size, padding, geometry, bias)
+        depthwise_grad_weight(grad_output, input, grad_weight, grad_bias, padding, geometry)
+        return grad_weight, grad_bias
     out_channels = weight_size[0] // groups
     # The kernel goes to a pixel before the padding takes it back.
     beyond = sum(along * step for along, step in zip(padding, input.stride()[2:], strict=True))
     wide = max(_last_offset(grad_output), _last_offset(input) + beyond) >= 2**31
 
-    def run(chosen: Config) -> tuple[Tensor, Tensor]:
+    def run(chosen: Config) -> None:
         def write(grad_weight: Tensor, grad_bias: Tensor, strides: Strides) -> None:
             blocks = triton.cdiv(out_channels, chosen.block_m) * triton.cdiv(num_columns, chosen.block_n)
             _grad_weight_kernel[blocks, chosen.split, groups](
@@ -385,24 +422,42 @@ def conv2d_grad_weight(
                 **geometry, **_blocks(chosen), BIAS=bias, WIDE=wide, PRECISION=config.precision(op), **_options(chosen),
             )  # fmt: skip
 
-        return sum_splits(grad_output, weight_size, bias, chosen.split, write)
+        sum_splits(grad_weight, grad_bias, chosen.split, write)
 
     with torch.cuda.device_of(grad_output):
         configs = _candidates(op, out_channels, num_columns, num_pixels, geometry, grad_output, input)
-        return config.launch(op, configs, run)
+        config.launch(op, configs, run)
+    return grad_weight, grad_bias
 
 
 def compilations() -> Iterator[Compilation]:
-    """Every configuration on the commonest geometries."""
-    for kernel in (_grad_input_kernel, _grad_weight_kernel):
-        is_weight = kernel is _grad_weight_kernel
-        op = "conv2d_grad_weight" if is_weight else "conv2d_grad_input"
+    """Every configuration on the commonest geometries and channels_last images."""
+    for op, kernel in (("conv2d_grad_input", _grad_input_kernel), ("conv2d_grad_weight", _grad_weight_kernel)):
         for dtype, precision, chosen in config.variants(op):
-            for size, stride in ((3, 1), (3, 2), (1, 1)):
-                pair = (stride, stride)
-                constants = {**_geometry((0, 0, size, size), pair, (1, 1)), **_blocks(chosen), "PRECISION": precision}
-                # 1x1 stands for all that is rare.
-                rare = size == 1
-                constants |= {"BIAS": rare, "WIDE": rare} if is_weight else {**_steps(pair, (1, 1)), "EVEN": not rare}
-                name = f"{op} {dtype} {precision} {size}x{size}/{stride} {tuple(chosen)}"
-                yield compilation(name, kernel, dtype, constants, chosen.num_warps, chosen.num_stages)
+            for size, stride, result, unit in _launches(dtype if kernel is _grad_weight_kernel else None):
+                pair, rare = (stride, stride), size == 1  # which stands for all that is rare
+                constants = {
+                    **_geometry((0, 0, size, size), pair, (1, 1)), **_steps(pair, (1, 1)), **_blocks(chosen),
+                    **dict.fromkeys(("stride_go", "stride_c", *unit), 1),
+                    "EVEN": not rare, "BIAS": rare, "WIDE": rare, "PRECISION": precision,
+                }  # fmt: skip
+                types = dict.fromkeys(("grad_output", "weight", "input", "grad_input"), f"*{dtype}")
+                types |= dict.fromkeys(("grad_weight", "grad_bias"), f"*{result}")
+                types |= dict.fromkeys(("factor_h", "factor_w"), "i64")
+                name = f"{op} {dtype} {precision} {size}x{size}/{stride}{f' {result}' if result else ''}"
+                yield config.compilation(f"{name} {''.join(unit)}", kernel, types, constants, chosen)
+
+
+def _launches(dtype: str | None) -> list[tuple[int, int, str | None, list[str]]]:
+    """(kernel size, stride, result's dtype, which strides of the weight are 1) of weight gradients from `dtype`.
+
+    None: of input gradients.
+    """
+    if dtype is None:
+        return [(size, stride, None, ["stride_wc"]) for size, stride in ((3, 1), (3, 2), (1, 1))]
+    last, contiguous = ([stride] for stride in LAYOUTS.values())
+    # Partial sums are as the gradient of a channels_last parameter in float32.
+    found = [(3, 1, "fp32", last), (3, 2, "fp32", contiguous), (1, 1, "fp32", [*last, *contiguous])]
+    if dtype != "fp32":
+        found += [(3, 1, dtype, contiguous), (3, 2, dtype, last), (1, 1, dtype, [*last, *contiguous])]
+    return found

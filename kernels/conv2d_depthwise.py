@@ -3,18 +3,18 @@
 Nothing here multiplies matrices, so tensor cores have no part in it and every dtype is multiplied in float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfs_engine.kernels.config import TYPE_NAMES, Compilation
-from dfs_engine.kernels.conv2d_splits import Strides, compilation, count_pixels, divide, sum_splits
+from dfs_engine.kernels import config
+from dfs_engine.kernels.config import Compilation
+from dfs_engine.kernels.conv2d_splits import Strides, count_pixels, divide, sum_splits
 
 _BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 32}
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
 # Each program of the weight gradient sums at least so many pixels; a part more costs its partial sums.
 _PIXELS_PER_SPLIT = 1024
 _MAX_SPLITS = 256
@@ -72,7 +72,7 @@ def _grad_weight_kernel(
     out_channels, multiplier, padding_h, padding_w,
     stride_gn, stride_go, stride_gh, stride_gw,
     stride_n, stride_c, stride_h, stride_w,
-    stride_split, stride_wc, stride_tap, stride_bias_split,
+    stride_split, stride_bias_split,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -103,7 +103,8 @@ def _grad_weight_kernel(
         sums += grad.to(tl.float32) * value.to(tl.float32)
         if BIAS:
             bias += grad.to(tl.float32)
-    target = grad_weight + split.to(tl.int64) * stride_split + out_channel * (KERNEL_H * KERNEL_W) + tap * stride_tap
+    # One channel each: all layouts of the weight are the same.
+    target = grad_weight + split.to(tl.int64) * stride_split + out_channel * (KERNEL_H * KERNEL_W) + tap
     tl.store(target, tl.sum(sums, 0).to(grad_weight.dtype.element_ty), is_channel)
     if BIAS:
         target = grad_bias + split * stride_bias_split + out_channel
@@ -130,51 +131,55 @@ def depthwise_grad_input(
             grad_output, weight, grad_input,
             num_images, channels, multiplier, height, width, *grad_output.shape[2:], *padding,
             *grad_output.stride(), *weight[:, 0].stride(), *grad_input.stride(),
-            **geometry, **_BLOCKS, **_OPTIONS, enable_fp_fusion=True,
+            **geometry, **_BLOCKS, **config.PLAIN,
         )  # fmt: skip
 
 
 def depthwise_grad_weight(
     grad_output: Tensor,
     input: Tensor,
-    weight_size: Sequence[int],
+    grad_weight: Tensor,
+    grad_bias: Tensor,
     padding: tuple[int, int],
     geometry: dict[str, int],
-    bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """Of weight_size, contiguous; and (out_channels,), empty without `bias`. Sums are taken in a fixed order.
+) -> None:
+    """Writes every element of grad_weight and grad_bias. Sums are taken in a fixed order.
 
     Args:
         grad_output: (N, channels * multiplier, OH, OW), any strides.
         input: (N, channels, H, W), any strides.
-        weight_size: (channels * multiplier, 1, kH, kW).
+        grad_weight: (channels * multiplier, 1, kH, kW), dense.
+        grad_bias: (channels * multiplier,), or empty: not to be written.
         geometry: kernel size, stride and dilation as the kernels' constants.
     """
     num_images, out_channels, out_height, out_width = grad_output.shape
     split = min(max(num_images * out_height * out_width // _PIXELS_PER_SPLIT, 1), _MAX_SPLITS)
-    blocks = triton.cdiv(out_channels, _BLOCKS["BLOCK_N"]) * weight_size[2] * weight_size[3]
+    blocks = triton.cdiv(out_channels, _BLOCKS["BLOCK_N"]) * grad_weight[0].numel()
 
     def write(grad_weight: Tensor, grad_bias: Tensor, strides: Strides) -> None:
         _grad_weight_kernel[blocks, split](
             grad_output, input, grad_weight, grad_bias,
             *count_pixels(grad_output, split, _BLOCKS["BLOCK_M"]), *input.shape[2:],
             out_channels, out_channels // input.size(1), *padding,
-            *grad_output.stride(), *input.stride(), *strides,
-            **geometry, **_BLOCKS, BIAS=bias, **_OPTIONS, enable_fp_fusion=True,
+            *grad_output.stride(), *input.stride(), strides[0], strides[3],
+            **geometry, **_BLOCKS, BIAS=grad_bias.numel() > 0, **config.PLAIN,
         )  # fmt: skip
 
     with torch.cuda.device_of(grad_output):
-        return sum_splits(grad_output, weight_size, bias, split, write)
+        sum_splits(grad_weight, grad_bias, split, write)
 
 
 def compilations() -> Iterator[Compilation]:
-    """Both kernels, on channels_last tensors."""
-    for dtype in TYPE_NAMES.values():
+    """Both kernels, on channels_last tensors; the weight gradient's parts in float32."""
+    for dtype in config.TYPE_NAMES.values():
         constants = {
-            "KERNEL_H": 3, "KERNEL_W": 3, "STRIDE_H": 2, "STRIDE_W": 2, "DILATION_H": 1, "DILATION_W": 1, **_BLOCKS
+            "KERNEL_H": 3, "KERNEL_W": 3, "STRIDE_H": 2, "STRIDE_W": 2, "DILATION_H": 1, "DILATION_W": 1, "BIAS": True,
+            **_BLOCKS, "stride_go": 1, "stride_c": 1, "stride_ww": 1,
         }  # fmt: skip
-        for name, kernel, more in (
-            ("grad_input", _grad_input_kernel, {}),
-            ("grad_weight", _grad_weight_kernel, {"BIAS": True}),
-        ):
-            yield compilation(f"depthwise {name} {dtype}", kernel, dtype, {**constants, **more}, **_OPTIONS)
+        types = dict.fromkeys(("grad_output", "weight", "input", "grad_input"), f"*{dtype}")
+        types |= dict.fromkeys(("factor_h", "factor_w"), "i64")
+        yield config.compilation(f"depthwise grad_input {dtype}", _grad_input_kernel, types, constants)
+        for result in dict.fromkeys(("fp32", dtype)):
+            types |= dict.fromkeys(("grad_weight", "grad_bias"), f"*{result}")
+            name = f"depthwise grad_weight {dtype} {result}"
+            yield config.compilation(name, _grad_weight_kernel, types, constants)

@@ -1,21 +1,23 @@
 """Sums over output pixels, cut into parts: how programs of a weight gradient share them, and the fixed-order total."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfs_engine.kernels.config import TYPE_NAMES, Compilation, NoConfigFits
+from dfs_engine.kernels import config
+from dfs_engine.kernels.config import Compilation, NoConfigFits
 
 # Pixels are counted in 32 bits; the last tile may stick out.
 _MAX_PIXELS = 2**31 - 2**20
-_BLOCK = 128
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
-_TENSORS = ("grad_output", "weight", "input", "grad_input", "grad_weight", "grad_bias", "total")
+# Of the kernel that adds up parts: numbers of a program, and its launch.
+_SUM = {"BLOCK": 128, **config.PLAIN}
 
+# A weight gradient's layouts, and which of its strides is 1 then.
+LAYOUTS = {"channels_last": "stride_wc", "contiguous": "stride_tap"}
 # Element strides of grad_weight's parts, channels and taps, and of grad_bias's parts.
 Strides = tuple[int, int, int, int]
 Write = Callable[[Tensor, Tensor, Strides], None]
@@ -56,68 +58,49 @@ def divide(dividend, factor, digits):
 
 
 @triton.jit
-def _sum_kernel(partial, total, num_splits, size, channels, taps, BLOCK: tl.constexpr):
+def _sum_kernel(partial, total, num_splits, size, columns, channels, stride_wc, stride_tap, BLOCK: tl.constexpr):
+    """From parts in the order (row, tap, channel) to a total of dense rows, whose columns are `stride`s apart."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source = partial + index
     result = tl.zeros((BLOCK,), tl.float32)
     for _ in range(num_splits):
         result += tl.load(source, index < size, 0.0)
         source += size
-    column = index % (channels * taps)
-    target = index - column + column % channels * taps + column // channels
+    column = index % columns
+    target = index - column + column % channels * stride_wc + column // channels * stride_tap
     tl.store(total + target, result.to(total.dtype.element_ty), index < size)
 
 
-def sum_splits(
-    grad_output: Tensor, weight_size: Sequence[int], bias: bool, split: int, write: Write
-) -> tuple[Tensor, Tensor]:
-    """Allocates what `dfs_engine::conv2d_grad_weight` returns and has it written, through partial sums if several.
+def sum_splits(grad_weight: Tensor, grad_bias: Tensor, split: int, write: Write) -> None:
+    """Has what `dfs_engine::conv2d_grad_weight` returns written, through partial sums if there are several.
 
     Args:
-        grad_output: gives dtype and device.
-        weight_size: (out_channels, channels, kH, kW).
-        bias: without it, grad_bias is empty and not written.
+        grad_weight: (out_channels, channels, kH, kW), dense, contiguous or channels_last.
+        grad_bias: (out_channels,), or empty: not to be written.
         split: number of parts. Of one, `write` writes the result; of several, float32 sums in the order of the columns:
             (split, out_channels, taps, channels) and (split, out_channels).
         write: launches the kernel that fills the (grad_weight, grad_bias) it is given, with strides for them.
     """
-    out_channels, channels, kernel_h, kernel_w = weight_size
-    taps = kernel_h * kernel_w
-    grad_weight = grad_output.new_empty(weight_size)
-    grad_bias = grad_output.new_empty(out_channels if bias else 0)
+    _, stride_wc, _, stride_tap = grad_weight.stride()
     if split == 1:
-        write(grad_weight, grad_bias, (0, taps, 1, 0))
-        return grad_weight, grad_bias
-    partial_weight = grad_output.new_empty((split, grad_weight.numel()), dtype=torch.float32)
-    partial_bias = grad_output.new_empty((split, grad_bias.numel()), dtype=torch.float32)
+        write(grad_weight, grad_bias, (0, stride_wc, stride_tap, 0))
+        return
+    out_channels, channels = grad_weight.shape[:2]
+    partial_weight, partial_bias = (
+        total.new_empty((split, total.numel()), dtype=torch.float32) for total in (grad_weight, grad_bias)
+    )
     write(partial_weight, partial_bias, (grad_weight.numel(), 1, channels, grad_bias.numel()))
-    for partial, total, inner in ((partial_weight, grad_weight, (channels, taps)), (partial_bias, grad_bias, (1, 1))):
+    columns = (grad_weight.numel() // out_channels, channels, stride_wc, stride_tap)
+    for partial, total, order in ((partial_weight, grad_weight, columns), (partial_bias, grad_bias, (1, 1, 1, 1))):
         if total.numel():
-            grid = (triton.cdiv(total.numel(), _BLOCK),)
-            _sum_kernel[grid](partial, total, split, total.numel(), *inner, _BLOCK, **_OPTIONS, enable_fp_fusion=True)
-    return grad_weight, grad_bias
-
-
-def compilation(
-    name: str, kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, num_stages: int
-) -> Compilation:
-    """A kernel on channels_last tensors of `dtype`: channels adjacent, as in the result of one part."""
-    adjacent = {"stride_go": 1, "stride_wc": 1, "stride_c": 1}
-    constants = {**{key: 1 for key in adjacent if key in kernel.arg_names}, **constants}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument == "partial":
-            signature[argument] = "*fp32"
-        elif argument in _TENSORS:
-            signature[argument] = f"*{dtype}"
-        else:
-            signature[argument] = "i64" if argument.startswith("factor") else "i32"
-    return Compilation(name, kernel, signature, constants, num_warps, num_stages)
+            grid = (triton.cdiv(total.numel(), _SUM["BLOCK"]),)
+            _sum_kernel[grid](partial, total, split, total.numel(), *order, **_SUM)
 
 
 def compilations() -> Iterator[Compilation]:
-    """The total, in every dtype."""
-    for dtype in TYPE_NAMES.values():
-        yield compilation(f"conv2d total of parts {dtype}", _sum_kernel, dtype, {"BLOCK": _BLOCK}, **_OPTIONS)
+    """The total in every dtype: of a weight in both layouts, and of a bias."""
+    unit = {layout: [stride] for layout, stride in LAYOUTS.items()}
+    unit["bias"] = ["columns", "channels", *LAYOUTS.values()]
+    for dtype, (total, ones) in itertools.product(config.TYPE_NAMES.values(), unit.items()):
+        types, constants = {"partial": "*fp32", "total": f"*{dtype}"}, {**_SUM, **dict.fromkeys(ones, 1)}
+        yield config.compilation(f"conv2d total of parts {dtype} {total}", _sum_kernel, types, constants)

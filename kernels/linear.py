@@ -220,28 +220,31 @@ def linear_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int
     return grad_input
 
 
-def linear_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def linear_grad_weight(
+    grad_output: Tensor, input: Tensor, bias: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """`dfs_engine::linear_grad_weight`: grad_output^T @ input, and the sums of grad_output's columns.
 
     Args:
         grad_output: (..., out_features).
         input: (..., in_features), of the same dtype: float32, float16 or bfloat16.
         bias: whether to compute the second result.
+        dtype: of the results, to which the float32 sums are rounded; None: grad_output's.
 
     Returns:
-        (out_features, in_features) and (out_features,), the latter empty without `bias`.
+        (out_features, in_features), contiguous, and (out_features,), the latter empty without `bias`.
 
     Raises:
         NoConfigFits: none of the configurations fits the GPU.
     """
     grad_output, input = _rows(grad_output), _rows(input)
     (num_rows, out), num_columns = grad_output.shape, input.size(1)
-    grad_weight = grad_output.new_empty((out, num_columns))
-    grad_bias = grad_output.new_empty(out if bias else 0)
+    grad_weight = grad_output.new_empty((out, num_columns), dtype=dtype)
+    grad_bias = grad_output.new_empty(out if bias else 0, dtype=dtype)
     if num_rows == 0 or out == 0:
         return grad_weight.zero_(), grad_bias.zero_()
     if num_columns == 0:
-        return grad_weight, grad_output.sum(0) if bias else grad_bias
+        return grad_weight, grad_output.sum(0, dtype=dtype) if bias else grad_bias
 
     def run(chosen: Config) -> None:
         tiles = triton.cdiv(out, chosen.block_m) * triton.cdiv(num_columns, chosen.block_n)
@@ -293,14 +296,16 @@ def _constants(op: str, chosen: Config) -> dict[str, Any]:
 
 def compilations() -> Iterator[Compilation]:
     """Every kernel of this file as it is launched on contiguous tensors, for tests without a GPU."""
+    unit = dict.fromkeys(("stride_go", "stride_wn", "stride_in"), 1)
     for op, kernel in (("linear_grad_input", _grad_input_kernel), ("linear_grad_weight", _grad_weight_kernel)):
         for dtype, precision, chosen in config.variants(op):
-            pointers = dict.fromkeys(("grad_output", "weight", "grad_input", "input"), f"*{dtype}")
-            # Where the sums are split they go to the float32 workspace.
-            pointers |= dict.fromkeys(("grad_weight", "grad_bias"), "*fp32")
-            constants = {**_constants(op, chosen), "PRECISION": precision, "BIAS": True}
-            constants |= dict.fromkeys(("stride_go", "stride_wn", "stride_in"), 1)
-            yield config.compilation(f"{op}-{dtype}-{precision}", kernel, pointers, constants, chosen)
+            # What a weight gradient writes: partial sums, or a parameter's gradient in float32; or one in its dtype.
+            results = dict.fromkeys(("fp32", dtype)) if kernel is _grad_weight_kernel else [dtype]
+            for result in results:
+                types = dict.fromkeys(("grad_output", "weight", "input"), f"*{dtype}")
+                types |= dict.fromkeys(("grad_input", "grad_weight", "grad_bias"), f"*{result}")
+                constants = {**_constants(op, chosen), **unit, "PRECISION": precision, "BIAS": result == "fp32"}
+                yield config.compilation(f"{op}-{dtype}-{precision}-{result}", kernel, types, constants, chosen)
     for dtype in config.TYPE_NAMES.values():
-        pointers = {"workspace": "*fp32", "grad_weight": f"*{dtype}", "grad_bias": f"*{dtype}"}
-        yield config.compilation(f"linear_reduce-{dtype}", _reduce_kernel, pointers, _REDUCE)
+        types = {"workspace": "*fp32", "grad_weight": f"*{dtype}", "grad_bias": f"*{dtype}"}
+        yield config.compilation(f"linear_reduce-{dtype}", _reduce_kernel, types, _REDUCE)

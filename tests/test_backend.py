@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,23 @@ def test_cpp_does_not_compute_on_another_device():
         ops.partitioned_linear(
             torch.empty(2, 4, device="meta"), torch.empty(3, 4, device="meta"), start=0, stop=2, backend="cpp"
         )
+
+
+def test_a_gpu_is_judged_by_its_own_compute_capability(monkeypatch):
+    """Of two in one machine, whichever is the current one."""
+    gpus = [SimpleNamespace(name="New", major=9, minor=0), SimpleNamespace(name="Old", major=7, minor=5)]
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setattr(backends, "_has_triton", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpus[device.index or 0])
+    reason = "the triton backend needs compute capability 8.0, and Old has 7.5"
+    assert backends.unavailable_reason("triton", "cuda") is None
+    assert backends.unavailable_reason("triton", torch.device("cuda", 1)) == reason
+    for index, expected in enumerate(("triton", "aten")):
+        chosen = backends.select("conv_block", torch.device("cuda", index), torch.float32, wins=lambda _: True)
+        assert chosen == expected
+    with pytest.raises(RuntimeError, match=reason):
+        backends.select("conv_block", torch.device("cuda", 1), torch.float32, "triton")
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -19,7 +19,7 @@ def register_fake(name: str, fake: Any) -> None:
 
 
 def check_tensors(op: str, *, same_dtype: bool = True, **tensors: Tensor | None) -> None:
-    """Floating dtypes, one dtype (unless `same_dtype` is off), one device.
+    """Floating dtypes, one dtype or one under autocast (unless `same_dtype` is off), one device.
 
     Raises:
         TypeError: not a tensor, or integer, complex or mixed dtypes. ValueError: tensors on several devices.
@@ -36,13 +36,13 @@ def check_tensors(op: str, *, same_dtype: bool = True, **tensors: Tensor | None)
                 f"Convert it, e.g. `{name}.float()`."
             )
         if first is None:
-            first, device, dtype = name, tensor.device, tensor.dtype
+            first, device, dtype = name, tensor.device, autocast_dtype(tensor)
         elif tensor.device != device:
             raise ValueError(
                 f"{op}: expected all tensors on one device, got {first} on {device} and {name} on {tensor.device}. "
                 "Move one of them."
             )
-        elif same_dtype and tensor.dtype != dtype:
+        elif same_dtype and autocast_dtype(tensor) != dtype:
             raise TypeError(
                 f"{op}: expected tensors of one dtype, got {first}={dtype} and {name}={tensor.dtype}. "
                 "Convert one, or use torch.autocast."
@@ -94,19 +94,22 @@ def is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def autocast(*tensors: Tensor | None, wide: bool = False) -> list[Tensor | None]:
-    """Casts what autocast would cast for a convolution or a linear, differentiably, to the device's dtype in force.
+def autocast_dtype(tensor: Tensor, wide: bool = False) -> torch.dtype:
+    """The dtype that autocast would cast a tensor to for a convolution or a linear: the device's in force.
 
-    With `wide`: what it would cast for a normalisation, to float32.
+    With `wide`: for a normalisation, float32. As stock autocast: float64 stays, and what is not floating.
+    """
+    if not is_autocast(tensor.device.type) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if wide else torch.get_autocast_dtype(tensor.device.type)
+
+
+def autocast(*tensors: Tensor | None, wide: bool = False) -> list[Tensor | None]:
+    """Casts tensors to their `autocast_dtype`, differentiably.
 
     `register_autocast` knows one fixed dtype, and a Function's body would be cast or not depending on what it calls.
     """
-    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not is_autocast(device_type):
-        return list(tensors)
-    dtype = torch.float32 if wide else torch.get_autocast_dtype(device_type)
-    # As stock autocast: float64 stays.
-    return [t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
+    return [None if tensor is None else tensor.to(autocast_dtype(tensor, wide)) for tensor in tensors]
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:

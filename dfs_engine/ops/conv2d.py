@@ -25,7 +25,7 @@ _common.LIBRARY.define(
 )
 _common.LIBRARY.define(
     "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, "
-    f"{_GEOMETRY}, bool bias) -> (Tensor, Tensor)"
+    f"{_GEOMETRY}, bool bias, bool channels_last=False, ScalarType? dtype=None) -> (Tensor, Tensor)"
 )
 
 
@@ -40,9 +40,11 @@ def _fake_grad_input(
 
 
 def _fake_grad_weight(
-    grad_output, input, weight_size, stride, padding, dilation, groups, bias
+    grad_output, input, weight_size, stride, padding, dilation, groups, bias, channels_last=False, dtype=None
 ) -> tuple[Tensor, Tensor]:
-    return grad_output.new_empty(weight_size), grad_output.new_empty(weight_size[0] if bias else 0)
+    options = {"dtype": dtype or grad_output.dtype, "device": grad_output.device}
+    grad_weight = torch.empty(weight_size, **options, memory_format=_memory_format(channels_last))
+    return grad_weight, torch.empty(weight_size[0] if bias else 0, **options)
 
 
 _common.register_fake("conv2d", F.conv2d)
@@ -127,18 +129,25 @@ def aten_grad_weight(
     dilation: Pair,
     groups: int,
     bias: bool,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `aten` backend of `dfs_engine::conv2d_grad_weight`: weight_size and (out,), which is empty without `bias`."""
+    """The `aten` backend of `dfs_engine::conv2d_grad_weight`: weight_size and (out,), which is empty without `bias`.
+
+    Of `dtype`, or grad_output's; the convolution rounds to the latter first.
+    """
     if groups == 1 and weight_size[1] < 8 and weight_size[2] * weight_size[3] == 1 and max(stride) > 1:
         # In channels_last, oneDNN on AVX2 writes past its workspace here (uxlfoundation/oneDNN#6035).
         grad_output, input = grad_output.contiguous(), input.contiguous()
-    template = grad_output.new_empty(weight_size)
+    layout, dtype = _memory_format(channels_last), dtype or grad_output.dtype
+    template = torch.empty(weight_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
     mask = [False, True, False]
     _, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_output, input, template, None, stride, padding, dilation, False, [0, 0], groups, mask
     )
+    grad_weight = grad_weight.to(dtype=dtype, memory_format=layout).contiguous(memory_format=layout)
     # Asked for by the mask, the bias gradient alone would cost a whole weight gradient on the CPU.
-    return grad_weight, grad_output.sum((0, 2, 3)) if bias else grad_output.new_empty(0)
+    return grad_weight, grad_output.sum((0, 2, 3), dtype=dtype) if bias else grad_output.new_empty(0, dtype=dtype)
 
 
 class _Window(NamedTuple):
@@ -157,7 +166,10 @@ def _window(start: int, stop: int, weight: Tensor, groups: int) -> _Window:
 
 
 class _PartitionedConv2d(torch.autograd.Function):
-    """Forward on all channels; grad_input on [start, stop) only."""
+    """Forward on all channels; grad_input on [start, stop) only.
+
+    Computes in the input's dtype, and takes the parameters as they are: so their gradients come in their own dtype.
+    """
 
     @staticmethod
     def forward(
@@ -177,6 +189,7 @@ class _PartitionedConv2d(torch.autograd.Function):
         ctx.channels_last = dense_memory_format(data) is torch.channels_last
         keeps_input = ctx.needs_input_grad[2]
         ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
+        weight, bias = weight.to(data.dtype), None if bias is None else bias.to(data.dtype)
         if data.size(1) == 0:
             # Stock convolutions refuse to read nothing, and of a sum of zeros not all of them make zero.
             output = data.new_zeros(_output_size(data, weight, geometry))
@@ -200,14 +213,16 @@ class _PartitionedConv2d(torch.autograd.Function):
         with _common.no_autocast(weight.device.type):
             if needs_input:
                 compute = aten_grad_input if is_aten else torch.ops.dfs_engine.conv2d_grad_input
-                grad_input = _grad_input(compute, ctx, grad_output, weight)
+                grad_input = _grad_input(compute, ctx, grad_output, weight.to(grad_output.dtype))
             if needs_weight and weight.size(1) > 0:
                 reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.conv2d_grad_weight
-                geometry: Any = (*ctx.geometry, needs_bias)
-                grad_weight, grad_bias = reduce(grad_output, data, weight.shape, *geometry)
+                # As the parameter is, dtype and layout, so that whoever accumulates gradients takes it without a copy.
+                is_last = dense_memory_format(weight) is torch.channels_last
+                options: Any = (*ctx.geometry, needs_bias, is_last, weight.dtype)
+                grad_weight, grad_bias = reduce(grad_output, data, weight.shape, *options)
             else:
                 grad_weight = torch.zeros_like(weight) if needs_weight else None  # without elements
-                grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
+                grad_bias = grad_output.sum((0, 2, 3), dtype=weight.dtype) if needs_bias else None
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None, None
 
 
@@ -242,7 +257,7 @@ def _grad_input(compute, ctx, grad_output: Tensor, weight: Tensor) -> Tensor:
 def _triton_wins(
     data: Tensor, weight_shape: torch.Size, geometry: tuple[Pair, Pair, Pair, int], num_live: int, num_read: int
 ) -> bool:
-    """Whether the GPU's tuned table prefers both gradients' kernels here.
+    """Whether the tuned table of the tensors' GPU prefers both gradients' kernels here.
 
     The table has one group and channels_last alone: rearranging first costs what the kernels gain.
     """
@@ -257,9 +272,10 @@ def _triton_wins(
         for size, pad, apart, along, step in zip((height, width), padding, dilation, kernel, stride, strict=True)
     )
     pixels, out_pixels = num_images * height * width, num_images * out_height * out_width
-    return prefers_triton(
-        "conv2d_grad_input", pixels, num_live, out_channels * taps, data.dtype, key
-    ) and prefers_triton("conv2d_grad_weight", out_channels, num_read * taps, out_pixels, data.dtype, key)
+    sizes, dtype = ((pixels, num_live, out_channels * taps), (out_channels, num_read * taps, out_pixels)), data.dtype
+    return prefers_triton("conv2d_grad_input", *sizes[0], dtype, key, device=data.device) and prefers_triton(
+        "conv2d_grad_weight", *sizes[1], dtype, key, device=data.device
+    )
 
 
 def _own_grad_weight_wins(data: Tensor, weight: Tensor, groups: int) -> bool:
@@ -268,9 +284,7 @@ def _own_grad_weight_wins(data: Tensor, weight: Tensor, groups: int) -> bool:
     In channels_last alone: rearranging the image first costs what it gains.
     """
     out_channels, in_channels, *kernel = weight.shape
-    applies = (
-        weight.dtype == torch.float32 and groups == 1 and min(out_channels, in_channels) >= 16 and kernel != [1, 1]
-    )
+    applies = data.dtype == torch.float32 and groups == 1 and min(out_channels, in_channels) >= 16 and kernel != [1, 1]
     return applies and dense_memory_format(data) is torch.channels_last and calibration.settle().conv_grad_weight
 
 
@@ -349,7 +363,7 @@ def partitioned_conv2d(
         TypeError: integer, complex or mixed dtypes.
         RuntimeError: a requested backend that is not there, or that has no kernel for the dtype.
     """
-    input, full, weight, bias = _common.autocast(input, full, weight, bias)  # type: ignore[assignment]
+    input, full = _common.autocast(input, full)  # type: ignore[assignment]
     _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
     data = input if full is None else full
     if data.dim() == 3:
@@ -383,13 +397,13 @@ def partitioned_conv2d(
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
             # Half precision: ATen emulates it slowly where the CPU lacks it.
-            own = weight.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, weight.dtype)
+            own = data.dtype in _common.HALF or winograd_applies(weight.shape, *geometry, data.dtype)
             own = own or _depthwise_applies(data, weight.shape, groups)
             return own or _own_grad_weight_wins(data, weight, groups)
         num_live = stop - start
         return _triton_wins(data, weight.shape, geometry, num_live, data.size(1) if reference else num_live)
 
-    kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
+    kernels = backends.select(NAME, data.device, data.dtype, backend, wins)
     if kernels == "cpp":
         calibration.settle()
     if kernels == "reference":
@@ -397,8 +411,7 @@ def partitioned_conv2d(
             input, weight, bias, *geometry, start=start, stop=stop, reference=reference, full=full
         )
     if kernels == "aten" and full is None and stop - start == data.size(1):
-        with _common.no_autocast(weight.device.type):
-            return F.conv2d(input, weight, bias, *geometry)  # nothing to skip: ATen computes both gradients at once
+        return F.conv2d(input, weight, bias, *geometry)  # nothing to skip: ATen computes both gradients at once
     if reference:
         return _PartitionedConv2d.apply(input, full, weight, bias, geometry, start, stop, kernels)
     live = input.narrow(1, start, stop - start) if full is None else input
@@ -434,4 +447,4 @@ def _sliced_conv2d(
         return _PartitionedConv2d.apply(live, None, columns, bias, inner, 0, live.size(1), kernels)
     output = _PartitionedConv2d.apply(live, None, columns, None, inner, 0, live.size(1), kernels)
     output = F.pad(output, (0, 0, 0, 0, first_row, num_rows - last_row))
-    return output if bias is None else output + bias.view(-1, 1, 1)
+    return output if bias is None else output + bias.view(-1, 1, 1).to(output.dtype)

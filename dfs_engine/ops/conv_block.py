@@ -339,8 +339,9 @@ def _wins(z: Tensor, residual: Tensor | None, pool: bool, kernels: str) -> bool:
     On the CPU as measured: rearranging a dense NCHW input pays with a pool, or in float32 without a residual.
     """
     if kernels == "triton":
-        num_rows, is_last = z.numel() // max(z.size(1), 1), dense_memory_format(z) is torch.channels_last
-        return residual is None and is_last and prefers_triton(table_name(pool), num_rows, z.size(1), 1, z.dtype)
+        num_rows, is_known = z.numel() // max(z.size(1), 1), dense_memory_format(z) is torch.channels_last
+        is_known = is_known and residual is None
+        return is_known and prefers_triton(table_name(pool), num_rows, z.size(1), 1, z.dtype, device=z.device)
     rearranged = z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last)
     return not rearranged or pool or (z.dtype == torch.float32 and residual is None)
 

@@ -17,16 +17,21 @@ NAME = "partitioned_linear"
 
 _common.LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 _common.LIBRARY.define("linear_grad_input(Tensor grad_output, Tensor weight, SymInt start, SymInt stop) -> Tensor")
-_common.LIBRARY.define("linear_grad_weight(Tensor grad_output, Tensor input, bool bias) -> (Tensor, Tensor)")
+_common.LIBRARY.define(
+    "linear_grad_weight(Tensor grad_output, Tensor input, bool bias, ScalarType? dtype=None) -> (Tensor, Tensor)"
+)
 
 
 def _fake_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
     return grad_output.new_empty((*grad_output.shape[:-1], stop - start))
 
 
-def _fake_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def _fake_grad_weight(
+    grad_output: Tensor, input: Tensor, bias: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     out_features = grad_output.size(-1)
-    return grad_output.new_empty((out_features, input.size(-1))), grad_output.new_empty(out_features if bias else 0)
+    sizes = (out_features, input.size(-1)), (out_features if bias else 0,)
+    return grad_output.new_empty(sizes[0], dtype=dtype), grad_output.new_empty(sizes[1], dtype=dtype)
 
 
 _common.register_fake("linear", F.linear)
@@ -49,7 +54,7 @@ def _flops_grad_input(grad_output_shape, weight_shape, start, stop, out_shape=No
 
 
 @register_flop_formula(torch.ops.dfs_engine.linear_grad_weight)
-def _flops_grad_weight(grad_output_shape, input_shape, bias, out_shape=None, **kwargs) -> int:
+def _flops_grad_weight(grad_output_shape, input_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _rows(grad_output_shape) * grad_output_shape[-1] * input_shape[-1]
 
 
@@ -63,14 +68,22 @@ def aten_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) 
     return grad_output @ weight[:, start:stop]
 
 
-def aten_grad_weight(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """The `aten` backend of `dfs_engine::linear_grad_weight`: (out, in) and (out,), the latter empty without `bias`."""
-    rows = _matrix(grad_output)
-    return rows.t() @ _matrix(input), rows.sum(0) if bias else rows.new_empty(0)
+def aten_grad_weight(
+    grad_output: Tensor, input: Tensor, bias: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `aten` backend of `dfs_engine::linear_grad_weight`: (out, in) and (out,), the latter empty without `bias`.
+
+    Of `dtype`, or grad_output's; the matrix product rounds to the latter first.
+    """
+    rows, dtype = _matrix(grad_output), dtype or grad_output.dtype
+    return (rows.t() @ _matrix(input)).to(dtype), rows.sum(0, dtype=dtype) if bias else rows.new_empty(0, dtype=dtype)
 
 
 class _PartitionedLinear(torch.autograd.Function):
-    """Forward on all features; grad_input on [start, stop) only."""
+    """Forward on all features; grad_input on [start, stop) only.
+
+    Computes in the input's dtype, and takes the parameters as they are: so their gradients come in their own dtype.
+    """
 
     @staticmethod
     def forward(
@@ -88,6 +101,7 @@ class _PartitionedLinear(torch.autograd.Function):
         keeps_input = ctx.needs_input_grad[2]
         ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
         data = input if full is None else full
+        weight, bias = weight.to(data.dtype), None if bias is None else bias.to(data.dtype)
         if data.size(-1) == 0:
             # Of a sum without terms not every stock kernel makes zero.
             output = data.new_zeros((*data.shape[:-1], weight.size(0)))
@@ -112,14 +126,14 @@ class _PartitionedLinear(torch.autograd.Function):
         with _common.no_autocast(weight.device.type):
             if needs_input:
                 compute = aten_grad_input if is_aten else torch.ops.dfs_engine.linear_grad_input
-                grad_input = compute(grad_output, weight, start, stop)
+                grad_input = compute(grad_output, weight.to(grad_output.dtype), start, stop)
                 if ctx.is_plain and stop - start < ctx.in_features:
                     grad_input = F.pad(grad_input, (start, ctx.in_features - stop))
             if needs_weight:
                 reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight
-                grad_weight, grad_bias = reduce(grad_output, data, needs_bias)
+                grad_weight, grad_bias = reduce(grad_output, data, needs_bias, weight.dtype)
             elif needs_bias:
-                grad_bias = _matrix(grad_output).sum(0)
+                grad_bias = _matrix(grad_output).sum(0, dtype=weight.dtype)
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None
 
 
@@ -165,9 +179,10 @@ def partitioned_linear(
         TypeError: integer, complex or mixed dtypes.
         RuntimeError: a requested backend that is not there, or that has no kernel for the dtype.
     """
-    input, full, weight, bias = _common.autocast(input, full, weight, bias)  # type: ignore[assignment]
+    input, full = _common.autocast(input, full)  # type: ignore[assignment]
     _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
     data = input if full is None else full
+    dtype = data.dtype
     if weight.dim() != 2 or data.dim() < 1 or data.size(-1) != weight.size(1):
         raise ValueError(
             f"{NAME}: expected input (..., in_features) and weight (out_features, in_features), "
@@ -181,21 +196,21 @@ def partitioned_linear(
     def wins(kernels: str) -> bool:
         if kernels == "cpp":
             # Half precision: ATen emulates it slowly where the CPU lacks it.
-            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().in_linear)
-        rows, out_features, dtype = _rows(data.shape), weight.size(0), weight.dtype
+            return dtype in _common.HALF or (dtype == torch.float32 and calibration.settle().in_linear)
+        rows, out_features = _rows(data.shape), weight.size(0)
         in_features = weight.size(1) if reference else stop - start
-        return prefers_triton("linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(
-            "linear_grad_weight", out_features, in_features, rows, dtype
+        sizes = (rows, stop - start, out_features), (out_features, in_features, rows)
+        return prefers_triton("linear_grad_input", *sizes[0], dtype, device=weight.device) and prefers_triton(
+            "linear_grad_weight", *sizes[1], dtype, device=weight.device
         )
 
-    kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
+    kernels = backends.select(NAME, weight.device, dtype, backend, wins)
     if kernels == "cpp":
         calibration.settle()
     if kernels == "reference":
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
     if kernels == "aten" and full is None and stop - start == weight.size(1) > 0:
-        with _common.no_autocast(weight.device.type):
-            return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
+        return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
     if not reference:
         live = input.narrow(-1, start, stop - start) if full is None else input
         return _PartitionedLinear.apply(live, None, weight[:, start:stop], bias, 0, stop - start, kernels)

@@ -147,8 +147,8 @@ def _grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """A (out, in) and sum_n D (out,), in the dtype of `mean`; `product` computes grad_weight of the linear."""
     normalized = ((input - mean) * rstd).to(grad_output.dtype)
-    grad, _ = product(grad_output, normalized, False)
-    return grad.to(mean.dtype), _column_sum(grad_output, mean.dtype)
+    grad, _ = product(grad_output, normalized, False, mean.dtype)
+    return grad, _column_sum(grad_output, mean.dtype)
 
 
 def _column_sum(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
@@ -314,10 +314,11 @@ def partitioned_norm_linear(
         if kernels == "cpp":
             # As for the linear, whose products these are.
             return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().in_linear)
-        rows, dtype = linear._rows(input.shape), weight.dtype
+        rows, dtype, device = linear._rows(input.shape), weight.dtype, weight.device
         out_features, num_channels = weight.shape
-        return prefers_triton("norm_linear_grad_input", rows, stop - start, out_features, dtype) and prefers_triton(
-            "linear_grad_weight", out_features, num_channels, rows, dtype
+        sizes = (rows, stop - start, out_features), (out_features, num_channels, rows)
+        return prefers_triton("norm_linear_grad_input", *sizes[0], dtype, device=device) and prefers_triton(
+            "linear_grad_weight", *sizes[1], dtype, device=device
         )
 
     kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)

@@ -39,7 +39,8 @@ def table(monkeypatch, *modules: str, answer: bool = True):
     """`auto` on this device is as on CUDA, and its table says `answer`; gives what it was asked."""
     asked: set[tuple] = set()
 
-    def prefers(*question) -> bool:
+    def prefers(*question, device: torch.device) -> bool:
+        assert isinstance(device, torch.device)
         asked.add(question)
         return answer
 
@@ -89,7 +90,7 @@ def test_it_asks_while_torch_compile_traces(op, wins, monkeypatch):
         expected = call(op, leaves)
     entry = {"config": [16, 16, 16, 4, 1, 1], "triton_us": 1.0, "aten_us": 2.0 if wins else 0.5}
     monkeypatch.setattr(config, "_tables", {"GPU": {config.table_key(*question): entry for question in asked}})
-    monkeypatch.setattr(config, "gpu_name", torch.compiler.assume_constant_result(lambda: "GPU"))
+    monkeypatch.setattr(config, "gpu_name", torch.compiler.assume_constant_result(lambda device: "GPU"))
     monkeypatch.setattr(backends, "_automatic", lambda _, wins: "triton" if wins("triton") else "aten")
     torch._dynamo.reset()
     compiled = torch.compile(lambda *leaves: call(op, leaves), fullgraph=True, backend="aot_eager")

@@ -127,14 +127,15 @@ def check_grad_input(case, grad_output, weight, start, stop, channels_last, devi
     assert_close(f"grad_input[{start}:{stop}]", actual, reference[:, start:stop])
 
 
-def check_grad_weight(
-    case, grad_output, input, bias, device, reference_weight, reference_bias
-) -> tuple[Tensor, Tensor]:
+def check_grad_weight(case, grad_output, input, bias, device, reference_weight, reference_bias, *result) -> None:
+    """`result`: layout and dtype that are asked for."""
     grad_weight, grad_bias = op.conv2d_grad_weight(
-        grad_output.to(device), input.to(device), case.weight_size, *case.geometry, bias
+        grad_output.to(device), input.to(device), case.weight_size, *case.geometry, bias, *result
     )
-    assert grad_weight.dtype == grad_bias.dtype == grad_output.dtype
-    assert grad_weight.is_contiguous()
+    is_last, dtype = result or (False, None)
+    assert grad_weight.dtype == grad_bias.dtype == (dtype or grad_output.dtype)
+    form = torch.channels_last if is_last else torch.contiguous_format
+    assert grad_weight.stride() == torch.empty(grad_weight.shape, memory_format=form).stride()
     assert_close("grad_weight", grad_weight, reference_weight)
     assert_close("grad_bias", grad_bias, reference_bias if bias else torch.empty(0))
 
@@ -166,6 +167,18 @@ def test_dtypes_and_heuristic_blocks(case, dtype, device):
     check_grad_input(case, grad_output, weight, 0, middle, True, device, reference)
     check_grad_input(case, grad_output, weight, middle, case.in_channels, False, device, reference)
     check_grad_weight(case, grad_output, input, True, device, *parameters)
+
+
+@cases("3x3", "1x1", "5x3", "1-channel", "groups2-stride2", "depthwise-multiplier")
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("is_last", [True, False], ids=["channels_last", "contiguous"])
+def test_grad_weight_of_another_layout_and_dtype(case, split, is_last, device):
+    """In float32 the sums are not rounded to the operands' dtype on the way."""
+    grad_output, input, weight = case.tensors(torch.float16)
+    _, *reference = expected(case, grad_output, input, weight)
+    with small_blocks(split):
+        for dtype in (torch.float32, None):
+            check_grad_weight(case, grad_output, input, True, device, *reference, is_last, dtype)
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -251,8 +264,12 @@ def test_nothing_to_do(case, device):
     assert op.conv2d_grad_input(grad_output, weight, size, *case.geometry, 2, 2, True).shape == (2, 0, *case.size)
     empty = op.conv2d_grad_input(grad_output[:0], weight, (0, *size[1:]), *case.geometry, 0, 2, True)
     assert empty.shape == (0, 2, *case.size)
-    grad_weight, grad_bias = op.conv2d_grad_weight(grad_output[:0], input[:0], case.weight_size, *case.geometry, True)
+    grad_weight, grad_bias = op.conv2d_grad_weight(
+        grad_output[:0], input[:0], case.weight_size, *case.geometry, True, True, torch.float16
+    )
     assert grad_weight.shape == case.weight_size
+    assert grad_weight.is_contiguous(memory_format=torch.channels_last)
+    assert grad_weight.dtype == grad_bias.dtype == torch.float16
     assert not grad_weight.any()
     assert grad_bias.shape == (case.out_channels,)
     assert not grad_bias.any()

@@ -4,6 +4,8 @@ The tests of compilations say what types and constants they believe a launch has
 Tensors lie on the CPU and nothing runs.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class Driver:
 
 @pytest.fixture(params=[pytest.param(80, marks=pytest.mark.slow), 90], ids=["sm_80", "sm_90"])
 def launches(request, monkeypatch) -> list[dict]:
-    """Those made in the test: kernel, constants, warps, stages."""
+    """Those made in the test: kernel, source that was compiled, constants, warps, stages."""
     made: list[dict] = []
     original = JITFunction.run
 
@@ -51,7 +53,7 @@ def launches(request, monkeypatch) -> list[dict]:
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         assert all(0 < size < 2**16 or axis == 0 for axis, size in enumerate(grid)), grid
         assert kernel.metadata.shared <= SHARED_MEMORY[request.param]
-        made.append({"kernel": self, **kwargs})
+        made.append({"kernel": self, "source": kernel.src, **kwargs})
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
@@ -66,36 +68,51 @@ def random(*size: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def check(launches: list[dict], *names: str) -> None:
-    """These kernels were launched, each in tiles that are among the compilations that are tested."""
+    """These kernels were launched, each as one of the compilations that are tested: tile, dtypes, strides of 1."""
     assert sorted({made["kernel"].__name__ for made in launches}) == sorted(names)
     known = [found for file in FILES for found in file.compilations()]
     for made in launches:
         tile = {name: value for name, value in made.items() if name.startswith(("BLOCK", "CHANNELS", "PARTS", "GROUP"))}
+        types = made["source"].signature
+        pointers = {name: kind for name, kind in types.items() if kind.startswith("*")}
         assert any(
             found.kernel is made["kernel"]
             and (found.num_warps, found.num_stages) == (made["num_warps"], made["num_stages"])
             and all(found.constexprs[name] == value for name, value in tile.items())
+            and all(found.signature[name] == kind for name, kind in pointers.items())
+            and unit_strides(found.signature) == unit_strides(types)
             for found in known
-        ), f"{made['kernel'].__name__} {tile}: no compilation is tested"
+        ), f"{made['kernel'].__name__} {tile} {pointers} {unit_strides(types)}: no compilation is tested"
+
+
+def unit_strides(signature: dict[str, str]) -> set[str]:
+    """Those that a launch has made constants, which are 1."""
+    return {name for name, kind in signature.items() if name.startswith("stride_") and kind == "constexpr"}
 
 
 SLOW = pytest.mark.slow
 
 
+RESULT = pytest.mark.parametrize("result", [None, torch.float32], ids=["same", "fp32"])  # of a weight's gradient
+
+
 @pytest.mark.parametrize("rows", [37, pytest.param(2**16, marks=SLOW)])
-def test_linear(launches, rows):
+@RESULT
+def test_linear(launches, rows, result):
     grad_output, input, weight = random(rows, 65), random(rows, 48), random(65, 48)
     linear.linear_grad_input(grad_output, weight, 16, 40)
-    linear.linear_grad_weight(grad_output, input, True)
+    linear.linear_grad_weight(grad_output, input, True, result)
     reduced = ["_reduce_kernel"] if rows > 37 else []
     check(launches, "_grad_input_kernel", "_grad_weight_kernel", *reduced)
 
 
-@pytest.mark.parametrize("is_affine", [True, pytest.param(False, marks=SLOW)], ids=["affine", "plain"])
-def test_norm_linear(launches, is_affine):
-    grad_output, input, weight, bias = random(2, 9, 65), random(2, 9, 48), random(65, 48), random(65)
+@pytest.mark.parametrize("is_autocast", [True, pytest.param(False, marks=SLOW)], ids=["autocast", "plain"])
+def test_norm_linear(launches, is_autocast):
+    normed = torch.float32 if is_autocast else HALF
+    grad_output, input, weight, bias = random(2, 9, 65), random(2, 9, 48, dtype=normed), random(65, 48), random(65)
     mean, rstd = (random(2, 9, 1, dtype=torch.float32) for _ in range(2))
-    affine = (random(48), random(48), weight, bias) if is_affine else (None, None, weight, None)
+    gain, shift = (random(48, dtype=normed) for _ in range(2))
+    affine = (gain, shift, weight, bias) if is_autocast else (None, None, weight, None)
     norm_linear.norm_linear_grad_input(grad_output, grad_output, input, mean, rstd, *affine, 16, 40)
     norm_linear.norm_linear_grad_weight(grad_output, input, mean, rstd)
     check(
@@ -110,12 +127,17 @@ def test_norm_linear(launches, is_affine):
     [(3, 1), pytest.param(3, 2, marks=SLOW), pytest.param(1, 1, marks=SLOW)],
     ids=["3x3", "3x3-stride", "1x1"],
 )
-def test_conv2d(launches, channels, kernel, stride):
+def test_conv2d(launches, channels, kernel, stride, monkeypatch):
     size, out = 28, (28 - 1) // stride + 1
     grad_output, input = random(9, 32, out, out), random(9, channels, size, size)
     weight, geometry = random(32, channels, kernel, kernel), ((stride, stride), (kernel // 2,) * 2, (1, 1), 1)
     conv2d.conv2d_grad_input(grad_output, weight, input.shape, *geometry, 0, channels // 2, True)
-    conv2d.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, True)
+    sizes, bias = (grad_output, input, weight.shape, *geometry), True
+    for is_last, result in itertools.product((True, False), (None, torch.float32)):
+        conv2d.conv2d_grad_weight(*sizes, bias, is_last, result)
+        with monkeypatch.context() as patch:  # of so few pixels that one part has them all
+            patch.setattr(config, "_is_split", lambda op: False)
+            conv2d.conv2d_grad_weight(*sizes, bias, is_last, result)
     check(launches, "_grad_input_kernel", "_grad_weight_kernel", "_sum_kernel")
 
 
@@ -123,7 +145,8 @@ def test_depthwise(launches):
     grad_output, input, weight = random(9, 33, 13, 13), random(9, 33, 26, 26), random(33, 1, 3, 3)
     geometry = ((2, 2), (1, 1), (1, 1), 33)
     conv2d.conv2d_grad_input(grad_output, weight, input.shape, *geometry, 0, 17, True)
-    conv2d.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, True)
+    for result in (None, torch.float32):
+        conv2d.conv2d_grad_weight(grad_output, input, weight.shape, *geometry, True, False, result)
     check(launches, "_grad_input_kernel", "_grad_weight_kernel")
 
 

@@ -56,9 +56,10 @@ def check(grad_output, input, weight) -> None:
         assert_close(f"grad_input [{start}, {stop})", actual, grad_input[..., start:stop], scale=scale)
     rows = wide.reshape(-1, wide.size(-1)) if wide.numel() else wide
     expected = rows.t() @ input.double().reshape(len(rows), -1) if input.numel() else torch.zeros(weight.shape)
-    for bias in (True, False):
-        grad_weight, grad_bias = linear_grad_weight(grad_output, input, bias)
-        assert grad_weight.dtype == grad_bias.dtype == grad_output.dtype
+    for bias, dtype in ((True, None), (False, None), (True, torch.float32)):
+        grad_weight, grad_bias = linear_grad_weight(grad_output, input, bias, dtype)
+        assert grad_weight.dtype == grad_bias.dtype == (dtype or grad_output.dtype)
+        assert grad_weight.is_contiguous()
         assert_close("grad_weight", grad_weight, expected)
         assert_close("grad_bias", grad_bias, rows.sum(0) if bias else torch.zeros(0))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfs_engine import ops, reference
-from dfs_engine.compare import assert_close
+from dfs_engine.compare import TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -170,6 +170,41 @@ def test_nothing_is_saved_under_no_grad(op, call, exact_dtype):
         assert not call(tensors).requires_grad
     with torch.inference_mode():
         assert_close("output", call(tensors), oracle(op, tensors))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_parameters_gradients_are_accumulated_without_a_copy(op, call, autocast, layout):
+    """They come in the parameters' dtype and layout: what the node writes is what `grad` becomes."""
+    tensors = make(op, torch.float32)
+    if op == "partitioned_conv2d":
+        tensors["weight"] = tensors["weight"].detach().contiguous(memory_format=layout).requires_grad_()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        output = call(tensors)
+    given = []
+    output.grad_fn.register_hook(lambda grads, _: given.extend(grad.data_ptr() for grad in grads[-2:]))
+    output.backward(torch.randn_like(output))
+    for name, address in zip(("weight", "bias"), given, strict=True):
+        parameter = tensors[name]
+        assert parameter.grad.data_ptr() == address, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_parameters_gradients_only_in_a_product_of_that_dtype(op, call, backend, dtype):
+    """Near float64 as float32 is: sums always, matrix products where the kernels take them in float32."""
+    tensors = make(op, torch.float32)
+    with torch.autocast("cpu", dtype):
+        output = call(tensors)
+    grad_output = torch.randn_like(output)
+    output.backward(grad_output)
+    wide = {name: tensor.detach().to(dtype).double().requires_grad_() for name, tensor in tensors.items()}
+    expected = gradients(oracle(op, wide), wide, grad_output.double())
+    assert_close("bias", tensors["bias"].grad, expected["bias"])
+    is_native = getattr(torch.ops.mkldnn, f"_is_mkldnn_{'bf16' if dtype is torch.bfloat16 else 'fp16'}_supported")()
+    is_wide = backend == "cpp" and not is_native
+    assert_close("weight", tensors["weight"].grad, expected["weight"], TOLERANCES[torch.float32 if is_wide else dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

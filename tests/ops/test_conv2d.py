@@ -222,7 +222,9 @@ def test_opcheck(geometry, layout, dtype):
     grad_output = layout(torch.randn_like(output))
     for bias in (None, torch.randn(8, dtype=dtype)):
         torch.library.opcheck(OPS.conv2d, (input, weight, bias, *geometry))
-        torch.library.opcheck(OPS.conv2d_grad_weight, (grad_output, input, weight.shape, *geometry, bias is not None))
+        sizes = (grad_output, input, weight.shape, *geometry, bias is not None)
+        for result in ((), (True, torch.float32), (False, torch.bfloat16)):
+            torch.library.opcheck(OPS.conv2d_grad_weight, (*sizes, *result))
     for start, stop in ((0, 4), (1, 3), (2, 2)):
         is_last = layout is channels_last
         torch.library.opcheck(

@@ -133,7 +133,8 @@ def test_opcheck(leading, dtype):
     weight, bias = torch.randn(4, 6, dtype=dtype), torch.randn(4, dtype=dtype)
     for given in (bias, None):
         torch.library.opcheck(OPS.linear, (input, weight, given))
-        torch.library.opcheck(OPS.linear_grad_weight, (grad_output, input, given is not None))
+        for result in ((), (torch.float32,)):
+            torch.library.opcheck(OPS.linear_grad_weight, (grad_output, input, given is not None, *result))
     for start, stop in ((0, 6), (1, 4), (3, 3)):
         torch.library.opcheck(OPS.linear_grad_input, (grad_output, weight, start, stop))
 
