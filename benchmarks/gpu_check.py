@@ -9,6 +9,7 @@ tuned table, profiles, and a log of each tool that was run.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,8 +21,14 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from dfs_engine.benchmarks import gpu_problems  # noqa: E402
-from dfs_engine.benchmarks.gpu_run import Run  # noqa: E402
-from dfs_engine.benchmarks.gpu_stages import ON_REQUEST, STAGES, launches_work, report_environment  # noqa: E402
+from dfs_engine.benchmarks.gpu_run import Run, device_is_lost  # noqa: E402
+from dfs_engine.benchmarks.gpu_stages import (  # noqa: E402
+    ON_REQUEST,
+    STAGES,
+    STOCK_ONLY,
+    launches_work,
+    report_environment,
+)
 from dfs_engine.benchmarks.measure import environment  # noqa: E402
 from dfs_engine.benchmarks.step_models import scale_batches  # noqa: E402
 from dfs_engine.machine import check_device  # noqa: E402
@@ -30,8 +37,6 @@ from dfs_engine.names import split_choices  # noqa: E402
 _SECONDS = 870.0
 # Share of the time that may go before the first stage.
 _ENVIRONMENT = 0.1
-# What needs no kernel of this project: for a machine on which Triton launches nothing.
-_WITHOUT_TRITON = ("steps", "build")
 
 
 def shares(stages: list[str]) -> dict[str, float]:
@@ -51,6 +56,17 @@ def listing(stages: list[str], seconds: float) -> str:
     return "\n".join(lines)
 
 
+def go_on_without_kernels(run: Run, stages: list[str], scale: float) -> None:
+    """In a new process that takes this one's place: only then is the device given back."""
+    run.fail("a kernel has ended this process's use of the GPU (--stages sanitizer says which); on by stock ones alone")
+    options = {
+        "--stages": ",".join(stages), "--seconds": max(run.budget.left_in_all(), 0.0), "--output": run.output,
+        "--scale": scale,
+    }  # fmt: skip
+    words = [str(word) for option in options.items() for word in option]
+    os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *words, "--stock-only"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 when there is no GPU or something failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -62,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="for everything; default %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="batch sizes times this, for a smaller GPU")
+    parser.add_argument("--stock-only", action="store_true", help="without this project's kernels, by stock ones")
     parser.add_argument("--dry-run", action="store_true", help="only list the stages and their cases; needs no GPU")
     parser.add_argument("--one-pass", action="store_true", help="only launch every kernel once, for memcheck")
     options = parser.parse_args(arguments)
@@ -84,12 +101,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     run = Run(options.output, options.seconds, environment(gpu_problems.DEVICE), _BEGIN)
     run.stage("environment", report_environment, _ENVIRONMENT)
-    if not launches_work(run):
-        stages = [name for name in stages if name in _WITHOUT_TRITON]
-    for name, share in shares(stages).items():
+    run.stock_only = options.stock_only or not launches_work(run)
+    if run.stock_only:
+        stages = [name for name in stages if name in STOCK_ONLY]
+    for index, (name, share) in enumerate(shares(stages).items()):
         run.stage(name, STAGES[name].work, share)
+        if device_is_lost() and not run.stock_only:
+            go_on_without_kernels(run, stages[index:], options.scale)
     run.say(f"\n{'FAILED' if run.failed else 'ok'} after {time.monotonic() - _BEGIN:.0f} s; files in {run.output}")
-    return int(run.failed)
+    return int(run.failed or run.stock_only)
 
 
 if __name__ == "__main__":

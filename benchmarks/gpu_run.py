@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dfs_engine.benchmarks import gpu_problems
 from dfs_engine.benchmarks.measure import Environment
 
 # A stage with less time than this does not start.
@@ -33,6 +34,10 @@ class Budget:
         now = time.monotonic()
         self._stage_end = now + share * (self._end - now)
 
+    def left_in_all(self) -> float:
+        """Of the run."""
+        return self._end - time.monotonic()
+
     def left(self) -> float:
         """Of the stage."""
         return self._stage_end - time.monotonic()
@@ -53,15 +58,26 @@ class Budget:
             signal.signal(signal.SIGALRM, previous)
 
 
+def device_is_lost() -> bool:
+    """Whether this process can no longer use the GPU: after a kernel's illegal access every call fails."""
+    if gpu_problems.DEVICE != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 class Run:
-    """One run: its files, its time, and whether anything has failed so far.
+    """One run: its files, its time, whether it may launch this project's kernels, and whether anything has failed.
 
     Whatever is found is appended to a file at once: a run that is killed keeps it, and one into the same folder adds.
     """
 
     def __init__(self, output: Path, seconds: float, stamp: Environment, begin: float | None = None) -> None:
         self.output, self.budget, self.stamp = output, Budget(seconds, begin), stamp
-        self.failed = False
+        self.failed = self.stock_only = False
         output.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str) -> None:
@@ -91,7 +107,8 @@ class Run:
             (self.output / f"{name}_error.log").write_text(traceback.format_exc())
             self.fail(f"{type(error).__name__}: {str(error)[:2000]}")
         self.say(f"-- {name}: {time.monotonic() - begin:.0f} s")
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # where the device is lost
+            torch.cuda.empty_cache()
 
     def command(
         self, log: str, command: list[str], seconds: float, folder: Path, **variables: str

@@ -161,6 +161,8 @@ def _plan_ops(shapes: list[Shape], precisions: Iterable[str]) -> list[tuple[str,
 
 
 def _steps(run: Run, plan: Plan, file: str) -> None:
+    if run.stock_only:
+        plan = [(model, pair) for model, pair in plan if pair.backend == STOCK]
     try:
         for result in gpu_steps.run(plan, DTYPE, run.stamp, run.budget.left, run.say):
             append_csv(run.output / file, run.stamp, result.csv_rows())
@@ -291,3 +293,5 @@ STAGES = {
     "sanitizer": Stage(sanitizer, lambda: [("compute-sanitizer's memcheck over one pass of every kernel", 60.0)], 1.0),
 }
 ON_REQUEST = ("all_ops", "build", "sanitizer")
+# What is left of them without this project's kernels.
+STOCK_ONLY = ("steps", "graphs", "build")

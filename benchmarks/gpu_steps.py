@@ -12,6 +12,7 @@ from dfs_engine.benchmarks import gpu_problems
 from dfs_engine.benchmarks.gpu_graphs import capture
 from dfs_engine.benchmarks.gpu_ops import precision
 from dfs_engine.benchmarks.gpu_problems import BETA
+from dfs_engine.benchmarks.gpu_run import device_is_lost
 from dfs_engine.benchmarks.measure import TOTAL, Environment, Phases, Stats, peak_memory, summarise, time_phases
 from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
@@ -133,6 +134,8 @@ def run(
         except Exception as error:  # e.g. of torch.compile; the other pairs still are worth timing
             failed.append(what)
             say(f"FAILED: {what}: {type(error).__name__}: {str(error)[:1000]}")
+            if device_is_lost():
+                break
         else:
             yield result
     torch.compiler.reset()

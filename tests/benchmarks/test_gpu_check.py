@@ -46,6 +46,49 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_where_a_kernel_loses_the_gpu_the_stage_begins_again_without_kernels(tmp_path, monkeypatch):
+    class ReplacedError(Exception):
+        pass
+
+    done, started, scaled = [], [], []
+
+    def replace(_, words):
+        started.append(words)
+        raise ReplacedError
+
+    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "report_environment", lambda run: None)
+    monkeypatch.setattr(gpu_check, "launches_work", lambda run: True)
+    monkeypatch.setattr(gpu_check, "device_is_lost", lambda: done[-1] == "ops")
+    monkeypatch.setattr(gpu_check, "scale_batches", scaled.append)
+    monkeypatch.setattr(gpu_check.os, "execv", replace)
+    for name, stage in gpu_check.STAGES.items():
+        work = lambda run, name=name: done.append(name if not run.stock_only else f"stock {name}")  # noqa: E731
+        monkeypatch.setitem(gpu_check.STAGES, name, stage._replace(work=work))
+    with pytest.raises(ReplacedError):
+        gpu_check.main(["--output", str(tmp_path), "--scale", "0.5", "--seconds", "1e6"])
+    assert done == ["tests", "ops"]
+    (words,) = started
+    python, script, *arguments = words
+    assert (python, script) == (sys.executable, str(SCRIPT))
+    assert arguments[:2] == ["--stages", "ops,steps,tune,tuned,graphs,profile"]
+    assert 9e5 < float(arguments[3]) < 1e6
+    monkeypatch.setattr(gpu_check, "device_is_lost", lambda: False)
+    assert gpu_check.main(arguments) == 1
+    assert done == ["tests", "ops", "stock steps", "stock graphs"]
+    assert scaled == [0.5, 0.5]
+
+
+def test_a_device_is_lost_where_nothing_runs_on_it_any_more(monkeypatch):
+    def illegal_access():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_run.device_is_lost()
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal_access)
+    assert gpu_run.device_is_lost()
+
+
 def test_unknown_stages_are_named(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--stages", "ops,dance"])
