@@ -28,8 +28,10 @@ _OP = "norm_linear_grad_input"
 # Of the kernels that are bound by memory: rows and columns of a tile.
 _TILE = {"BLOCK_M": 16, "BLOCK_N": 128, **config.PLAIN}
 
-# Of the product that replaces lost digits: along the reduced axis.
-_DOT = {"BLOCK_K": 32}
+# Of the product that replaces lost digits, columns and reduced axis: small, as its registers count where none is lost.
+_DOT = {"BLOCK_L": 32, "BLOCK_K": 32}
+# Of loops that wait for memory: the tile that is computed with and those that are on their way to shared memory.
+_NUM_STAGES = tl.constexpr(3)
 
 # The input's tile takes registers that a matrix product's tile of 128 x 128 does not leave on sm_90.
 config.define(
@@ -62,7 +64,7 @@ def _weight_sums_kernel(
     b_shift = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_gains = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_shifts = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, channels, BLOCK_N):
+    for first in tl.range(0, channels, BLOCK_N, num_stages=_NUM_STAGES):
         o_n = first + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < channels
         p_weight = weight + o_m[:, None] * stride_wo + o_n[None, :] * stride_wc
@@ -114,14 +116,16 @@ def _row_sums_kernel(
     stride_nw,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # of out, as BLOCK_N, where it has lost digits
     BLOCK_K: tl.constexpr,
 ):
+    """m1 beside m2, which reads grad_output anyway: as one more column of the product it would cost every tile."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
-    b_mean, b_rstd = tl.load(mean + o_m, mask=m_m, other=0.0), tl.load(rstd + o_m, mask=m_m, other=0.0)
     b_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, out, BLOCK_N):
+    b_num_lossy = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in tl.range(0, out, BLOCK_N, num_stages=_NUM_STAGES):
         o_n = first + tl.arange(0, BLOCK_N).to(tl.int64)
         m_n = o_n < out
         m_tile = m_m[:, None] & m_n[None, :]
@@ -131,31 +135,34 @@ def _row_sums_kernel(
         b_output = tl.load(p_output, mask=m_tile, other=0.0).to(tl.float32)
         b_1 += b_grad * tl.load(weight_sums + o_n, mask=m_n, other=0.0)[None, :]
         b_product = b_output - tl.load(weight_sums + out + o_n, mask=m_n, other=0.0)[None, :]
-        b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)[None, :]
-        b_2 += b_grad * tl.where(b_lossy > 0, 0.0, b_product)
+        b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)
+        b_2 += b_grad * tl.where(b_lossy[None, :] > 0, 0.0, b_product)
+        b_num_lossy += b_lossy
     b_sum = tl.sum(b_2, axis=1)
     tl.store(sums + o_m, tl.sum(b_1, axis=1) / channels, mask=m_m)
     # Apart from the others, which leave it the registers.
-    for first in range(0, out, BLOCK_N):
-        o_n = first + tl.arange(0, BLOCK_N).to(tl.int64)
-        m_n = o_n < out
-        b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)
-        if tl.max(b_lossy, axis=0) > 0:
-            b_product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for done in range(0, channels, BLOCK_K):
-                o_k = done + tl.arange(0, BLOCK_K).to(tl.int64)
-                m_k = o_k < channels
-                p_input = input + o_m[:, None] * stride_im + o_k[None, :] * stride_ic
-                p_weight = weight + o_k[:, None] * stride_wc + o_n[None, :] * stride_wo
-                b_hat = tl.load(p_input, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-                b_hat = (b_hat - b_mean[:, None]) * b_rstd[:, None]
-                if norm_weight is not None:
-                    b_hat *= tl.load(norm_weight + o_k * stride_nw, mask=m_k, other=0.0).to(tl.float32)[None, :]
-                b_weight = tl.load(p_weight, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-                b_product = tl.dot(b_hat, b_weight, b_product, input_precision="ieee", out_dtype=tl.float32)
-            p_grad = grad_output + o_m[:, None] * stride_gm + o_n[None, :] * stride_go
-            b_grad = tl.load(p_grad, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-            b_sum += tl.sum(b_grad * b_product * b_lossy[None, :], axis=1)
+    if tl.max(b_num_lossy, axis=0) > 0:
+        b_mean, b_rstd = tl.load(mean + o_m, mask=m_m, other=0.0), tl.load(rstd + o_m, mask=m_m, other=0.0)
+        for first in range(0, out, BLOCK_L):
+            o_n = first + tl.arange(0, BLOCK_L).to(tl.int64)
+            m_n = o_n < out
+            b_lossy = tl.load(weight_sums + 2 * out + o_n, mask=m_n, other=0.0)
+            if tl.max(b_lossy, axis=0) > 0:
+                b_product = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
+                for done in range(0, channels, BLOCK_K):
+                    o_k = done + tl.arange(0, BLOCK_K).to(tl.int64)
+                    m_k = o_k < channels
+                    p_input = input + o_m[:, None] * stride_im + o_k[None, :] * stride_ic
+                    p_weight = weight + o_k[:, None] * stride_wc + o_n[None, :] * stride_wo
+                    b_hat = tl.load(p_input, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                    b_hat = (b_hat - b_mean[:, None]) * b_rstd[:, None]
+                    if norm_weight is not None:
+                        b_hat *= tl.load(norm_weight + o_k * stride_nw, mask=m_k, other=0.0).to(tl.float32)[None, :]
+                    b_weight = tl.load(p_weight, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+                    b_product = tl.dot(b_hat, b_weight, b_product, input_precision="ieee", out_dtype=tl.float32)
+                p_grad = grad_output + o_m[:, None] * stride_gm + o_n[None, :] * stride_go
+                b_grad = tl.load(p_grad, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+                b_sum += tl.sum(b_grad * b_product * b_lossy[None, :], axis=1)
     tl.store(sums + rows + o_m, b_sum / channels, mask=m_m)
 
 
@@ -320,8 +327,7 @@ def norm_linear_grad_weight(grad_output: Tensor, input: Tensor, mean: Tensor, rs
     if normalized.numel() > 0:
         with torch.cuda.device_of(input):
             _normalize_kernel[_tiles(len(rows))](rows, mean, rstd, normalized, *rows.shape, *rows.stride(), **_TILE)
-    product, sums = linear_grad_weight(grad_output, normalized, True)
-    return product.to(mean.dtype), sums.to(mean.dtype)
+    return linear_grad_weight(grad_output, normalized, True, mean.dtype)
 
 
 def _stride(vector: Tensor | None) -> int:
@@ -334,30 +340,22 @@ def _tiles(num_rows: int) -> tuple[int]:
 
 def compilations() -> Iterator[Compilation]:
     """Every kernel of this file as it is launched on contiguous tensors, for tests without a GPU."""
-    unit: dict[str, Any] = dict.fromkeys(
-        (
-            "stride_go",
-            "stride_wn",
-            "stride_in",
-            "stride_nw",
-            "stride_wc",
-            "stride_b",
-            "stride_nb",
-            "stride_oo",
-            "stride_ic",
-        ),
-        1,
-    )
-    # As under autocast: in float32 beside a linear in half precision.
-    wide = dict.fromkeys(
-        ("input", "norm_weight", "norm_bias", "mean", "rstd", "sums", "weight_sums", "grad_input"), "*fp32"
-    )
     for dtype, precision, chosen in config.variants(_OP):
-        pointers = wide | dict.fromkeys(("grad_output", "weight"), f"*{dtype}")
-        constants = {**_constants(_OP, chosen), **unit, "PRECISION": precision}
-        yield config.compilation(f"{_OP}-{dtype}-{precision}", _grad_input_kernel, pointers, constants, chosen)
+        tile = {**_constants(_OP, chosen), "PRECISION": precision}
+        for name, types, given in _given(dtype):
+            yield config.compilation(f"{_OP}-{name}-{precision}", _grad_input_kernel, types, tile | given, chosen)
     for dtype in config.TYPE_NAMES.values():
-        pointers = wide | dict.fromkeys(("weight", "bias", "grad_output", "output", "normalized"), f"*{dtype}")
-        for kernel in (_weight_sums_kernel, _row_sums_kernel, _normalize_kernel):
-            constants = {**_TILE, **_DOT, **unit}
-            yield config.compilation(f"norm_linear{kernel.__name__}-{dtype}", kernel, pointers, constants)
+        for name, types, given in _given(dtype):
+            for kernel in (_weight_sums_kernel, _row_sums_kernel, _normalize_kernel):
+                constants = {**_TILE, **_DOT, **given}
+                yield config.compilation(f"norm_linear{kernel.__name__}-{name}", kernel, types, constants)
+
+
+def _given(dtype: str) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """(name, types, constants): as under autocast, the normalisation in float32; and of one dtype, without affine."""
+    strides = dict.fromkeys(("stride_go", "stride_oo", "stride_ic", "stride_in", "stride_wc", "stride_wn"), 1)
+    types = dict.fromkeys(("weight", "bias", "grad_output", "output", "normalized", "input", "grad_input"), f"*{dtype}")
+    types |= dict.fromkeys(("mean", "rstd", "sums", "weight_sums"), "*fp32")
+    wide = dict.fromkeys(("input", "norm_weight", "norm_bias", "grad_input"), "*fp32")
+    yield f"{dtype}-autocast", types | wide, strides | dict.fromkeys(("stride_nw", "stride_nb", "stride_b"), 1)
+    yield f"{dtype}-plain", types, strides | dict.fromkeys(("norm_weight", "norm_bias", "bias"))
