@@ -1,4 +1,5 @@
-// The CPU kernels of dfs_engine::conv2d*: slicing, layouts, dtypes and the bias gradient are ours, the cores oneDNN's.
+// The CPU kernels of dfs_engine::conv2d*: which core multiplies (winograd.cpp, depthwise.cpp, gemm.cpp or oneDNN), and around it
+// the slice, layouts, dtypes and the bias gradient.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>

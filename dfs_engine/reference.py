@@ -1,6 +1,7 @@
 """Every op in naive PyTorch: the published `cat` + `detach` on stock autograd. The oracle, never fast.
 
-Imported by tests, `dfs validate` and benchmarks only, and by `backend="reference"`. Imports only torch.
+The ops run it for `backend="reference"` and where a backward is differentiated again, the `detach` variant routes by
+it, and tests, `dfs validate` and benchmarks compare with it. Imports only torch.
 """
 
 import torch

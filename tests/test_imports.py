@@ -1,4 +1,4 @@
-"""What an import needs, and which way imports point (DESIGN section 4)."""
+"""What an import needs, and which way imports point (CONTRIBUTING.md, "Layers")."""
 
 import ast
 import os

@@ -30,9 +30,10 @@ class Wins(NamedTuple):
     """Where this project's kernels are the faster ones.
 
     Attributes:
-        linear: the matrix product in linear layers.
+        linear: our matrix product in linear layers.
         onednn_linear: oneDNN's product instead, in forward and grad_input of linear layers with many rows.
-        conv_grad_weight: the same in the weight gradient of convolutions without Winograd.
+        conv_grad_weight: our matrix product in the float32 weight gradient of convolutions that Winograd does not take,
+            such as strided ones; neither 1x1 nor grouped ones, nor with fewer than 16 channels.
         half_conv: Winograd on bfloat16 images; without meaning where the CPU has no bfloat16 instructions.
     """
 

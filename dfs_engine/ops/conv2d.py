@@ -1,4 +1,4 @@
-"""2-D convolution that trains through a slice of its input channels (DESIGN section 2, "deeper path" and "exit")."""
+"""2-D convolution that trains through a slice of its input channels: docs/method.md, "What each backward may skip"."""
 
 from typing import Any, NamedTuple
 

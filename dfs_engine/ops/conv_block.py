@@ -1,8 +1,8 @@
 """The fused producer of a partitioned feature: ReLU, batch normalisation, 2x2 max pool and the exit's global average.
 
-What follows a convolution in VGG or, with the ReLU last and perhaps a residual before it, in ResNet and MSDNet (DESIGN
-section 4). The backward takes the two gradients as they come: the deeper path's on its channels, and the exit's as one
-number per image and channel, which is never spread out over the pixels, unless a residual has to receive it there.
+What follows a convolution in VGG or, with the ReLU last and perhaps a residual before it, in ResNet and MSDNet. The
+backward takes the two gradients as they come: the deeper path's on its channels, and the exit's as one number per
+image and channel, which is never spread out over the pixels, unless a residual has to receive it there.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Linear layer that trains through a slice of its input features (DESIGN section 2: "deeper path" and "exit" rows)."""
+"""Linear layer that trains through a slice of its input features: docs/method.md, "What each backward may skip"."""
 
 import math
 

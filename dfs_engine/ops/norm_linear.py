@@ -1,4 +1,4 @@
-"""LayerNorm and linear that train through a slice of their input (DESIGN section 2: "through normalised inputs").
+"""LayerNorm and linear that train through a slice of their input: docs/method.md, "Through a LayerNorm".
 
 LayerNorm's backward needs sums over all channels, but they follow from the forward output, so that no matrix product is
 wider than the slice. With z = LN(x) W^T + c, D = dL/dz, s the inverse deviation, S the slice:
@@ -287,8 +287,8 @@ def partitioned_norm_linear(
         full: (..., C), the data of all channels; never receives gradient. Then grad_input is narrow,
             (..., stop - start), and nothing is zero-filled.
         backend: "reference", "aten", or, of fp32, bf16 and fp16, "cpp", "triton". None or "auto" picks, of those
-            dtypes: as the linear on the CPU; on CUDA triton where the tuned table of the GPU says that it wins on this
-            shape. Else aten.
+            dtypes: as the linear on the CPU, where "cpp" is the linear's matrix products, the rest stock; on CUDA
+            triton where the tuned table of the GPU says that it wins on this shape. Else aten.
 
     Returns:
         (..., out_features), dtype of weight. Under autocast the normalisation computes in float32 and the linear in

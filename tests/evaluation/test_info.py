@@ -71,7 +71,7 @@ def test_wrong_input(capsys, line, message):
 
 
 def test_vgg7_beside_the_papers_formula():
-    """README's account of the paper's 14.29 %: every convolution and linear layer counted by hand, at beta 0.5."""
+    """docs/published.md on the paper's 14.29 %: every convolution and linear layer counted by hand, at beta 0.5."""
     report = info.run(info.InfoConfig(model="vgg7_64", num_classes=100, beta="0.5"))
     steps = {row.variant: row.flops.forward + row.flops.backward for row in report.training}
     widths, sizes = [3, 64, 64, 128, 128, 256, 256], [32, 32, 16, 16, 8, 8]
@@ -88,7 +88,7 @@ def test_vgg7_beside_the_papers_formula():
 
 
 def test_resnet18_beside_the_papers_table():
-    """README: 0.7 to 2.4 % fewer operations than the table has, exit by exit."""
+    """docs/published.md: 0.7 to 2.4 % fewer operations than the table has, exit by exit."""
     exits = info.run(info.InfoConfig(model="resnet18", num_classes=100, beta="0.5")).to_json()["exits"]
     table = [169.62, 300.22, 431.05, 559.75]
     below = [100 * (1 - row["operations_alone"] / 1e6 / paper) for row, paper in zip(exits, table, strict=True)]

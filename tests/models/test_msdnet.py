@@ -56,7 +56,7 @@ IMAGE = [False] * 3
 
 
 def count_by_hand(options: dict, size: int, batch: int, beta: float, reference: bool, exit_gradient: str) -> Tally:
-    """METHODS of the published net, written out once more over lists of which channels are live."""
+    """The published net, written out once more over lists of which channels are live."""
     tally, growth = Tally(batch, reference), options["growth"]
     num_scales, factors = options["num_scales"], FACTORS[: options["num_scales"]]
     scales, sizes = [IMAGE], [size << 1]

@@ -1,4 +1,4 @@
-"""ResNet: the published architecture and routing (DESIGN section 2, METHODS sections 3 and 4.1)."""
+"""ResNet: the published architecture and routing (docs/method.md)."""
 
 from itertools import pairwise
 

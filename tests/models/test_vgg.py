@@ -1,4 +1,4 @@
-"""VGG: the published architecture (DESIGN section 2)."""
+"""VGG: the published architecture (docs/method.md)."""
 
 import pytest
 import torch

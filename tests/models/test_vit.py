@@ -1,4 +1,4 @@
-"""ViT: timm's own models (DESIGN section 2), whatever they are made of."""
+"""ViT: timm's own models, whatever they are made of."""
 
 import inspect
 import logging
