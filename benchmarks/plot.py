@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import check_least
-from .plot_data import Measurements, Value, csv_files
+from .results import Measurement, Measurements, csv_files
 
 # variant -> (name in the figures, colour)
 _METHODS = {
@@ -77,7 +77,8 @@ def run(config: BenchPlotConfig) -> PlotReport:
             axes.set_title(title, fontsize=10)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
-            machine = f"{measurements.device_name}, {measurements.num_threads} threads"
+            stamp = measurements[-1].stamp
+            machine = f"{stamp['device_name']}, {stamp['num_threads']} threads"
             figure.supxlabel(machine, fontsize=7, color="#666666")
             drawn.append(file.with_name(f"{file.stem}_{name}.png"))
             figure.savefig(drawn[-1], dpi=150)
@@ -118,7 +119,7 @@ def _train_figures(train: Measurements, config: BenchPlotConfig, name: str, subj
         (variant, size): values
         for variant in _METHODS
         for size in sizes
-        if (values := _of_batch(train.of(variant=variant), size, beta).fastest()) is not None
+        if (values := train.of(variant=variant, batch_size=size, beta=(None, beta)).fastest()) is not None
     }
     if len(sizes) > 1:
         title = f"Training throughput, {subject}, beta {beta:g}"
@@ -129,17 +130,12 @@ def _train_figures(train: Measurements, config: BenchPlotConfig, name: str, subj
         title = f"One training step, {subject}, batch {size}, beta {beta:g}, each in its best form"
         yield f"{name}_parts", title, partial(_parts, bars=bars)
     if len(betas) > 1:
-        of_size = Measurements((row, values) for row, values in train.items() if row.batch_size == size)
+        of_size = train.of(batch_size=size)
         title = f"Backward of a training step, {subject}, batch {size}"
         yield f"{name}_backward_beta", title, partial(_train_beta, rows=of_size, betas=betas)
 
 
-def _of_batch(rows: Measurements, size: int, beta: float) -> Measurements:
-    kept = ((row, values) for row, values in rows.items() if row.batch_size == size and row.beta in (None, beta))
-    return Measurements(kept)
-
-
-def _throughput(axes: Any, best: dict[tuple[str, int], dict[str, Value]]) -> None:
+def _throughput(axes: Any, best: dict[tuple[str, int], Measurement]) -> None:
     for variant in _PAPER_METHODS:
         label, colour = _METHODS[variant]
         points = [(size, values["step"]) for (of, size), values in best.items() if of == variant]
@@ -153,7 +149,7 @@ def _throughput(axes: Any, best: dict[tuple[str, int], dict[str, Value]]) -> Non
     axes.set_ylim(bottom=0)
 
 
-def _parts(axes: Any, bars: dict[str, dict[str, Value]]) -> None:
+def _parts(axes: Any, bars: dict[str, Measurement]) -> None:
     bottoms = [0.0] * len(bars)
     for part, colour in _PARTS.items():
         heights = []
@@ -216,8 +212,8 @@ def _own(rows: Measurements) -> Measurements:
 
 
 def _roofline(axes: Any, rows: Measurements, peak: Measurements, bandwidth: Measurements, beta: float) -> None:
-    roof = next(iter(peak.values()))["peak"].median
-    slope = next(iter(bandwidth.values()))["bandwidth"].median
+    roof = peak[0]["peak"].median
+    slope = bandwidth[0]["bandwidth"].median
     intensities: list[float] = []
     for op, marker in _OP_MARKERS.items():
         of_op = _own(rows.of(op=op, beta=beta))

@@ -6,7 +6,7 @@ import pytest
 
 from dfs_engine.benchmarks.measure import CSV_COLUMNS
 from dfs_engine.benchmarks.plot import BenchPlotConfig, run
-from dfs_engine.benchmarks.plot_data import Measurements
+from dfs_engine.benchmarks.results import Measurements
 
 pytest.importorskip("matplotlib")
 

@@ -1,12 +1,19 @@
-"""README's figures are those of the result files: ratios of the best forms, misses and losses included."""
+"""The documents' figures are those of the result files: ratios of the best forms, misses and losses included."""
 
 import csv
+from pathlib import Path
 
 import pytest
 
+from dfs_engine.benchmarks.markdown import fill
 from dfs_engine.benchmarks.measure import CSV_COLUMNS
-from dfs_engine.benchmarks.readme import fill
-from dfs_engine.benchmarks.readme_targets import losses_section, targets_section
+from dfs_engine.benchmarks.readme import headline, render
+from dfs_engine.benchmarks.results import Measurements, compare_steps
+from dfs_engine.benchmarks.results_accuracy import accuracy_section
+from dfs_engine.benchmarks.results_tables import losses_section, train_section
+from dfs_engine.benchmarks.results_targets import COMMANDS, missing_section, targets_section
+
+ROOT = Path(__file__).parents[2]
 
 OPS = {"suite": "ops", "model": "vgg7", "op": "conv2d", "mode": "eager", "shape": "100x64x32x32->64,k3s1"}
 
@@ -32,8 +39,8 @@ def op(variant: str, backend: str, seconds: float, *, automatic: int = 0, beta: 
     return [*rows, key | {"metric": "automatic", "median": automatic, "unit": "bool"}]
 
 
-def step(variant: str, seconds: float, batch: int = 100) -> list[dict]:
-    key = {"suite": "train", "model": "vgg7_64", "mode": "eager", "variant": variant, "shape": f"{batch}x3x32x32"}
+def step(variant: str, seconds: float, batch: int = 100, mode: str = "eager") -> list[dict]:
+    key = {"suite": "train", "model": "vgg7_64", "mode": mode, "variant": variant, "shape": f"{batch}x3x32x32"}
     values = {"step": seconds, "flops_forward": 3.0, "flops_backward": 3.0, "peak_memory": 7.0}
     return [
         key | {"case": "nchw", "backend_used": "cpp", "metric": metric, "median": value, "min": value / 2}
@@ -78,14 +85,61 @@ def test_latency_against_beta(write):
 
 def test_losses_are_listed(write):
     rows = [*op("dense", "stock", 1.0, beta=None), *op("dfs", "aten", 0.7), *op("dfs", "cpp", 0.8, automatic=1)]
-    text = "\n".join(losses_section(write("ops_fp32.csv", rows)))
+    text = "\n".join(losses_section(write("ops_fp32.csv", rows) / "ops_fp32.csv"))
     assert "Slower than stock" in text
     assert ": none." in text
     assert "- conv2d vgg7 100x64x32x32->64,k3s1 nchw (cpp): 800.00 ms against aten's 700.00" in text
 
 
+def test_allocators_are_told_apart(write):
+    rows = [*step("dense", 6.0), *step("dense", 5.0, mode="eager, caching"), *step("dfs", 2.0, mode="eager, caching")]
+    found = compare_steps(Measurements.read(write("t.csv", rows) / "t.csv"))
+    assert (found.median, found.min, found.one_allocator, found.flops) == (3.0, 3.0, 2.5, 1.0)
+
+
+def test_only_the_newest_run_of_a_shape_counts(write):
+    old = [row | {"timestamp_utc": "2025-01-01T00:00:00+00:00"} for row in (*step("dense", 1.0), *step("split", 1.0))]
+    other = [row | {"timestamp_utc": "2025-06-01T00:00:00+00:00"} for row in step("dense", 7.0, batch=50)]
+    found = Measurements.read(write("t.csv", [*step("dense", 6.0), *old, *other]) / "t.csv")
+    assert {(one.variant, one.batch_size, one["step"].median) for one in found} == {
+        ("dense", 100, 6.0),
+        ("dense", 50, 7.0),
+    }
+
+
+def test_a_step_table_has_every_form(write):
+    rows = [*step("dense", 6.0), *step("split", 5.0), *step("dfs", 2.0)]
+    rows += [row | {"metric": phase} for row in rows if row["metric"] == "step" for phase in ("forward", "backward")]
+    results = write("train_vgg7_64.csv", rows)
+    lines = list(train_section(results / "train_vgg7_64.csv"))
+    assert sum(line.startswith("| ") for line in lines) == 4
+    assert "| **dfs** (cpp) | nchw | eager | 2000 | 2000 | 2000 (1000) | 3.00 (1.00) | 2.50 | 2.50 | 0 | 20 |" in lines
+    assert "| no surgery (`dense`) | nchw, eager | 6000 | 3.00 x |" in list(headline(results))
+
+
+def test_what_was_not_measured_is_named(write):
+    text = "\n".join(missing_section(write("ops_fp32.csv", op("dense", "stock", 1.0))))
+    assert "ops_fp32" not in text
+    assert text.count("\n- `dfs bench ") == len(COMMANDS) - 1
+
+
+@pytest.mark.parametrize(("ours", "place"), [(70.0, "below"), (75.0, "level with"), (80.0, "above")])
+def test_accuracy_says_where_surgery_ends(tmp_path, ours, place):
+    for variant, top1 in (("dense", 75.0), ("dfs", ours)):
+        text = f"epoch,test_top1_exit1,test_top1_exit2,test_top1_ensemble\n1,1,2,3\n2,90,{top1},50\n"
+        (tmp_path / f"cifar10_vgg7_{variant}_metrics.csv").write_text(text)
+    lines = list(accuracy_section(tmp_path))
+    assert f"After these 2 epochs `dfs` ends {place} `dense` at the last exit, {ours:.2f} against 75.00 %." in lines
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="needs a checkout")
+def test_generating_changes_nothing():
+    for path, text in render(ROOT).items():
+        assert path.read_text() == text, f"{path.name}: run `python -m dfs_engine.benchmarks.readme`"
+
+
 def test_only_the_marked_block_is_replaced():
     text = "before\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nafter"
     assert fill(text, "x", iter(["new"])) == "before\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nafter"
-    with pytest.raises(ValueError, match="README: expected the markers"):
+    with pytest.raises(ValueError, match="document: expected the markers"):
         fill(text, "y", iter([]))

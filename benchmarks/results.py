@@ -1,0 +1,210 @@
+"""Measurements of `dfs bench train` and `dfs bench ops`, read back from their CSV files."""
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .measure import CSV_COLUMNS, TOTAL, Stats
+
+# Multi-exit training in stock PyTorch: without surgery, and two formulations of it.
+STOCK = ("dense", "detach", "split")
+_BETA = re.compile(r"beta=([\d.]+)/")
+_KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mode")
+_STAMP = ("timestamp_utc", "git_sha", "dirty", "device_name", "num_threads", "loadavg", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One case on one shape, and all that was measured of it.
+
+    Attributes:
+        beta: None where nothing is split.
+        stamp: the run's machine and versions, by the names of the columns.
+        metrics: seconds of each phase, FLOPs, bytes, ...
+        kernels: seconds by kind of kernel, where a step was profiled.
+    """
+
+    suite: str
+    model: str
+    op: str
+    variant: str
+    backend_used: str
+    dtype: str
+    shape: str
+    mode: str
+    layout: str
+    beta: float | None
+    stamp: dict[str, str]
+    metrics: dict[str, Stats]
+    kernels: dict[str, float]
+
+    def __getitem__(self, metric: str) -> Stats:
+        return self.metrics[metric]
+
+    def __contains__(self, metric: str) -> bool:
+        return metric in self.metrics
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.shape.split("x")[0])
+
+    @property
+    def allocator(self) -> str:
+        return "caching" if self.mode.endswith(", caching") else "stock"
+
+    @property
+    def path(self) -> str:
+        """What computed it: this engine's backend, or the name of the stock form."""
+        return self.backend_used if self.variant == "dfs" else self.variant
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether it is a backend that `auto` takes."""
+        return "automatic" in self and self["automatic"].median == 1
+
+    @property
+    def flops(self) -> float:
+        """Of a training step."""
+        return self["flops_forward"].median + self["flops_backward"].median
+
+    @property
+    def conditions(self) -> str:
+        """Machine, threads, version, load and revision, in words."""
+        stamp = self.stamp
+        return (
+            f"{stamp['device_name']}, {stamp['num_threads']} threads, torch {stamp['torch']}, load average "
+            f"{stamp['loadavg']} at the start, revision {stamp['git_sha'][:9]}"
+            f"{' with changes' if stamp['dirty'] == 'True' else ''}; synthetic data"
+        )
+
+
+class Measurements(list[Measurement]):
+    """What a file holds: of each dtype and shape the newest run, because only what was interleaved may be compared."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Measurements":
+        """Raises ValueError where `path` is no file of measurements."""
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        try:
+            newest: dict[tuple[str, str], str] = {}
+            for row in rows:
+                run = (row["dtype"], row["shape"])
+                newest[run] = max(newest.get(run, ""), row["timestamp_utc"])
+            found: dict[tuple[str, ...], Measurement] = {}
+            for row in rows:
+                if row["timestamp_utc"] == newest[row["dtype"], row["shape"]]:
+                    _add(found, row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"results: expected a CSV file of `dfs bench train` or `dfs bench ops`, got {path} ({error!r})."
+            ) from None
+        return cls(found.values())
+
+    def of(self, **wanted: object) -> "Measurements":
+        """Those whose attributes have these values; of a tuple, any of its values."""
+        return Measurements(
+            one
+            for one in self
+            if all(
+                getattr(one, name) in value if isinstance(value, tuple) else getattr(one, name) == value
+                for name, value in wanted.items()
+            )
+        )
+
+    def ranked(self, metric: str = TOTAL) -> "Measurements":
+        """Those that have the metric, the fastest first."""
+        return Measurements(sorted((one for one in self if metric in one), key=lambda one: one[metric].median))
+
+    def fastest(self, metric: str = TOTAL) -> Measurement | None:
+        """The one with the smallest median of `metric`: each method in its best form."""
+        return next(iter(self.ranked(metric)), None)
+
+    def distinct(self, name: str) -> list:
+        """Values of one attribute, sorted, None left out."""
+        return sorted({getattr(one, name) for one in self} - {None, ""})
+
+
+def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None:
+    profiled = row["metric"] == "breakdown"
+    # The kinds of a breakdown belong to one step.
+    values = {name: "" if profiled and name == "op" else row[name] for name in _KEY}
+    key = (*values.values(), row["case"])
+    if key not in found:
+        beta = _BETA.match(row["case"])
+        found[key] = Measurement(
+            **values,
+            layout=row["case"].split("/")[-1],
+            beta=float(beta[1]) if beta else None,
+            stamp={name: row[name] for name in _STAMP},
+            metrics={},
+            kernels={},
+        )
+    median = float(row["median"])
+    if profiled:
+        found[key].kernels[row["op"]] = median
+    else:
+        low, p20, p80 = (float(row[name] or median) for name in ("min", "p20", "p80"))
+        found[key].metrics[row["metric"]] = Stats(median, low, p20, p80, n=int(row["n"] or 1))
+
+
+class StepRatio(NamedTuple):
+    """The fastest `dfs` step against the fastest of its rivals on PyTorch's own memory."""
+
+    ours: Measurement
+    best: Measurement
+    median: float
+    min: float
+    flops: float
+    """What FLOPs alone imply."""
+    one_allocator: float
+    """As `median`, with the rivals on the memory of `ours`."""
+
+
+def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK) -> StepRatio | None:
+    """None where one of the steps compared is missing."""
+    ours = found.of(variant="dfs").fastest()
+    rivals_on_stock = found.of(variant=rivals, allocator="stock").ranked()
+    same = found.of(variant=rivals, allocator=ours.allocator).fastest() if ours else None
+    if ours is None or not rivals_on_stock or same is None:
+        return None
+    best = rivals_on_stock[0]
+    return StepRatio(
+        ours,
+        best,
+        median=best[TOTAL].median / ours[TOTAL].median,
+        min=min(one[TOTAL].min for one in rivals_on_stock) / ours[TOTAL].min,
+        flops=best.flops / ours.flops,
+        one_allocator=same[TOTAL].median / ours[TOTAL].median,
+    )
+
+
+def csv_files(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths`, and the files of measurements in the folders among them.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = list(paths)
+    files = [file for path in paths for file in (_measurements_in(path) if path.is_dir() else [path])]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing or not files:
+        places = ", ".join(missing or map(str, paths))
+        raise FileNotFoundError(
+            f"results: expected CSV files, got none at {places}. "
+            "Write one with `dfs bench train --output FILE` or `dfs bench ops --output FILE`."
+        )
+    return files
+
+
+def _measurements_in(folder: Path) -> list[Path]:
+    """A folder of results may hold the metrics of training runs too."""
+
+    def header(file: Path) -> list[str]:
+        with file.open(newline="") as lines:
+            return next(csv.reader(lines), [])
+
+    return [file for file in sorted(folder.glob("*.csv")) if header(file) == list(CSV_COLUMNS)]
