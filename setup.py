@@ -2,7 +2,6 @@
 
 Environment:
     DFS_NO_EXT=1   skip the extension
-    DFS_NATIVE=1   compile for this machine's CPU only (-march=native); the default build dispatches at run time
     DEBUG=1        -O0 -g
 """
 
@@ -50,12 +49,11 @@ def extension() -> dict[str, Any]:
         else:
             # Without -fopenmp in both steps at::parallel_for runs on one thread and says nothing.
             optimise = ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
-            native = ["-march=native"] if flag("DFS_NATIVE") else []
             module = CppExtension(
                 "dfs_engine._C",
                 sorted(glob.glob("csrc/*.cpp")),
                 depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")),
-                extra_compile_args=["-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi", *optimise, *native],
+                extra_compile_args=["-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi", *optimise],
                 extra_link_args=["-fopenmp"],
             )
             module.optional = True

@@ -22,11 +22,6 @@ std::map<std::string, std::string> build_info() {
 #else
       {"openmp", "none: kernels run on one thread"},
 #endif
-#ifdef __AVX2__
-      {"target", "this machine's CPU (DFS_NATIVE=1)"},
-#else
-      {"target", "any x86-64, dispatched at run time"},
-#endif
 #ifdef NDEBUG
       {"mode", "release"},
 #else

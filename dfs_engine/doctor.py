@@ -28,7 +28,6 @@ ENVIRONMENT_VARIABLES = {
     "DFS_CACHE_DIR": "where calibrations of this machine are kept; unset: dfs_engine in the user's cache folder",
     "TRITON_INTERPRET": "1, before Python starts: the Triton kernels run on the CPU, slowly, in place of the C++ ones",
     "DFS_NO_EXT": "1 at install time: skip the C++ extension",
-    "DFS_NATIVE": "1 at install time: compile for this machine's CPU only (-march=native)",
     "DEBUG": "1 at install time: compile the extension with -O0 -g",
 }
 
