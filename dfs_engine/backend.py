@@ -19,6 +19,8 @@ from dfs_engine.names import check_choice
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "aten", "cpp", "triton")
+# What `variant="split"` asks its layers' ops for, two stock calls each: a form to compare with, offered to nobody else.
+SPLIT = "split"
 OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "conv_block")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,7 +133,7 @@ def check_backend(name: str | None) -> str | None:
 
 def requested(backend: str | None = None) -> str | None:
     """The explicit request in force: the argument, else `use_backend`, else DFS_BACKEND, else None."""
-    return check_backend(backend) or check_backend(_request)
+    return SPLIT if backend == SPLIT else check_backend(backend) or check_backend(_request)
 
 
 def is_transforming() -> bool:
@@ -175,9 +177,11 @@ def select(
             `reference` under a transform of torch.func.
     """
     explicit = requested(backend)
-    if explicit != "reference":
+    if explicit not in ("reference", SPLIT):
         check_no_transform(op)
-    if explicit is not None:
+    if explicit == SPLIT:
+        chosen = SPLIT
+    elif explicit is not None:
         check_request(op, explicit, device, dtype)
         chosen = explicit
     else:

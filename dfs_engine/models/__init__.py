@@ -5,7 +5,7 @@ from dfs_engine.models.attach import AttachedModel, attach_exits
 from dfs_engine.models.multi_exit import MultiExitModel
 from dfs_engine.models.official import load_official_state_dict, to_official_state_dict
 from dfs_engine.models.registry import check_model, create_model, list_models
-from dfs_engine.nn.routing import VARIANTS
+from dfs_engine.nn import VARIANTS
 
 __all__ = [
     "VARIANTS",

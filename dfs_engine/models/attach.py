@@ -19,8 +19,17 @@ from dfs_engine.models.backbone import (
 )
 from dfs_engine.models.multi_exit import Distillation, MultiExitModel
 from dfs_engine.names import check_choice
-from dfs_engine.nn import ExitHead, Fork, PartitionedConv2d, PartitionedLinear, Reading, TokenHead, apply_layer, whole
-from dfs_engine.nn.routing import two_call_reading
+from dfs_engine.nn import (
+    SLICED_VARIANTS,
+    ExitHead,
+    Fork,
+    Reading,
+    TokenHead,
+    convert_layers,
+    partition_layer,
+    to_stock,
+    whole,
+)
 from dfs_engine.partition import ChannelSlice, Partition
 
 logger = logging.getLogger(__name__)
@@ -89,7 +98,7 @@ def attach_exits(
         consumers = dict.fromkeys(names, Consumers((), ("whatever reads it",), writes=True))
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     model = AttachedModel(backbone, exits, fork, seen, consumers)
-    if variant in _PARTITIONED:
+    if variant in SLICED_VARIANTS:
         _log(model.consumers, reason, twin, seen)
     return model
 
@@ -145,48 +154,18 @@ def _log(consumers: dict[str, Consumers], reason: str | None, twin: nn.Module, s
         )
 
 
-class _TwoCallConv2d(PartitionedConv2d):
-    """Variant `split`: one call on the slice, one on the rest."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return apply_layer(self, two_call_reading(input, ChannelSlice(self.start, self.stop), self.reference, 1))
-
-
-class _TwoCallLinear(PartitionedLinear):
-    """Variant `split`: one call on the slice, one on the rest."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return apply_layer(self, two_call_reading(input, ChannelSlice(self.start, self.stop), self.reference, -1))
-
-
-# variant -> what nn.Conv2d and nn.Linear become
-_PARTITIONED: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
-    "dfs": (PartitionedConv2d, PartitionedLinear),
-    "split": (_TwoCallConv2d, _TwoCallLinear),
-}
-
-
 def _partition(layer: nn.Module, fork: Fork, columns: ChannelSlice) -> bool:
-    """Lets a stock layer train through `columns` of its input alone; returns whether it can.
-
-    The object stays and its class changes, so that every reference to it, and every hook on it, holds.
-    """
+    """Lets a stock layer train through `columns` of its input alone; returns whether it can."""
     is_conv = isinstance(layer, nn.Conv2d)
-    if fork.variant not in _PARTITIONED or is_conv != (fork.dim == 1):  # a linear on the last axis of images
+    if fork.variant not in SLICED_VARIANTS or is_conv != (fork.dim == 1):  # a linear on the last axis of images
         return False
-    if fork.variant == "split":
-        cuts = not is_conv or (layer.groups == 1 and layer.padding_mode == "zeros")
+    if fork.variant == "split":  # what two stock calls can compute
+        cuts = not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
         if not cuts or columns.width == 0:
             return False
-    layer.__class__ = _PARTITIONED[fork.variant][0 if is_conv else 1]
-    vars(layer).update(start=columns.start, stop=columns.stop, reference=fork.reference, backend=fork.backend)
+    options: Any = {"reference": fork.reference, "variant": fork.variant, "backend": fork.backend}
+    partition_layer(cast(Any, layer), *columns, **options)
     return True
-
-
-def _unpartition(layer: nn.Module) -> None:
-    layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    for name in ("start", "stop", "reference", "backend"):
-        del vars(layer)[name]
 
 
 class _Side(NamedTuple):
@@ -211,10 +190,10 @@ class _Side(NamedTuple):
         detached = (*stock, *found.detached)
         return cls(Consumers(tuple(partitioned), detached, found.writes), not detached)
 
-    def tensor(self, feature: Tensor, reading: Reading, dim: int) -> Tensor:
+    def tensor(self, feature: Tensor, reading: Reading) -> Tensor:
         """What it reads, as one tensor that it may write into if it does."""
         if not self.keeps_slice:
-            return whole(reading, dim)
+            return whole(reading)
         return feature.clone() if self.consumers.writes else feature
 
 
@@ -234,6 +213,8 @@ class AttachedExit(nn.Module):
         self.num_channels = num_channels
         self.takes_readings = isinstance(head, (ExitHead, TokenHead))
         self._head_side = None if self.takes_readings else self._side_of_head()
+        if self.takes_readings:
+            convert_layers(head, fork.variant, fork.backend)
         self._deeper_side: _Side | None = None
         self._kept: tuple[Tensor, Tensor] | None = None
 
@@ -260,16 +241,16 @@ class AttachedExit(nn.Module):
         assert self._deeper_side is not None
         self._hook.remove()
         for path in self._deeper_side.consumers.partitioned:
-            _unpartition(backbone.get_submodule(path))
+            to_stock(backbone.get_submodule(path))
 
     def forward(self, _module: nn.Module, _inputs: Any, feature: Tensor) -> Tensor:
         """Keeps the logits and the feature for `take`; returns what the rest of the backbone reads in its place."""
         assert self._deeper_side is not None
         deeper, reading = self.fork(feature)
         if self._head_side is not None:
-            reading = self._head_side.tensor(feature, reading, self.fork.dim)
-        self._kept = self.head(reading), feature
-        return self._deeper_side.tensor(feature, deeper, self.fork.dim)
+            reading = (self._head_side.tensor(feature, reading),)
+        self._kept = self.head(*reading), feature
+        return self._deeper_side.tensor(feature, deeper)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(logits, feature) of the forward pass that has just ended."""

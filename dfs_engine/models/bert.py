@@ -13,7 +13,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from dfs_engine.nn import (
     apply_linears,
     attend,
     convert_dropouts,
-    convert_linears,
     exit_loss,
     map_channels,
 )
@@ -52,48 +51,37 @@ _SUPPORTED = {
 }
 
 
-class BertInput(NamedTuple):
-    """What the first block reads: ids (N, T); mask, bool (N, 1, 1, T), is True where a token is no padding."""
-
-    input_ids: Tensor
-    token_type_ids: Tensor | None
-    mask: Tensor | None
-
-
-class BertState(NamedTuple):
-    """What goes from layer to layer: hidden state (N, T, C) and mask."""
-
-    hidden: Reading
-    mask: Tensor | None
-
-
 class BertBlock(Block):
-    """One transformers `BertLayer`."""
+    """One transformers `BertLayer`: a reading of the hidden state (N, T, C) -> (N, T, C).
+
+    What is called beside the reading is the same for all: `mask`, bool (N, 1, 1, T), True where a token is no padding.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, input: BertState) -> BertState:
-        projections = apply_linears(self._projections(), input.hidden)
-        return BertState(self._finish(input.hidden, projections, input.mask), input.mask)
+    def make(self, *input: Any, mask: Tensor | None = None) -> Tensor:
+        return self._finish(input, apply_linears(self._projections(), input), mask)
 
-    def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
+    def produce(
+        self, input: tuple, fork: Fork, is_last: bool, mask: Tensor | None = None, **context: Any
+    ) -> tuple[Reading, ...]:
         if not is_last or fork.variant != "dfs":
-            return super().produce(input, fork, is_last)
+            return super().produce(input, fork, is_last, mask=mask)
         # Its exit reads the first token: of the others only keys and values are needed.
-        state = self.enter(input)
+        input = self.enter(*input)
         query, key, value = self._projections()
-        first = map_channels(lambda tokens: tokens[:, :1], state.hidden)
-        projections = [*apply_linears([query], first), *apply_linears([key, value], state.hidden)]
-        made = self._finish(first, projections, state.mask)
-        return BertState(made, state.mask), made
+        first = map_channels(lambda tokens: tokens[:, :1], input)
+        projections = [*apply_linears([query], first), *apply_linears([key, value], input)]
+        made = self._finish(first, projections, mask)
+        return (made,), (made,)
 
-    def enter(self, input: Any) -> BertState:
+    def enter(self, *input: Any) -> Reading:
         """What the layer reads, of what the block does."""
         return input
 
-    def _projections(self) -> list[nn.Linear]:
+    def _projections(self) -> list[nn.Module]:
         attention = cast(Any, self.layer).attention.self
         return [attention.query, attention.key, attention.value]
 
@@ -105,27 +93,20 @@ class BertBlock(Block):
         attended = after.LayerNorm(add(hidden, after.dropout(after.dense(mixed))))
         return layer.output(layer.intermediate(attended), attended)
 
-    def route(self, made: BertState, fork: Fork, is_last: bool) -> tuple[BertState, Reading]:
-        deeper, exit = (made.hidden, made.hidden) if is_last else fork(made.hidden)
-        return BertState(deeper, made.mask), exit
-
-    def feature_of(self, made: BertState) -> Tensor:
-        return cast(Tensor, made.hidden)
-
 
 class BertStem(BertBlock):
-    """Embeddings and the first layer."""
+    """Embeddings and the first layer: ids (N, T) and token types or None -> (N, T, C)."""
 
     def __init__(self, embeddings: nn.Module, layer: nn.Module) -> None:
         super().__init__(layer)
         self.embeddings = embeddings
 
-    def forward(self, input: BertInput) -> BertState:  # type: ignore[override]
-        return super().forward(self.enter(input))
+    def make(self, *input: Any, mask: Tensor | None = None) -> Tensor:
+        return super().make(*self.enter(*input), mask=mask)
 
-    def enter(self, input: BertInput) -> BertState:
-        hidden = self.embeddings(input_ids=input.input_ids, token_type_ids=input.token_type_ids)
-        return BertState(hidden, input.mask)
+    def enter(self, *input: Any) -> Reading:
+        input_ids, token_type_ids = input
+        return (self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids),)
 
 
 def _attend(attention: Any, projections: list[Tensor], mask: Tensor | None) -> Tensor:
@@ -142,13 +123,13 @@ class BertExit(Exit):
         super().__init__()
         self.pooler, self.dropout, self.classifier = pooler, nn.Dropout(dropout), classifier
 
-    def feature(self, input: Reading) -> Tensor:
-        """A reading of (N, T, C) -> what the pooler makes of the first token, (N, C)."""
-        first = map_channels(lambda tokens: tokens[:, 0], input)
-        return apply_layer(self.pooler, first).tanh()
+    def feature(self, reading: Reading) -> Reading:
+        """Of (N, T, C): what the pooler makes of the first token, (N, C)."""
+        first = map_channels(lambda tokens: tokens[:, 0], reading)
+        return (apply_layer(self.pooler, first).tanh(),)
 
     def classify(self, feature: Reading) -> Tensor:
-        return self.classifier(self.dropout(feature))
+        return self.classifier(self.dropout(*feature))
 
 
 class MultiExitBert(MultiExitModel):
@@ -191,8 +172,7 @@ class MultiExitBert(MultiExitModel):
             the features, a tuple too, and `loss`, the sum of all exits' losses.
         """
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        input: Any = BertInput(input_ids, token_type_ids, mask)
-        result = super().forward(input, return_features=return_features)
+        result = self._run((input_ids, token_type_ids), return_features, mask=mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if not (labels is not None if return_dict is None else return_dict):
             return result
@@ -216,15 +196,11 @@ class MultiExitBert(MultiExitModel):
         return torch.randint(embeddings.num_embeddings, shape, device=embeddings.weight.device)
 
 
-@register_model
+@register_model("own", dim=-1)
 def bert(
+    fork: Fork,
     *,
     num_classes: int,
-    beta: float,
-    variant: str,
-    reference: bool,
-    exit_gradient: str | None,
-    backend: str | None,
     config: Any = None,
     pretrained: str | Path | None = None,
     device: Any = None,
@@ -245,7 +221,6 @@ def bert(
     folder = None if pretrained is None else pretrained_folder(pretrained)
     settings = _read_config(config, folder)
     settings.num_labels = num_classes
-    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "own", dim=-1, backend=backend)
     with torch.device("meta") if str(device) == "meta" else contextlib.nullcontext():
         if folder is None or str(device) == "meta":
             stock: Any = BertForSequenceClassification(settings)
@@ -267,9 +242,8 @@ def bert(
     settings.keys_to_ignore_at_inference = ["hidden_states", "exit_logits"]
     model.config = settings
     model.options = {"config": {key: getattr(settings, key) for key in _CONFIG_KEYS}}
-    if variant == "dfs":
-        convert_linears(model, backend)
-        convert_dropouts(model, backend)
+    if fork.variant == "dfs":
+        convert_dropouts(model, fork.backend)
     return model.to(device=device, dtype=dtype)
 
 

@@ -13,23 +13,22 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
 from dfs_engine.nn import (
-    ConcatReading,
     Exit,
     Fork,
     Reading,
     apply_layer,
     apply_norm_relu,
     concat,
+    flat,
     fork_concat,
     global_avg_pool,
-    read_like,
+    readings,
     whole,
 )
 
@@ -89,9 +88,8 @@ class ConvUnit(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, **dd)
         self.bn = nn.BatchNorm2d(out_channels, **dd)
 
-    def forward(self, input: Reading) -> Reading:
-        output = apply_layer(self.conv, input)
-        return apply_norm_relu(self.bn, output, input.stored if isinstance(input, ConcatReading) else input)
+    def forward(self, *input: Any) -> Tensor:
+        return apply_norm_relu(self.bn, apply_layer(self.conv, input))
 
 
 class Path(nn.Module):
@@ -102,8 +100,8 @@ class Path(nn.Module):
         self.bottleneck = None if bottleneck is None else ConvUnit(in_channels, bottleneck, 1, **dd)
         self.spatial = ConvUnit(bottleneck or in_channels, out_channels, 3, stride, **dd)
 
-    def forward(self, input: Reading) -> Reading:
-        return self.spatial(input if self.bottleneck is None else self.bottleneck(input))
+    def forward(self, *input: Any) -> Tensor:
+        return self.spatial(*input) if self.bottleneck is None else self.spatial(self.bottleneck(*input))
 
 
 class DenseScale(nn.Module):
@@ -113,9 +111,11 @@ class DenseScale(nn.Module):
         super().__init__()
         self.down, self.normal = down, normal
 
-    def forward(self, input: Reading, finer: Reading | None) -> Reading:
-        new = [] if self.down is None else [self.down(finer)]
-        return concat(input, *new, self.normal(input))
+    def forward(self, *scales: Any) -> Reading:
+        """Args: a reading of this scale, and, with `down`, one of the next finer scale before it."""
+        *finer, own = readings(scales)
+        new = [] if self.down is None else [(self.down(*finer[0]),)]
+        return concat(own, *new, (self.normal(*own),))
 
 
 class Stem(nn.Module):
@@ -128,13 +128,14 @@ class Stem(nn.Module):
         self.scales.extend(ConvUnit(*pair, 3, 2, **dd) for pair in pairwise(widths))
         self.large = large
 
-    def forward(self, image: Reading) -> list[Reading]:
+    def forward(self, image: Tensor) -> tuple:
+        """The readings of the scales, one after the other; so in the modules below."""
         first, *coarser = self.scales
         scale = first(image)
-        scales = [read_like(F.max_pool2d(whole(scale, 1), 3, 2, 1), image) if self.large else scale]
+        scales = [F.max_pool2d(scale, 3, 2, 1) if self.large else scale]
         for unit in coarser:
             scales.append(unit(scales[-1]))
-        return scales
+        return tuple(scales)
 
 
 class DenseLayer(nn.Module):
@@ -144,10 +145,14 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.scales = nn.ModuleList(scales)
 
-    def forward(self, scales: list[Reading]) -> list[Reading]:
+    def forward(self, *input: Any) -> tuple:
+        scales = readings(input)
         num_dropped = len(scales) - len(self.scales)
-        finer = [None, *scales]
-        return [scale(scales[index], finer[index]) for index, scale in enumerate(self.scales, start=num_dropped)]
+        finer = [(), *scales]
+        return flat(
+            scale(*(finer[index] if scale.down is not None else ()), *scales[index])
+            for index, scale in enumerate(self.scales, start=num_dropped)
+        )
 
 
 class Transition(nn.Module):
@@ -157,8 +162,8 @@ class Transition(nn.Module):
         super().__init__()
         self.scales = nn.ModuleList(ConvUnit(width, width // 2, 1, **dd) for width in widths)
 
-    def forward(self, scales: list[Reading]) -> list[Reading]:
-        return [unit(scale) for unit, scale in zip(self.scales, scales, strict=True)]
+    def forward(self, *input: Any) -> tuple:
+        return tuple(unit(*scale) for unit, scale in zip(self.scales, readings(input), strict=True))
 
 
 class MSDNetBlock(Block):
@@ -168,27 +173,25 @@ class MSDNetBlock(Block):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, input: Any) -> list[Reading]:
+    def make(self, *input: Any) -> list[Reading]:
         *finer, coarsest = self._scales(input)
-        return [*finer, whole(coarsest, 1)]
+        return [*finer, (whole(coarsest),)]
 
-    def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[list[Reading], Reading]:
-        if isinstance(input, Tensor) and fork.variant == "dfs":  # the image, as in VGGBlock
-            input = fork.whole(input.contiguous(memory_format=torch.channels_last))
+    def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
         return self.route(self._scales(input), fork, is_last)
 
-    def route(self, made: list[Reading], fork: Fork, is_last: bool) -> tuple[list[Reading], Reading]:
+    def _scales(self, input: tuple) -> list[Reading]:
+        for layer in self.layers:
+            input = layer(*input)
+        return readings(input)
+
+    def route(self, made: list[Reading], fork: Fork, is_last: bool) -> tuple[Reading, ...]:
         *finer, coarsest = made
         deeper, exit = (coarsest, coarsest) if is_last else fork_concat(coarsest, fork)
-        return [*finer, deeper], exit
+        return (*finer, deeper, exit)
 
     def feature_of(self, made: list[Reading]) -> Tensor:
-        return whole(made[-1], 1)
-
-    def _scales(self, input: Any) -> list[Reading]:
-        for layer in self.layers:
-            input = layer(input)
-        return input
+        return whole(made[-1])
 
 
 class MSDNetExit(Exit):
@@ -200,12 +203,13 @@ class MSDNetExit(Exit):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, num_classes, **dd)
 
-    def feature(self, input: Reading) -> Tensor:
-        """A reading of a feature (N, in_channels, H, W) -> (N, width)."""
-        return whole(global_avg_pool(self.convs(input)), 1)
+    def feature(self, reading: Reading) -> Reading:
+        """Of a feature (N, in_channels, H, W): (N, width)."""
+        first, second = self.convs
+        return global_avg_pool((second(first(*reading)),))
 
     def classify(self, feature: Reading) -> Tensor:
-        return apply_layer(self.linear, self.dropout(feature))
+        return self.linear(self.dropout(*feature))
 
 
 def _dense_layer(
@@ -255,13 +259,9 @@ def _make_blocks(
 
 def _create_msdnet(
     name: str,
+    fork: Fork,
     *,
     num_classes: int,
-    beta: float,
-    variant: str,
-    reference: bool,
-    exit_gradient: str | None,
-    backend: str | None,
     num_exits: int | None = None,
     base: int | None = None,
     step: int | None = None,
@@ -296,24 +296,23 @@ def _create_msdnet(
     for block, width in _make_blocks(config, in_channels, bottleneck, dd):
         blocks.append(block)
         exits.append(MSDNetExit(width, config.head_width or width, num_classes, dropout, **dd))
-    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "whole", backend=backend)
     shape = (in_channels, config.image_size, config.image_size)
     return MultiExitModel(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
 
 
-@register_model
-def msdnet_cifar(**kwargs: Any) -> MultiExitModel:
+@register_model("whole")
+def msdnet_cifar(fork: Fork, **options: Any) -> MultiExitModel:
     """7 exits, 16 layers, for 32 px images (the paper's CIFAR-100 table)."""
-    return _create_msdnet("msdnet_cifar", **kwargs)
+    return _create_msdnet("msdnet_cifar", fork, **options)
 
 
-@register_model
-def msdnet_cifar_lin_grow(**kwargs: Any) -> MultiExitModel:
+@register_model("whole")
+def msdnet_cifar_lin_grow(fork: Fork, **options: Any) -> MultiExitModel:
     """5 exits, 15 layers in growing blocks, for 32 px images (L2W-DEN's and IMTA's CIFAR net)."""
-    return _create_msdnet("msdnet_cifar_lin_grow", **kwargs)
+    return _create_msdnet("msdnet_cifar_lin_grow", fork, **options)
 
 
-@register_model
-def msdnet_imagenet(**kwargs: Any) -> MultiExitModel:
+@register_model("whole")
+def msdnet_imagenet(fork: Fork, **options: Any) -> MultiExitModel:
     """5 exits, 20 layers, for 224 px images (the paper's ImageNet table)."""
-    return _create_msdnet("msdnet_imagenet", **kwargs)
+    return _create_msdnet("msdnet_imagenet", fork, **options)

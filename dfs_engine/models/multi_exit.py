@@ -1,7 +1,7 @@
 """The contract of every multi-exit model."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dfs_engine import backend as backends
 from dfs_engine import calibration
 from dfs_engine.names import check_choice
-from dfs_engine.nn.routing import Fork, Reading
+from dfs_engine.nn.fork import Fork
+from dfs_engine.nn.reading import Reading, flat, readings
 from dfs_engine.partition import ChannelSlice
 
 FEATURES = ("blocks", "exits")
@@ -30,22 +31,40 @@ class Distillation(NamedTuple):
 
 
 class Block(nn.Module):
-    """Makes a feature from what it reads; a family overrides `forward`, and `produce` where it has a fused form.
+    """Makes a feature from what it reads; a family overrides `make`, and `produce` where it has a fused form.
 
-    Where the deeper path reads more than the feature that is split (MSDNet: other scales), what `forward` makes is what
+    Where the deeper path reads more than the feature that is split (MSDNet: other scales), what `make` makes is what
     `route` and `feature_of` know to take apart.
     """
 
-    def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
-        """Returns what the deeper path and the exit read of this block's feature; of the last, what the exit reads."""
-        return self.route(self(input), fork, is_last)
+    def forward(self, *input: Any, fork: Fork, is_last: bool, return_feature: bool = False, **context: Any) -> tuple:
+        """What the deeper path and the exit read of this block's feature, one reading after the other.
 
-    def route(self, made: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
-        """Returns what the deeper path and the exit read of what `forward` made; the last feature is not split."""
-        return (made, made) if is_last else fork(made)
+        Args:
+            input: a reading, the arguments that a layer is called with (see `nn.reading`), or several.
+            is_last: the last feature is not split.
+            return_feature: also return the feature, whole and with full gradient.
+            context: what else `make` takes, the same for all blocks.
+        """
+        if not return_feature:
+            return flat(self.produce(input, fork, is_last, **context))
+        made = self.make(*input, **context)
+        return (*flat(self.route(made, fork, is_last)), self.feature_of(made))
+
+    def make(self, *input: Any, **context: Any) -> Any:
+        """The feature, of a reading."""
+        raise NotImplementedError
+
+    def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
+        """What the deeper path reads, and last what the exit does."""
+        return self.route(self.make(*input, **context), fork, is_last)
+
+    def route(self, made: Any, fork: Fork, is_last: bool) -> tuple[Reading, ...]:
+        """The same, of what `make` made."""
+        return ((made,), (made,)) if is_last else fork(made)
 
     def feature_of(self, made: Any) -> Tensor:
-        """The feature that the exit reads, of what `forward` made."""
+        """The feature that the exit reads, of what `make` made."""
         return made
 
 
@@ -109,35 +128,31 @@ class MultiExitModel(nn.Module):
         Returns:
             list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and a list of features.
         """
-        if return_features is True or return_features == "blocks":
-            return self._forward_with_features(input)
-        if return_features:
-            check_choice("return_features", return_features, FEATURES)
+        if self.fork.variant == "dfs" and self.fork.dim == 1:  # the kernels behind it want that, and it is small
+            input = input.contiguous(memory_format=torch.channels_last)
+        return self._run((input,), return_features)
+
+    def _run(self, deeper: tuple, return_features: bool | str, **context: Any) -> Any:
+        """`forward` of the first block's arguments; `context` is what all blocks are called with besides."""
+        if return_features is not False:
+            check_choice("return_features", "blocks" if return_features is True else return_features, FEATURES)
+        wants_blocks, wants_exits = return_features in (True, "blocks"), return_features == "exits"
         logits, features = [], []
-        deeper: Any = input
         last = self.num_exits - 1
         for index, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
-            deeper, reading = cast(Block, block).produce(deeper, self.fork, index == last)
-            if return_features:
-                exit_logits, feature = exit(reading, return_feature=True)
+            made = block(*deeper, fork=self.fork, is_last=index == last, return_feature=wants_blocks, **context)
+            if wants_blocks:
+                made, feature = made[:-1], made[-1]
+                features.append(feature)
+            *others, reading = readings(made)
+            deeper = flat(others)
+            if wants_exits:
+                exit_logits, feature = exit(*reading, return_feature=True)
                 features.append(feature)
             else:
-                exit_logits = exit(reading)
+                exit_logits = exit(*reading)
             logits.append(exit_logits)
         return (logits, features) if return_features else logits
-
-    def _forward_with_features(self, input: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """A fused block never holds its feature with full gradient, hence the plain form."""
-        logits, features = [], []
-        deeper: Any = input
-        last = self.num_exits - 1
-        for index, (module, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
-            block = cast(Block, module)
-            made = block(deeper)
-            deeper, reading = block.route(made, self.fork, index == last)
-            logits.append(exit(reading))
-            features.append(block.feature_of(made))
-        return logits, features
 
     def example_input(self, batch: int = 1) -> Any:
         """A random batch of what `forward` takes, where the model is and in its dtype."""

@@ -3,12 +3,25 @@
 import fnmatch
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dfs_engine.models.multi_exit import MultiExitModel
 from dfs_engine.names import nearest_name
+from dfs_engine.nn import Fork, convert_layers
 
-Entrypoint = Callable[..., MultiExitModel]
+
+class Family(NamedTuple):
+    """What builds a model around its fork, and how the published models of its kind are split.
+
+    Attributes:
+        create: (fork, num_classes=, and the family's own options) -> model.
+        exit_gradient: what an exit trains of the feature that it reads.
+        dim: channel axis of the features.
+    """
+
+    create: Callable[..., MultiExitModel]
+    exit_gradient: str
+    dim: int = 1
 
 
 class Catalogue(NamedTuple):
@@ -16,36 +29,41 @@ class Catalogue(NamedTuple):
 
     description: str
     names: Callable[[str], list[str]]
-    create: Entrypoint
+    family: Family
 
 
-_entrypoints: dict[str, Entrypoint] = {}
+_families: dict[str, Family] = {}
 _catalogues: list[Catalogue] = []
+_Create = TypeVar("_Create", bound=Callable[..., MultiExitModel])
 
 
-def register_model(entrypoint: Entrypoint) -> Entrypoint:
-    """Makes a function that builds a model known by its own name."""
-    _entrypoints[entrypoint.__name__] = entrypoint
-    return entrypoint
+def register_model(exit_gradient: str, dim: int = 1) -> Callable[[_Create], _Create]:
+    """Makes a function that builds a model around a fork known by its own name; see `Family`."""
+
+    def register(create: _Create) -> _Create:
+        _families[create.__name__] = Family(create, exit_gradient, dim)
+        return create
+
+    return register
 
 
-def register_catalogue(description: str, names: Callable[[str], list[str]], create: Entrypoint) -> None:
+def register_catalogue(description: str, names: Callable[[str], list[str]], family: Family) -> None:
     """Makes models known by the names that another library gives them.
 
     Args:
         description: of what it holds, for error messages.
         names: those that match a shell pattern; a name matches itself.
-        create: builds the model of its first argument.
+        family: whose `create` takes the name first.
     """
-    _catalogues.append(Catalogue(description, names, create))
+    _catalogues.append(Catalogue(description, names, family))
 
 
 def list_models(pattern: str | None = None) -> list[str]:
     """Names of the models of this package; with a shell pattern, e.g. "vit_*", also of timm's that can have exits."""
     if pattern is None:
-        return sorted(_entrypoints)
+        return sorted(_families)
     others = {name for catalogue in _catalogues for name in catalogue.names(pattern)}
-    return sorted({*fnmatch.filter(_entrypoints, pattern), *others})
+    return sorted({*fnmatch.filter(_families, pattern), *others})
 
 
 def check_model(name: str, argument: str = "model") -> str:
@@ -54,17 +72,17 @@ def check_model(name: str, argument: str = "model") -> str:
     Raises:
         ValueError: naming the argument, the value, what is valid and the nearest name.
     """
-    _entrypoint(name, argument)
+    _family(name, argument)
     return name
 
 
-def _entrypoint(name: str, argument: str) -> Entrypoint:
-    if name in _entrypoints:
-        return _entrypoints[name]
+def _family(name: str, argument: str) -> Family:
+    if name in _families:
+        return _families[name]
     for catalogue in _catalogues:
         if isinstance(name, str) and name in catalogue.names(name):
-            return partial(catalogue.create, name)
-    valid = [*sorted(_entrypoints), *(catalogue.description for catalogue in _catalogues)]
+            return catalogue.family._replace(create=partial(catalogue.family.create, name))
+    valid = [*sorted(_families), *(catalogue.description for catalogue in _catalogues)]
     raise ValueError(
         f"{argument}: expected one of {', '.join(valid)}, got {name!r}.{nearest_name(name, list_models('*'))}"
     )
@@ -97,18 +115,19 @@ def create_model(
     Raises:
         ValueError: an unknown name or value, naming the valid ones. TypeError: an option the family does not have.
     """
-    entrypoint = _entrypoint(name, "model")
+    family = _family(name, "model")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}.")
-    model = entrypoint(
-        num_classes=num_classes,
-        beta=beta,
-        variant=variant,
+    fork = Fork(
+        beta,
+        variant,
         reference=reference,
-        exit_gradient=exit_gradient,
+        exit_gradient=exit_gradient or family.exit_gradient,
+        dim=family.dim,
         backend=backend,
-        **options,
     )
+    model = family.create(fork, num_classes=num_classes, **options)
+    convert_layers(model, variant, backend)
     # Where the weights lie and where they came from is no part of what the model is.
     kept = {key: value for key, value in options.items() if key not in ("device", "dtype", "pretrained")}
     model.name, model.options = name, kept | model.options

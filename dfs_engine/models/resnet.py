@@ -7,26 +7,13 @@ twice, on its main path and in its shortcut, and the exit reads twice, in its ga
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
 from dfs_engine.names import check_choice
-from dfs_engine.nn import (
-    ConcatReading,
-    Exit,
-    ExitHead,
-    Fork,
-    Reading,
-    apply_layer,
-    apply_norm_relu,
-    global_avg_pool,
-    multiply,
-    read_like,
-    whole,
-)
+from dfs_engine.nn import Exit, ExitHead, Fork, Reading, apply_layer, apply_norm_relu, global_avg_pool, multiply, whole
 
 # kernel sizes of a residual block's convolutions, width of its last one as a multiple of the others
 _BASIC = ((3, 3), 1)
@@ -49,8 +36,8 @@ class ConvNormReLU(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **dd)
         self.bn = nn.BatchNorm2d(out_channels, **dd)
 
-    def forward(self, input: Reading, residual: Tensor | None = None) -> Reading:
-        return apply_norm_relu(self.bn, apply_layer(self.conv, input), input, residual)
+    def forward(self, *input: Any, residual: Tensor | None = None) -> Tensor:
+        return apply_norm_relu(self.bn, apply_layer(self.conv, input), residual)
 
 
 class Stem(ConvNormReLU):
@@ -60,9 +47,9 @@ class Stem(ConvNormReLU):
         super().__init__(in_channels, out_channels, *((7, 2) if large else (3, 1)), **dd)
         self.large = large
 
-    def forward(self, input: Reading, residual: Tensor | None = None) -> Reading:
-        output = super().forward(input, residual)
-        return read_like(F.max_pool2d(whole(output, 1), 3, 2, 1), input) if self.large else output
+    def forward(self, *input: Any, residual: Tensor | None = None) -> Tensor:
+        output = super().forward(*input, residual=residual)
+        return F.max_pool2d(output, 3, 2, 1) if self.large else output
 
 
 class ResidualBlock(nn.Module):
@@ -88,16 +75,15 @@ class ResidualBlock(nn.Module):
             self.shortcut_conv = nn.Conv2d(in_channels, widths[-1], 1, stride, bias=False, **dd)
             self.shortcut_bn = nn.BatchNorm2d(widths[-1], **dd)
 
-    def forward(self, input: Reading) -> Reading:
+    def forward(self, *input: Any) -> Tensor:
         if self.shortcut_conv is None or self.shortcut_bn is None:
-            shortcut = whole(input, 1)
+            shortcut = whole(input)
         else:
             shortcut = self.shortcut_bn(apply_layer(self.shortcut_conv, input))
         *layers, last = self.layers
-        hidden = input
         for layer in layers:
-            hidden = layer(hidden)
-        return last(hidden, shortcut)
+            input = (layer(*input),)
+        return last(*input, residual=shortcut)
 
 
 class Stage(Block):
@@ -107,16 +93,10 @@ class Stage(Block):
         super().__init__()
         self.stem, self.residual_blocks = stem, nn.ModuleList(residual_blocks)
 
-    def forward(self, input: Reading) -> Tensor:
-        hidden = input if self.stem is None else self.stem(input)
-        for block in self.residual_blocks:
-            hidden = block(hidden)
-        return whole(hidden, 1)
-
-    def produce(self, input: Reading, fork: Fork, is_last: bool) -> tuple[Reading, Reading]:
-        if isinstance(input, Tensor) and fork.variant == "dfs":  # the image, as in VGGBlock
-            input = fork.whole(input.contiguous(memory_format=torch.channels_last))
-        return super().produce(input, fork, is_last)
+    def make(self, *input: Any) -> Tensor:
+        for layer in self.residual_blocks if self.stem is None else [self.stem, *self.residual_blocks]:
+            input = (layer(*input),)
+        return whole(input)
 
 
 class SepConv(nn.Module):
@@ -130,9 +110,9 @@ class SepConv(nn.Module):
         self.depthwise2 = nn.Conv2d(in_channels, in_channels, 3, **depthwise)
         self.pointwise2 = ConvNormReLU(in_channels, out_channels, 1, **dd)
 
-    def forward(self, input: Reading) -> Reading:
-        hidden = self.pointwise1(read_like(apply_layer(self.depthwise1, input), input))
-        return self.pointwise2(read_like(apply_layer(self.depthwise2, hidden), hidden))
+    def forward(self, *input: Any) -> Tensor:
+        hidden = self.pointwise1(apply_layer(self.depthwise1, input))
+        return self.pointwise2(self.depthwise2(hidden))
 
 
 class AttentionExit(Exit):
@@ -151,14 +131,13 @@ class AttentionExit(Exit):
         self.sep_convs = nn.Sequential(*(SepConv(*pair, **dd) for pair in pairwise(widths)))
         self.linear = nn.Linear(widths[-1], num_classes, **dd)
 
-    def feature(self, input: Reading) -> Reading:
-        """A reading of a feature (N, in_channels, H, W) -> (N, channels of the last stage)."""
-        assert not isinstance(input, ConcatReading)  # nothing is concatenated here
-        size = (input if isinstance(input, Tensor) else input.live).shape[2:]
-        gate = whole(apply_norm_relu(self.gate_bn, whole(self.gate(input), 1), input), 1)
-        gate = F.interpolate(gate, size, mode="bilinear").sigmoid()  # twice the size, of an odd one almost
-        gated = read_like(multiply(input, gate, 1), input)
-        return global_avg_pool(self.sep_convs(gated))
+    def feature(self, reading: Reading) -> Reading:
+        """Of a feature (N, in_channels, H, W): (N, channels of the last stage)."""
+        gate = apply_norm_relu(self.gate_bn, self.gate(*reading))
+        gate = F.interpolate(
+            gate, reading[0].shape[2:], mode="bilinear"
+        ).sigmoid()  # twice the size, of an odd one almost
+        return global_avg_pool((self.sep_convs(multiply(reading, gate)),))
 
     def classify(self, feature: Reading) -> Tensor:
         return apply_layer(self.linear, feature)
@@ -166,13 +145,9 @@ class AttentionExit(Exit):
 
 def _create_resnet(
     name: str,
+    fork: Fork,
     *,
     num_classes: int,
-    beta: float,
-    variant: str,
-    reference: bool,
-    exit_gradient: str | None,
-    backend: str | None,
     stem: str = "cifar",
     width: int = 64,
     in_channels: int = 3,
@@ -198,7 +173,6 @@ def _create_resnet(
             exits.append(AttentionExit(channels, last - index, num_classes, **dd))
         else:
             exits.append(ExitHead(channels, num_classes, bias=True, **dd))
-    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "own", backend=backend)
     shape = (in_channels, image_size, image_size)
     model = MultiExitModel(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
     for module in model.modules():
@@ -207,19 +181,19 @@ def _create_resnet(
     return model
 
 
-@register_model
-def resnet18(**kwargs: Any) -> MultiExitModel:
+@register_model("own")
+def resnet18(fork: Fork, **options: Any) -> MultiExitModel:
     """4 stages of 2 basic blocks, 4 exits (the paper's comparison with BYOT)."""
-    return _create_resnet("resnet18", **kwargs)
+    return _create_resnet("resnet18", fork, **options)
 
 
-@register_model
-def resnet34(**kwargs: Any) -> MultiExitModel:
+@register_model("own")
+def resnet34(fork: Fork, **options: Any) -> MultiExitModel:
     """Stages of 3, 4, 6 and 3 basic blocks, 4 exits."""
-    return _create_resnet("resnet34", **kwargs)
+    return _create_resnet("resnet34", fork, **options)
 
 
-@register_model
-def resnet50(**kwargs: Any) -> MultiExitModel:
+@register_model("own")
+def resnet50(fork: Fork, **options: Any) -> MultiExitModel:
     """Stages of 3, 4, 6 and 3 bottlenecks, 4 exits."""
-    return _create_resnet("resnet50", **kwargs)
+    return _create_resnet("resnet50", fork, **options)

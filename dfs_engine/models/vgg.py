@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfs_engine.models.multi_exit import Block, Distillation, MultiExitModel
 from dfs_engine.models.registry import register_model
 from dfs_engine.names import check_choice
-from dfs_engine.nn import ExitHead, Fork, Reading, apply_layer, produce_readings
+from dfs_engine.nn import ExitHead, Fork, NormAct2d, Reading, apply_layer, produce_readings
 from dfs_engine.partition import ChannelSlice, Partition
 
 # name -> convolutions per stage, width of each stage as a multiple of the first, image size, pixels a side of what
@@ -40,16 +40,14 @@ class VGGBlock(Block):
         self.bn = nn.BatchNorm2d(out_channels, **dd)
         self.pool = pool
 
-    def forward(self, input: Reading) -> Tensor:
+    def make(self, *input: Any) -> Tensor:
         feature = self.bn(F.relu(apply_layer(self.conv, input), inplace=True))
         return F.max_pool2d(feature, 2) if self.pool else feature
 
-    def produce(self, input: Reading, fork: Fork, is_last: bool) -> tuple[Reading, Reading]:
-        if fork.variant != "dfs" or type(self.bn) is not nn.BatchNorm2d:  # e.g. converted to SyncBatchNorm
+    def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
+        if not isinstance(self.bn, NormAct2d):  # not `dfs`, or e.g. converted to SyncBatchNorm
             return super().produce(input, fork, is_last)
-        if isinstance(input, Tensor):  # the image: the kernels behind it want channels_last, and it is small
-            input = fork.whole(input.contiguous(memory_format=torch.channels_last))
-        return produce_readings(apply_layer(self.conv, input), self.bn, fork, pool=self.pool, is_last=is_last)
+        return produce_readings(self.bn, apply_layer(self.conv, input), fork, pool=self.pool, is_last=is_last)
 
     def extra_repr(self) -> str:
         return f"pool={self.pool}"
@@ -94,13 +92,9 @@ def _draw_parts(weight: Tensor, *parts: ChannelSlice) -> None:
 
 def _create_vgg(
     name: str,
+    fork: Fork,
     *,
     num_classes: int,
-    beta: float,
-    variant: str,
-    reference: bool,
-    exit_gradient: str | None,
-    backend: str | None,
     init: str = "published",
     width: int = 64,
     in_channels: int = 3,
@@ -128,7 +122,6 @@ def _create_vgg(
                 blocks.append(VGGBlock(channels, width * multiple, bias=not blocks, pool=is_last, **dd))
                 channels = width * multiple
                 exits.append(ExitHead(channels, num_classes, **dd))
-    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "own", backend=backend)
     if init == "published":
         _draw_as_published(blocks, exits, fork.beta)
     shape = (in_channels, image_size, image_size)
@@ -138,13 +131,13 @@ def _create_vgg(
     return model
 
 
-@register_model
-def vgg7_64(**kwargs: Any) -> MultiExitModel:
+@register_model("own")
+def vgg7_64(fork: Fork, **options: Any) -> MultiExitModel:
     """6 convolutions for 32 px images, 6 exits (the paper's CPU experiment)."""
-    return _create_vgg("vgg7_64", **kwargs)
+    return _create_vgg("vgg7_64", fork, **options)
 
 
-@register_model
-def vgg16_64(**kwargs: Any) -> MultiExitModel:
+@register_model("own")
+def vgg16_64(fork: Fork, **options: Any) -> MultiExitModel:
     """13 convolutions for 224 px images, 13 exits (the paper's GPU experiment)."""
-    return _create_vgg("vgg16_64", **kwargs)
+    return _create_vgg("vgg16_64", fork, **options)

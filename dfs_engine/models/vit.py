@@ -20,21 +20,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfs_engine.extras import needs
 from dfs_engine.models.multi_exit import Block, MultiExitModel
-from dfs_engine.models.registry import register_catalogue
+from dfs_engine.models.registry import Family, register_catalogue
 from dfs_engine.nn import (
     Exit,
     Fork,
+    PartitionedLayerNorm,
     Reading,
     add,
     apply_norm_linear,
     attend,
     convert_dropouts,
-    convert_linears,
     map_channels,
     whole,
 )
-from dfs_engine.nn.linear import PartitionedLinear
-from dfs_engine.nn.routing import SlicedReading
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +46,8 @@ class ViTStem(Block):
         super().__init__()
         self.vit = vit
 
-    def forward(self, input: Reading) -> Tensor:
-        return cast(Any, self.vit).forward_features(input)
+    def make(self, *input: Any) -> Tensor:
+        return cast(Any, self.vit).forward_features(*input)
 
 
 class ViTBlock(Block):
@@ -63,16 +61,16 @@ class ViTBlock(Block):
         super().__init__()
         self.block, self.exit_reads_token = block, exit_reads_token
 
-    def forward(self, input: Reading) -> Tensor:
+    def make(self, *input: Any) -> Tensor:
         block: Any = self.block
-        if not isinstance(input, SlicedReading) or not reads_slices(block):
+        if len(input) == 1 or not reads_slices(block):
             return block(whole(input))
         qkv = apply_norm_linear(block.norm1, block.attn.qkv, input)
         return self._finish(input, *qkv.chunk(3, -1))
 
-    def produce(self, input: Any, fork: Fork, is_last: bool) -> tuple[Any, Reading]:
+    def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
         block: Any = self.block
-        narrows = is_last and self.exit_reads_token and isinstance(input, SlicedReading) and reads_slices(block)
+        narrows = is_last and self.exit_reads_token and len(input) == 3 and reads_slices(block)
         if not narrows:
             return super().produce(input, fork, is_last)
         # Of the other tokens only keys and values are needed.
@@ -81,7 +79,7 @@ class ViTBlock(Block):
         query = apply_norm_linear(block.norm1, block.attn.qkv, first, slice(width))
         others = apply_norm_linear(block.norm1, block.attn.qkv, input, slice(width, None))
         made = self._finish(first, query, *others.chunk(2, -1))
-        return made, made
+        return (made,), (made,)
 
     def _finish(self, input: Reading, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block behind `qkv`, for the tokens that have a query: `input` (N, t, C) -> (N, t, C)."""
@@ -101,20 +99,31 @@ class ViTExit(Exit):
         super().__init__()
         self.tail = tail
 
-    def feature(self, input: Reading) -> Tensor:
-        """A reading of (N, T, C) -> normalised and pooled, (N, C)."""
+    def feature(self, reading: Reading) -> Reading:
+        """Of (N, T, C): normalised and pooled, (N, C)."""
         tail: Any = self.tail
         if tail.global_pool == "token":  # the norm looks at each token alone, so that of the others none is needed
-            input = map_channels(lambda tokens: tokens[:, :1], input)
-        return tail.forward_head(tail.norm(whole(input)), pre_logits=True)
+            reading = map_channels(lambda tokens: tokens[:, :1], reading)
+        return (tail.forward_head(tail.norm(whole(reading)), pre_logits=True),)
 
     def classify(self, feature: Reading) -> Tensor:
-        return cast(Any, self.tail).head(feature)
+        return cast(Any, self.tail).head(*feature)
 
 
-def reads_slices(block: nn.Module) -> bool:
-    """Whether a timm block is of the kind that `ViTBlock` can take apart, to compute a slice's gradient only."""
+def reads_slices(block: Any) -> bool:
+    """Whether `_read_slices` was done to a timm block, and nobody has put something else into it since."""
+    return _is_plain(block) and isinstance(block.norm1, PartitionedLayerNorm) and isinstance(block.attn.qkv, nn.Linear)
+
+
+def _read_slices(block: Any) -> None:
+    """Prepares a timm block to compute a slice's gradient only, if it is of a kind that `ViTBlock` can take apart."""
     from timm.layers import LayerNorm
+
+    if _is_plain(block) and type(block.norm1) in (nn.LayerNorm, LayerNorm) and type(block.attn.qkv) is nn.Linear:
+        block.norm1.__class__ = PartitionedLayerNorm
+
+
+def _is_plain(block: Any) -> bool:
     from timm.models.vision_transformer import Attention
     from timm.models.vision_transformer import Block as PlainBlock
 
@@ -122,8 +131,7 @@ def reads_slices(block: nn.Module) -> bool:
         return False
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
     has_others = any(name not in parts and type(part) is not nn.Identity for name, part in block.attn.named_children())
-    is_linear = type(block.attn.qkv) in (nn.Linear, PartitionedLinear)
-    return is_linear and type(block.norm1) in (nn.LayerNorm, LayerNorm) and not has_others
+    return not has_others
 
 
 def _attend(attention: Any, *projections: Tensor) -> Tensor:
@@ -155,13 +163,9 @@ def list_vits(pattern: str = "*") -> list[str]:
 
 def create_vit(
     name: str,
+    fork: Fork,
     *,
     num_classes: int,
-    beta: float,
-    variant: str,
-    reference: bool,
-    exit_gradient: str | None,
-    backend: str | None,
     start_block: int = 6,
     pretrained: bool | str | Path = False,
     device: Any = None,
@@ -183,7 +187,6 @@ def create_vit(
     with needs("vision"):
         import timm
 
-    fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient or "whole", dim=-1, backend=backend)
     weights = False if str(device) == "meta" else pretrained
     vit: Any = timm.create_model(name, num_classes=num_classes, **_source(weights), **options)
     _check_start_block(start_block, len(vit.blocks))
@@ -200,15 +203,18 @@ def create_vit(
         num_classes=num_classes,
         input_shape=(options.get("in_chans", 3), *vit.patch_embed.img_size),
     )
-    if variant == "dfs":
+    if fork.variant == "dfs":
+        for block in model.blocks[1:]:
+            _read_slices(cast(ViTBlock, block).block)
         _warn_of_whole_blocks(name, blocks)
-        convert_linears(model, backend)
-        convert_dropouts(model, backend)
+        convert_dropouts(model, fork.backend)
     return model.to(device=device, dtype=dtype)
 
 
 register_catalogue(
-    "a timm VisionTransformer such as vit_tiny_patch16_224 (with dfs_engine[vision])", list_vits, create_vit
+    "a timm VisionTransformer such as vit_tiny_patch16_224 (with dfs_engine[vision])",
+    list_vits,
+    Family(create_vit, "whole", dim=-1),
 )
 
 

@@ -2,34 +2,38 @@
 
 from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
-from dfs_engine.nn.conv_block import apply_norm_relu, produce_readings
+from dfs_engine.nn.convert import convert_layers, partition_layer, to_stock
 from dfs_engine.nn.dropout import Dropout, attend, convert_dropouts
 from dfs_engine.nn.exit_head import Exit, ExitHead, TokenHead
-from dfs_engine.nn.linear import PartitionedLinear, apply_linears, convert_linears
+from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
+from dfs_engine.nn.linear import PartitionedLinear, apply_linears
 from dfs_engine.nn.loss import exit_loss, smooth_labels
-from dfs_engine.nn.norm_linear import apply_norm_linear
-from dfs_engine.nn.routing import (
-    VARIANTS,
-    ConcatReading,
-    Fork,
+from dfs_engine.nn.norm_act import NormAct2d, apply_norm_relu, produce_readings
+from dfs_engine.nn.norm_linear import PartitionedLayerNorm, apply_norm_linear
+from dfs_engine.nn.reading import (
+    Columns,
     Reading,
     add,
     apply_layer,
+    flat,
     global_avg_pool,
     map_channels,
     multiply,
-    read_like,
+    readings,
     whole,
 )
 
 __all__ = [
+    "SLICED_VARIANTS",
     "VARIANTS",
-    "ConcatReading",
+    "Columns",
     "Dropout",
     "Exit",
     "ExitHead",
     "Fork",
+    "NormAct2d",
     "PartitionedConv2d",
+    "PartitionedLayerNorm",
     "PartitionedLinear",
     "Reading",
     "TokenHead",
@@ -41,14 +45,17 @@ __all__ = [
     "attend",
     "concat",
     "convert_dropouts",
-    "convert_linears",
+    "convert_layers",
     "exit_loss",
+    "flat",
     "fork_concat",
     "global_avg_pool",
     "map_channels",
     "multiply",
+    "partition_layer",
     "produce_readings",
-    "read_like",
+    "readings",
     "smooth_labels",
+    "to_stock",
     "whole",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dfs_engine.backend import check_backend
 from dfs_engine.nn.linear import _share_parameters
+from dfs_engine.nn.reading import Columns, whole
 from dfs_engine.ops import _common, partitioned_conv2d
 
 
@@ -23,6 +24,8 @@ class PartitionedConv2d(nn.Conv2d):
         reference: whether channels outside the slice are read (True) or read as zero (False).
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
     """
+
+    takes_slices = True  # see `nn.reading.apply_layer`
 
     def __init__(
         self,
@@ -49,25 +52,43 @@ class PartitionedConv2d(nn.Conv2d):
         self.reference, self.backend = reference, check_backend(backend)
         _common.check_slice("PartitionedConv2d", self.start, self.stop, in_channels, "in_channels")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
+    def forward(self, input: Tensor, full: Tensor | None = None, columns: Columns | None = None) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W').
+
+        Args:
+            input: all channels, or, with `full`, the live ones alone (N, live, H, W).
+            full: all channels, without gradient.
+            columns: which channels of `full` are live; then the layer's own slice does not matter.
+        """
+        if full is None or columns is None:
+            return self._compute(input, full, self.weight, Columns(self.start, self.reference), self.stop)
+        weight = self.weight
+        if columns.order is not None:
+            if self.groups != 1:  # its weight has no column for each channel
+                return self._compute(whole((input, full, columns)), None, weight, Columns(0), self.in_channels)
+            weight = columns.order.columns_of(weight)
+        return self._compute(input, full, weight, columns, columns.start + input.size(columns.dim))
+
+    def _compute(self, input: Tensor, full: Tensor | None, weight: Tensor, columns: Columns, stop: int) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             # Left, right, top, bottom, as nn.Conv2d counts "same" (which may be uneven) and the other modes.
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            full = None if full is None else F.pad(full, self._reversed_padding_repeated_twice, mode=mode)
             padding = 0
         return partitioned_conv2d(
             input,
-            self.weight,
+            weight,
             self.bias,
             self.stride,  # type: ignore[arg-type]
             padding,
             self.dilation,  # type: ignore[arg-type]
             self.groups,
-            start=self.start,
-            stop=self.stop,
-            reference=self.reference,
+            start=columns.start,
+            stop=stop,
+            reference=columns.reference,
+            full=full,
             backend=self.backend,
         )
 

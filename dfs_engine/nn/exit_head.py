@@ -4,13 +4,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dfs_engine.nn.routing import Reading, apply_layer, global_avg_pool, whole
+from dfs_engine.nn.reading import Reading, apply_layer, global_avg_pool, whole
 
 
 class Exit(nn.Module):
     """A classifier in two steps: a family overrides both."""
 
-    def feature(self, input: Reading) -> Reading:
+    takes_slices = True  # see `nn.reading.apply_layer`
+
+    def feature(self, reading: Reading) -> Reading:
         """The exit's own last feature (N, D), of what it reads."""
         raise NotImplementedError
 
@@ -18,18 +20,18 @@ class Exit(nn.Module):
         """Logits (N, num_classes), of the last feature."""
         raise NotImplementedError
 
-    def forward(self, input: Reading, return_feature: bool = False) -> Any:
+    def forward(self, *reading: Any, return_feature: bool = False) -> Any:
         """Returns the logits (N, num_classes); with `return_feature` a pair of them and the last feature (N, D).
 
         Gradient that comes in by the feature goes where the logits' goes, and nowhere else.
         """
-        feature = self.feature(input)
+        feature = self.feature(reading)
         logits = self.classify(feature)
-        return (logits, whole(feature, 1)) if return_feature else logits
+        return (logits, whole(feature)) if return_feature else logits
 
 
 class ExitHead(Exit):
-    """Global average pool and one linear layer: VGG's exit (DESIGN section 2).
+    """Global average pool and one linear layer: VGG's exit.
 
     Args:
         in_channels: channels of the feature it reads.
@@ -43,9 +45,9 @@ class ExitHead(Exit):
         super().__init__()
         self.linear = nn.Linear(in_channels, num_classes, bias, device=device, dtype=dtype)
 
-    def feature(self, input: Reading) -> Reading:
-        """A reading of a feature (N, in_channels, H, W) -> its average (N, in_channels)."""
-        return global_avg_pool(input)
+    def feature(self, reading: Reading) -> Reading:
+        """Of a feature (N, in_channels, H, W): its average (N, in_channels)."""
+        return global_avg_pool(reading)
 
     def classify(self, feature: Reading) -> Tensor:
         return apply_layer(self.linear, feature)
@@ -64,9 +66,9 @@ class TokenHead(Exit):
         self.norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
         self.linear = nn.Linear(in_channels, num_classes, device=device, dtype=dtype)
 
-    def feature(self, input: Reading) -> Tensor:
-        """A reading of tokens (N, T, in_channels) -> (N, in_channels)."""
-        return self.norm(whole(input)).mean(1)
+    def feature(self, reading: Reading) -> Reading:
+        """Of tokens (N, T, in_channels): (N, in_channels)."""
+        return (self.norm(whole(reading)).mean(1),)
 
     def classify(self, feature: Reading) -> Tensor:
         return apply_layer(self.linear, feature)

@@ -1,14 +1,23 @@
 """`nn.Linear` that trains through a slice of its input features."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from dfs_engine.backend import check_backend
-from dfs_engine.nn.routing import Reading, SlicedReading, apply_layer
-from dfs_engine.ops import _common, partitioned_linear
+from dfs_engine.nn.reading import Columns, Reading, apply_layer
+from dfs_engine.ops import _common, partitioned_linear, partitioned_norm_linear
+
+
+class Normalisation(NamedTuple):
+    """A LayerNorm's parameters, (C,) or None, and what it adds to the variance."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 class PartitionedLinear(nn.Linear):
@@ -25,6 +34,8 @@ class PartitionedLinear(nn.Linear):
         reference: whether features outside the slice are read (True) or read as zero (False).
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
     """
+
+    takes_slices = True  # see `nn.reading.apply_layer`
 
     def __init__(
         self,
@@ -44,17 +55,40 @@ class PartitionedLinear(nn.Linear):
         self.reference, self.backend = reference, check_backend(backend)
         _common.check_slice("PartitionedLinear", self.start, self.stop, in_features, "in_features")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return partitioned_linear(
-            input,
-            self.weight,
-            self.bias,
-            start=self.start,
-            stop=self.stop,
-            reference=self.reference,
-            backend=self.backend,
-        )
+    def forward(
+        self,
+        input: Tensor,
+        full: Tensor | None = None,
+        columns: Columns | None = None,
+        norm: Normalisation | None = None,
+        *,
+        rows: slice = slice(None),
+    ) -> Tensor:
+        """(..., in_features) -> (..., out_features).
+
+        Args:
+            input: all features, or, with `full`, the live ones alone (..., live).
+            full: all features, without gradient.
+            columns: which features of `full` are live; then the layer's own slice does not matter.
+            norm: what a `PartitionedLayerNorm` in front has left to do here.
+            rows: of the weight: the output features that are wanted.
+        """
+        # Slices of everything are left out: they would cost a node of the graph.
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if rows != slice(None):
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        if full is None or columns is None:
+            columns, stop = Columns(self.start, self.reference), self.stop
+        else:
+            stop = columns.start + input.size(-1)
+            weight = weight if columns.order is None else columns.order.columns_of(weight)
+        sliced: dict[str, Any] = {
+            "start": columns.start, "stop": stop, "reference": columns.reference, "full": full, "backend": self.backend,
+        }  # fmt: skip
+        if norm is None:
+            return partitioned_linear(input, weight, bias, **sliced)
+        return partitioned_norm_linear(input, norm.weight, norm.bias, weight, bias, eps=norm.eps, **sliced)
 
     @classmethod
     def from_linear(
@@ -89,33 +123,30 @@ class PartitionedLinear(nn.Linear):
         return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
 
 
-def convert_linears(module: nn.Module, backend: str | None = None) -> None:
-    """Lets this engine's kernels compute every plain `nn.Linear` inside `module`: the same parameters, whole gradients.
-
-    Layers of another class, subclasses among them, are left alone.
-    """
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, PartitionedLinear.from_linear(child, backend=backend))
-        else:
-            convert_linears(child, backend)
-
-
-def apply_linears(layers: Sequence[nn.Linear], input: Reading) -> list[Tensor]:
-    """Stock layers on the same reading, e.g. query, key and value; on a sliced one, one product of stacked weights."""
-    if not isinstance(input, SlicedReading):
-        return [apply_layer(layer, input) for layer in layers]
+def apply_linears(layers: Sequence[nn.Module], reading: Reading) -> list[Tensor]:
+    """Layers on the same reading, e.g. query, key and value; plain ones of this engine in one product."""
+    if len(reading) == 1 or not all(map(_is_plain, layers)):
+        return [apply_layer(layer, reading) for layer in layers]
+    first = cast(PartitionedLinear, layers[0])
+    live, full, columns = reading
     output = partitioned_linear(
-        input.live,
-        torch.cat([layer.weight for layer in layers]),
-        None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]),
-        start=input.start,
-        stop=input.start + input.live.size(-1),
-        reference=input.reference,
-        full=input.full,
-        backend=input.backend,
+        live,
+        torch.cat([cast(Tensor, layer.weight) for layer in layers]),
+        None if first.bias is None else torch.cat([cast(Tensor, layer.bias) for layer in layers]),
+        start=columns.start,
+        stop=columns.start + live.size(-1),
+        reference=columns.reference,
+        full=full,
+        backend=first.backend,
     )
-    return list(output.split([layer.out_features for layer in layers], -1))
+    return list(output.split([cast(int, layer.out_features) for layer in layers], -1))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether nobody waits for this layer's own call, and two stock calls a layer were not asked for."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    is_awaited = any(getattr(layer, name) for name in hooks) or _module._has_any_global_hook()
+    return type(layer) is PartitionedLinear and layer.backend != "split" and not is_awaited
 
 
 def _share_parameters(source: nn.Module, target: nn.Module) -> Any:

@@ -11,8 +11,8 @@ from dfs_engine import backend as backends
 from dfs_engine import calibration
 from dfs_engine import reference as oracle
 from dfs_engine.kernels.config import convolution, prefers_triton
-from dfs_engine.ops import _common
-from dfs_engine.partition import dense_memory_format
+from dfs_engine.ops import _common, _two_calls
+from dfs_engine.partition import ChannelSlice, dense_memory_format
 
 NAME = "partitioned_conv2d"
 Pair = tuple[int, int]
@@ -249,7 +249,7 @@ def _grad_input(compute, ctx, grad_output: Tensor, weight: Tensor) -> Tensor:
         size = (num_images, end - offset, height, width)
         geometry = (stride, padding, dilation, window.groups)
         grad_input = compute(grad_output, weight, size, *geometry, start - offset, stop - offset, ctx.channels_last)
-    if not ctx.is_plain:
+    if not ctx.is_plain or stop - start == in_channels:
         return grad_input
     return F.pad(grad_input, (0, 0, 0, 0, start, in_channels - stop))
 
@@ -410,6 +410,10 @@ def partitioned_conv2d(
         return oracle.partitioned_conv2d(
             input, weight, bias, *geometry, start=start, stop=stop, reference=reference, full=full
         )
+    if kernels == backends.SPLIT:
+        live, columns = input if full is not None else input.narrow(1, start, stop - start), ChannelSlice(start, stop)
+        with _common.no_autocast(weight.device.type):
+            return _two_calls.conv2d(live, data, weight, bias, geometry, columns, reference)
     if kernels == "aten" and full is None and stop - start == data.size(1):
         return F.conv2d(input, weight, bias, *geometry)  # nothing to skip: ATen computes both gradients at once
     if reference:

@@ -11,7 +11,8 @@ from dfs_engine import backend as backends
 from dfs_engine import calibration
 from dfs_engine import reference as oracle
 from dfs_engine.kernels.config import prefers_triton
-from dfs_engine.ops import _common
+from dfs_engine.ops import _common, _two_calls
+from dfs_engine.partition import ChannelSlice
 
 NAME = "partitioned_linear"
 
@@ -209,6 +210,10 @@ def partitioned_linear(
         calibration.settle()
     if kernels == "reference":
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
+    if kernels == backends.SPLIT:
+        live, columns = input if full is not None else input.narrow(-1, start, stop - start), ChannelSlice(start, stop)
+        with _common.no_autocast(weight.device.type):
+            return _two_calls.linear(live, data, weight, bias, columns, reference)
     if kernels == "aten" and full is None and stop - start == weight.size(1) > 0:
         return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
     if not reference:

@@ -55,7 +55,7 @@ class ConvBlock(Block):
         self.conv = nn.Conv2d(in_channels, 4, 3, stride=2, groups=2, **dd)
         self.behind = behind
 
-    def forward(self, input):
+    def make(self, input):
         return self.behind(self.conv(input))
 
 

@@ -1,5 +1,6 @@
 """ViT: timm's own models, whatever they are made of."""
 
+import functools
 import inspect
 import logging
 
@@ -315,7 +316,7 @@ def test_checkpointed_blocks(variant):
     expected = results(model, input)
     for block in model.blocks:
         forward = block.forward
-        block.forward = lambda *inputs, forward=forward: checkpoint(forward, *inputs, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
     assert_same(results(model, input), expected)
 
 

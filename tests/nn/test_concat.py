@@ -1,5 +1,6 @@
 """Dense concatenation in every variant against `cat` + `detach`, and the order in which its channels lie."""
 
+import copy
 import random
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import Fork, add, apply_layer, concat, fork_concat, global_avg_pool, multiply, whole
+from dfs_engine.nn import (
+    Fork,
+    add,
+    apply_layer,
+    concat,
+    convert_layers,
+    fork_concat,
+    global_avg_pool,
+    multiply,
+    whole,
+)
 from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.partition import ChannelSlice
 
@@ -63,8 +74,8 @@ class Chain(nn.Module):
         self.linear = nn.Linear(sums[-1], 4, **dd)
         self.depthwise = nn.Conv2d(sums[-1], sums[-1], 3, groups=sums[-1], **dd)
 
-    def forward(self, fork: Fork, features: list[torch.Tensor], is_reading: bool) -> list[torch.Tensor]:
-        x, *new = [fork.whole(feature) for feature in features] if is_reading else features
+    def forward(self, fork: Fork, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        x, *new = [(feature,) for feature in features]
         deeper, _ = fork_concat(x, fork)
         readings = [deeper, concat(deeper, new[0])]
         readings.append(concat(readings[-1], new[1], new[2]))
@@ -73,8 +84,8 @@ class Chain(nn.Module):
         outputs = [apply_layer(conv, reading) for conv, reading in zip(self.convs, readings, strict=True)]
         last = readings[-1]
         outputs += [apply_layer(self.linear, global_avg_pool(last)), apply_layer(self.depthwise, last)]
-        seen = whole(last, 1)
-        return [*outputs, add(last, seen.detach(), 1), multiply(last, seen.detach(), 1), seen]
+        seen = whole(last)
+        return [*outputs, add(last, seen.detach()), multiply(last, seen.detach()), seen]
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
@@ -82,18 +93,20 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("exit_gradient", ["own", "whole"])
 def test_against_cat_and_detach(beta, reference, exit_gradient):
     features = [torch.randn(2, width, 5, 4, dtype=torch.float64) for width in WIDTHS]
-    chain, grads = Chain(), None
+    stock, grads = Chain(), None
 
-    def run(variant, is_reading=False, memory_format=torch.contiguous_format):
+    def run(variant, memory_format=torch.contiguous_format):
         nonlocal grads
+        chain = copy.deepcopy(stock)
+        convert_layers(chain, variant, "aten")
         fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient, backend="aten")
         inputs = [feature.to(memory_format=memory_format, copy=True).requires_grad_() for feature in features]
-        outputs = chain(fork, inputs, is_reading)
+        outputs = chain(fork, inputs)
         grads = grads or [torch.randn_like(output) for output in outputs]
         wanted = [*inputs, *chain.parameters()]
         gradients = torch.autograd.grad(outputs, wanted, grads, materialize_grads=True)
         # Of `whole` the gradient reaches what is live and nothing else.
-        (seen,) = torch.autograd.grad(chain(fork, inputs, is_reading)[-1].sum(), inputs[0], materialize_grads=True)
+        (seen,) = torch.autograd.grad(chain(fork, inputs)[-1].sum(), inputs[0], materialize_grads=True)
         return [*outputs, *gradients, seen]
 
     expected = run("detach")
@@ -103,8 +116,7 @@ def test_against_cat_and_detach(beta, reference, exit_gradient):
     for options in (
         {"variant": "split"},
         {"variant": "dfs"},
-        {"variant": "dfs", "is_reading": True},
-        {"variant": "dfs", "is_reading": True, "memory_format": torch.channels_last},
+        {"variant": "dfs", "memory_format": torch.channels_last},
     ):
         for index, (actual, truth) in enumerate(zip(run(**options), expected, strict=True)):
             assert_close(f"{options}, result {index}", actual, truth)
@@ -115,25 +127,28 @@ def test_nothing_is_rearranged():
     seen = []
     fork = Fork(0.5, "dfs")
     leaves = [torch.randn(2, width, 5, 4).to(memory_format=torch.channels_last).requires_grad_() for width in WIDTHS]
-    x, *new = ((leaf * 1).requires_grad_() for leaf in leaves)
-    new[0].register_hook(seen.append)
+    x, *new = (((leaf * 1).requires_grad_(),) for leaf in leaves)
+    new[0][0].register_hook(seen.append)
     deeper, _ = fork_concat(x, fork)
     first = concat(deeper, new[0], new[1])
     deeper, exit = fork_concat(first, fork)
     second = concat(deeper, new[2])
-    for reading in (first, second):
-        assert reading.stored.full.is_contiguous(memory_format=torch.channels_last)
-        assert reading.stored.live.data_ptr() == reading.stored.full.data_ptr()
-    assert exit.stored.full is first.stored.full
-    apply_layer(nn.Conv2d(16, 3, 3), exit).sum().backward()
+    for live, full, _ in (first, second):
+        assert full.is_contiguous(memory_format=torch.channels_last)
+        assert live.data_ptr() == full.data_ptr()
+    assert exit[1] is first[1]
+    conv = nn.Conv2d(16, 3, 3)
+    convert_layers(conv, "dfs")
+    apply_layer(conv, exit).sum().backward()
     assert seen[0].stride(1) == 1
 
 
 def test_compiled():
     chain, fork = Chain(), Fork(0.5, "dfs", backend="aten")
+    convert_layers(chain, "dfs", "aten")
     features = [torch.randn(2, width, 5, 4, dtype=torch.float64, requires_grad=True) for width in WIDTHS]
     grads = [
-        torch.autograd.grad(sum(output.square().sum() for output in run(fork, features, True)), features)
+        torch.autograd.grad(sum(output.square().sum() for output in run(fork, features)), features)
         for run in (chain, torch.compile(chain, backend="aot_eager", fullgraph=True))
     ]
     for index, (eager, compiled) in enumerate(zip(*grads, strict=True)):

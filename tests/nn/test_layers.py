@@ -16,7 +16,7 @@ from dfs_engine.nn import (
     PartitionedLinear,
     apply_layer,
     apply_linears,
-    convert_linears,
+    convert_layers,
 )
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -188,7 +188,7 @@ def test_convert_linears_keeps_parameters_names_and_values(backend, exact_dtype)
     input = torch.randn(2, 7, 4, dtype=exact_dtype)
     parameters, state, expected = list(model.parameters()), model.state_dict(), model(input)
     truth = torch.autograd.grad(expected.square().sum(), parameters)
-    convert_linears(model, backend)
+    convert_layers(model, "dfs", backend)
     assert [type(model[0]), type(model[1][1]), type(model[2])] == [PartitionedLinear, PartitionedLinear, Lookalike]
     assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == list(state)
@@ -206,6 +206,8 @@ def test_apply_linears_is_each_layer_alone(variant, reference, bias):
     layers = [nn.Linear(7, width, bias, **DD) for width in (3, 5, 3)]
     feature = torch.randn(2, 3, 7, **DD, requires_grad=True)
     leaves = [feature, *(parameter for layer in layers for parameter in layer.parameters())]
+    for layer in layers:
+        convert_layers(layer, variant)
     for reading in Fork(0.4, variant, reference=reference, dim=-1)(feature):
         together, alone = apply_linears(layers, reading), [apply_layer(layer, reading) for layer in layers]
         for left, right in zip(together, alone, strict=True):

@@ -47,7 +47,7 @@ def test_both_readers_against_the_definition(beta, reference, exit_gradient, var
     k = round(beta * CHANNELS)
     exit_start = 0 if exit_gradient == "whole" and reference and beta < 1 else k
     for reader, (start, stop) in enumerate(((0, k), (exit_start, CHANNELS))):
-        actual = run(feature, gate, lambda f, g, reader=reader: multiply(fork(f)[reader], g, axis), create_graph)
+        actual = run(feature, gate, lambda f, g, reader=reader: multiply(fork(f)[reader], g), create_graph)
         expected = run(feature, gate, lambda f, g, s=start, e=stop: masked(f, s, e, reference, axis) * g, create_graph)
         for index, pair in enumerate(zip(actual, expected, strict=True)):
             assert_close(f"result {index}", *pair)
@@ -67,7 +67,7 @@ def test_two_dtypes(reference, wide):
     else:
         feature = feature.bfloat16()
     results = [
-        run(feature, gate, lambda f, g, fork=fork: multiply(fork(f)[1], g, 1))
+        run(feature, gate, lambda f, g, fork=fork: multiply(fork(f)[1], g))
         for fork in (Fork(0.5, variant, reference=reference) for variant in ("detach", "dfs"))
     ]
     for left, right in zip(*results, strict=True):
@@ -82,7 +82,7 @@ def test_inside_compile_and_checkpoint(reference, how):
     fork = Fork(0.5, "dfs", reference=reference)
 
     def product(f, g):
-        return multiply(fork(f)[1], g, 1)
+        return multiply(fork(f)[1], g)
 
     if how == "compiled":
         wrapped = torch.compile(product, fullgraph=True, backend="aot_eager")
@@ -95,5 +95,5 @@ def test_inside_compile_and_checkpoint(reference, how):
 @pytest.mark.parametrize("wanted", ["feature", "gate"])
 def test_only_what_is_asked_for(wanted):
     feature, gate = (torch.randn(2, CHANNELS, 3, 3, requires_grad=name == wanted) for name in ("feature", "gate"))
-    multiply(Fork(0.5, "dfs")(feature)[1], gate, 1).sum().backward()
+    multiply(Fork(0.5, "dfs")(feature)[1], gate).sum().backward()
     assert (feature.grad is not None, gate.grad is not None) == (wanted == "feature", wanted == "gate")

@@ -1,12 +1,14 @@
 """A LayerNorm and a linear on what each variant's readers get: the same values and gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from dfs_engine import backend as backends
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import VARIANTS, Fork, apply_norm_linear
+from dfs_engine.nn import VARIANTS, Fork, PartitionedLayerNorm, apply_norm_linear, convert_layers
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -16,6 +18,15 @@ def layers(affine: bool = True, dtype: torch.dtype = torch.float64) -> tuple[nn.
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     return norm, nn.Linear(10, 7, bias=affine, dtype=dtype)
+
+
+def converted(variant: str, backend: str, *stock: nn.Module) -> list[nn.Module]:
+    """As a `ViTBlock`'s are."""
+    norm, linear = copy.deepcopy(stock)
+    convert_layers(linear, variant, backend)
+    if variant == "dfs":
+        norm.__class__ = PartitionedLayerNorm
+    return [norm, linear]
 
 
 def differentiate(feature: torch.Tensor, fork: Fork, reader: int, norm: nn.LayerNorm, linear: nn.Linear) -> list:
@@ -39,7 +50,7 @@ def test_every_variant_computes_what_detach_computes(
     for reader in (0, 1):
         expected = differentiate(feature, Fork(beta, "detach", **options), reader, norm, linear)
         fork = Fork(beta, variant, **options, backend=backend)
-        actual = differentiate(feature, fork, reader, norm, linear)
+        actual = differentiate(feature, fork, reader, *converted(variant, backend, norm, linear))
         for left, right in zip(actual, expected, strict=True):
             assert_close("result", left, right)
         if variant == "dfs":
@@ -47,9 +58,23 @@ def test_every_variant_computes_what_detach_computes(
 
 
 def test_a_feature_that_is_not_split(backend, exact_dtype):
-    feature, (norm, linear) = torch.randn(4, 10, dtype=exact_dtype, requires_grad=True), layers(dtype=exact_dtype)
-    whole = Fork(0.5, "dfs", dim=-1, backend=backend).whole(feature)
-    results = [apply_norm_linear(norm, linear, given) for given in (whole, feature)]
-    grads = [torch.autograd.grad(output.square().sum(), [feature, *norm.parameters()]) for output in results]
+    feature, stock = torch.randn(4, 10, dtype=exact_dtype, requires_grad=True), layers(dtype=exact_dtype)
+    results, grads = [], []
+    for norm, linear in (stock, converted("dfs", backend, *stock)):
+        results.append(apply_norm_linear(norm, linear, (feature,)))
+        grads.append(torch.autograd.grad(results[-1].square().sum(), [feature, *norm.parameters()]))
     for left, right in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        assert_close("result", left, right)
+
+
+def test_rows_of_the_weight(backend, exact_dtype):
+    feature, stock = torch.randn(2, 3, 10, dtype=exact_dtype, requires_grad=True), layers(dtype=exact_dtype)
+    norm, linear = converted("dfs", backend, *stock)
+    reading = Fork(0.3, "dfs", dim=-1)(feature)[0]
+    parameters = [feature, *norm.parameters(), *linear.parameters()]
+    some, every = apply_norm_linear(norm, linear, reading, slice(2, 5)), apply_norm_linear(norm, linear, reading)
+    grads = [
+        torch.autograd.grad(output.square().sum(), parameters, retain_graph=True) for output in (some, every[..., 2:5])
+    ]
+    for left, right in zip((some, *grads[0]), (every[..., 2:5], *grads[1]), strict=True):
         assert_close("result", left, right)

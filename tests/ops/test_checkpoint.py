@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfs_engine import ops
 from dfs_engine.models import create_model
-from dfs_engine.nn import Dropout, Fork, add, concat, multiply
+from dfs_engine.nn import Dropout, Fork, add, concat, global_avg_pool, multiply
 from dfs_engine.partition import partition
 
 SLICE = {"start": 1, "stop": 4}
@@ -50,10 +50,10 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Callable]] = {
     "norm_relu": ([IMAGE, (6,), (6,)], lambda *args, backend: ops.norm_relu(*args, None, None, backend=backend)),
     "dropout": ([IMAGE], lambda input, backend: Dropout(0.5, backend=backend)(input)),
     "partition": ([IMAGE], lambda input, backend: list(partition(input, 0.4)[1:])),
-    "live mean": ([IMAGE], lambda input, backend: Fork(backend=backend)(input)[0].global_avg_pool().live),
-    "add": ([IMAGE, IMAGE], read(lambda reading, branch: add(reading, branch, 1))),
-    "multiply": ([IMAGE, IMAGE], read(lambda reading, branch: multiply(reading, branch, 1))),
-    "concat": ([IMAGE, IMAGE], read(lambda reading, branch: concat(reading, branch).stored.live)),
+    "live mean": ([IMAGE], lambda input, backend: global_avg_pool(Fork(backend=backend)(input)[0])[0]),
+    "add": ([IMAGE, IMAGE], read(lambda reading, branch: add(reading, branch))),
+    "multiply": ([IMAGE, IMAGE], read(lambda reading, branch: multiply(reading, branch))),
+    "concat": ([IMAGE, IMAGE], read(lambda reading, branch: concat(reading, (branch,))[0])),
 }  # fmt: skip
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dfs_engine import backend as backends
 from dfs_engine import create_model, reference
 from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
-from dfs_engine.nn import Fork
-from dfs_engine.nn.conv_block import produce_readings
+from dfs_engine.nn import Fork, apply_norm_relu, convert_layers, produce_readings
 from dfs_engine.ops import ProducedFeature, conv_block
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -459,7 +458,7 @@ def test_a_bad_value_is_not_hidden(value, training, form, backend):
 
 
 class TestAsBatchNorm2d:
-    """`produce_readings` on an `nn.BatchNorm2d`, beside the module's own forward."""
+    """`produce_readings` on a converted `nn.BatchNorm2d`, beside the module's own forward."""
 
     @pytest.mark.parametrize("momentum", [0.1, 0.7, None], ids=str)
     @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -468,16 +467,17 @@ class TestAsBatchNorm2d:
         dtype = exact_dtype
         bn = nn.BatchNorm2d(6, momentum=momentum, affine=affine, track_running_stats=tracking, dtype=dtype)
         twin = nn.BatchNorm2d(6, momentum=momentum, affine=affine, track_running_stats=tracking, dtype=torch.float64)
+        convert_layers(bn, "dfs", backend)
         fork = Fork(0.5, "dfs", backend=backend)
         for step in range(4):
             bn.train(step < 3)
             twin.train(step < 3)
             z = torch.randn(3, 6, 5, 4, dtype=dtype) * 2 + 1
-            deeper, exit = produce_readings(z, bn, fork, pool=False, is_last=False)
+            deeper, exit = produce_readings(bn, z, fork, pool=False, is_last=False)
             assert backends.last_used("conv_block") == backend
             expected = twin(F.relu(z.double()))
-            assert_close("feature", deeper.full, expected)
-            assert_close("average", exit.full, expected.mean((2, 3)))
+            assert_close("feature", deeper[1], expected)
+            assert_close("average", exit[1], expected.mean((2, 3)))
         assert set(bn.state_dict()) == set(twin.state_dict())
         for name, value in bn.state_dict().items():
             if value.is_floating_point():
@@ -490,11 +490,8 @@ class TestAsBatchNorm2d:
         """As in ResNet: relu(bn(z) + shortcut)."""
         bn, twin = (nn.BatchNorm2d(6, dtype=dtype).train(training) for dtype in (torch.float32, torch.float64))
         z, shortcut = torch.randn(2, 3, 6, 5, 4)
-        fork = Fork(0.5, "dfs", backend=backend)
-        deeper, exit = produce_readings(z, bn, fork, relu_first=False, residual=shortcut, is_last=False)
-        expected = F.relu(twin(z.double()) + shortcut.double())
-        assert_close("feature", deeper.full, expected)
-        assert_close("average", exit.full, expected.mean((2, 3)))
+        convert_layers(bn, "dfs", backend)
+        assert_close("feature", apply_norm_relu(bn, z, shortcut), F.relu(twin(z.double()) + shortcut.double()))
         assert_close("running_var", bn.running_var, twin.running_var)
 
     @TRAINING
@@ -502,10 +499,11 @@ class TestAsBatchNorm2d:
         """A model converted whole: `model.bfloat16()`."""
         bn = nn.BatchNorm2d(6, dtype=torch.bfloat16).train(training)
         z = torch.randn(3, 6, 5, 4).bfloat16().requires_grad_()
-        deeper, _ = produce_readings(z, bn, Fork(0.5, "dfs", backend=backend), pool=True, is_last=False)
-        deeper.live.sum().backward()
+        convert_layers(bn, "dfs", backend)
+        (live, full, _), _ = produce_readings(bn, z, Fork(0.5, "dfs", backend=backend), pool=True, is_last=False)
+        live.sum().backward()
         grads = (z.grad, bn.weight.grad, bn.bias.grad)
-        assert {tensor.dtype for tensor in (deeper.full, bn.running_mean, *grads)} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in (full, bn.running_mean, *grads)} == {torch.bfloat16}
 
     def test_one_value_per_channel_is_refused_as_stock_does(self, backend):
         options = {"num_shared": 2, "exit_start": 2, "backend": backend}

@@ -10,7 +10,7 @@ from dfs_engine import attach_exits
 from dfs_engine.cli import main
 from dfs_engine.models import MultiExitModel
 from dfs_engine.models.multi_exit import Block
-from dfs_engine.nn import ExitHead, Fork
+from dfs_engine.nn import ExitHead, Fork, whole
 from dfs_engine.training import checkpoint
 from dfs_engine.training.trainer import Trainer
 
@@ -37,10 +37,8 @@ class OwnBlock(Block):
         super().__init__()
         self.conv = nn.LazyConv2d(num_channels, 3)
 
-    def forward(self, input):
-        from dfs_engine.nn.routing import whole
-
-        return self.conv(whole(input, 1)).relu()
+    def make(self, *input):
+        return self.conv(whole(input)).relu()
 
 
 class OwnModel(MultiExitModel):

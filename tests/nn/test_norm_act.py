@@ -1,4 +1,4 @@
-"""apply_norm_relu: a stock batch norm, a residual and ReLU, fused where the reader is the engine's."""
+"""apply_norm_relu: a batch norm, a residual and ReLU, in the `dfs` variant one op."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import VARIANTS, Fork, apply_norm_relu, whole
+from dfs_engine.nn import NormAct2d, apply_norm_relu, convert_layers
 from dfs_engine.ops import norm_relu
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -31,7 +31,7 @@ def inputs(with_residual, dtype=torch.float64, layout=torch.contiguous_format, s
     return bn.to(dtype), [leaf.to(dtype).to(memory_format=layout).requires_grad_() for leaf in leaves]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["detach", "dfs"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @RESIDUAL
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["moving", "cumulative"])
@@ -39,11 +39,11 @@ def test_equals_the_stock_modules(variant, training, with_residual, momentum):
     bn, leaves = inputs(with_residual)
     bn.momentum = momentum
     stock = copy.deepcopy(bn)
-    like = Fork(0.5, variant)(torch.randn(1, 4, 2, 2))[0]
+    convert_layers(bn, variant)
     for module in (bn, stock):
         module.train(training)
     for _ in range(2):  # statistics move
-        output = whole(apply_norm_relu(bn, *leaves[:1], like, *leaves[1:]), 1)
+        output = apply_norm_relu(bn, *leaves)
         expected = F.relu(sum([stock(leaves[0]), *leaves[1:]]))
     assert_close("output", output, expected)
     grad = torch.randn(SHAPE, dtype=torch.float64)
@@ -77,12 +77,23 @@ def test_norm_relu_in_float32(layout, with_residual, shape, grad_is_slice, backe
         assert_close(f"gradient {index}", *pair, scale=scale if pair[0].dim() == 1 else 0.0)
 
 
-def test_a_converted_batch_norm_runs_as_itself():
-    bn = nn.SyncBatchNorm(4)
-    bn.eval()  # without processes to talk to
+def test_converted_to_sync_batch_norm_it_is_followed_by_the_same():
+    layers = nn.Sequential(nn.BatchNorm2d(4))
+    convert_layers(layers, "dfs")
+    assert type(layers[0]) is NormAct2d
+    (bn,) = nn.SyncBatchNorm.convert_sync_batchnorm(layers).eval()  # without processes to talk to
+    assert type(bn) is nn.SyncBatchNorm
+    z, residual = torch.randn(2, 2, 4, 3, 3)
+    assert torch.equal(apply_norm_relu(bn, z, residual), F.relu(bn(z) + residual))
+
+
+def test_called_alone_it_is_the_stock_layer():
+    bn = nn.BatchNorm2d(4)
+    twin = copy.deepcopy(bn)
+    convert_layers(bn, "dfs")
     z = torch.randn(2, 4, 3, 3)
-    like = Fork(0.5, "dfs")(torch.randn(1, 4, 2, 2))[0]
-    assert torch.equal(whole(apply_norm_relu(bn, z, like), 1), F.relu(bn(z)))
+    assert torch.equal(bn(z), twin(z))
+    assert torch.equal(bn.running_var, twin.running_var)
 
 
 def test_errors_are_those_of_conv_block():

@@ -5,12 +5,24 @@ import torch
 from torch import nn
 
 from dfs_engine.compare import assert_close
-from dfs_engine.nn import VARIANTS, ExitHead, Fork, add, apply_layer, global_avg_pool, map_channels, read_like, whole
+from dfs_engine.nn import (
+    VARIANTS,
+    ExitHead,
+    Fork,
+    add,
+    apply_layer,
+    convert_layers,
+    global_avg_pool,
+    map_channels,
+    readings,
+    whole,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 BETAS = [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
 CHANNELS = 7
+DD = {"dtype": torch.float64}
 
 
 def by_hand(feature, start, stop, reference, axis):
@@ -33,21 +45,22 @@ def readers(beta, exit_gradient, reference):
 @pytest.mark.parametrize("variant", ["detach", "split", "dfs"])
 @pytest.mark.parametrize("kind", ["images", "tokens"])
 def test_both_readers_against_the_definition(beta, reference, exit_gradient, variant, kind):
-    dd = {"dtype": torch.float64}
     if kind == "images":
-        axis, feature = 1, torch.randn(3, CHANNELS, 5, 4, **dd)
-        deeper, exit = nn.Conv2d(CHANNELS, 4, 3, padding=1, **dd), ExitHead(CHANNELS, 3, bias=True, **dd)
-        by_module = exit, lambda seen: exit.linear(seen.mean((2, 3)))
+        axis, feature = 1, torch.randn(3, CHANNELS, 5, 4, **DD)
+        deeper, exit = nn.Conv2d(CHANNELS, 4, 3, padding=1, **DD), ExitHead(CHANNELS, 3, bias=True, **DD)
+        by_module = (lambda reading: exit(*reading)), lambda seen: exit.linear(seen.mean((2, 3)))
     else:
-        axis, feature = -1, torch.randn(2, 3, CHANNELS, **dd)
-        deeper, exit = nn.Linear(CHANNELS, 4, **dd), nn.Linear(CHANNELS, 3, bias=False, **dd)
+        axis, feature = -1, torch.randn(2, 3, CHANNELS, **DD)
+        deeper, exit = nn.Linear(CHANNELS, 4, **DD), nn.Linear(CHANNELS, 3, bias=False, **DD)
         by_module = (lambda reading: apply_layer(exit, reading)), exit
     parameters = [*deeper.parameters(), *exit.parameters()]
+    for layer in (deeper, exit):
+        convert_layers(layer, variant)
     feature.requires_grad_()
     fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient, dim=axis)
 
-    readings = fork(feature)
-    outputs = apply_layer(deeper, readings[0]), by_module[0](readings[1])
+    read = fork(feature)
+    outputs = apply_layer(deeper, read[0]), by_module[0](read[1])
     slices = readers(beta, exit_gradient, reference)
     seen = [by_hand(feature, *columns, reference, axis) for columns in slices]
     expected = deeper(seen[0]), by_module[1](seen[1])
@@ -69,7 +82,7 @@ def test_both_readers_against_the_definition(beta, reference, exit_gradient, var
 
 def test_dense_gives_the_feature_itself_to_both():
     feature = torch.randn(2, 4, 3, 3)
-    assert all(reading is feature for reading in Fork(0.5, "dense")(feature))
+    assert all(reading == (feature,) for reading in Fork(0.5, "dense")(feature))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -77,8 +90,10 @@ def test_dense_gives_the_feature_itself_to_both():
 def test_empty_batch(variant, reference):
     feature = torch.randn(0, 4, 5, 5, requires_grad=True)
     conv, head = nn.Conv2d(4, 3, 3), ExitHead(4, 2)
+    for layer in (conv, head):
+        convert_layers(layer, variant)
     deeper, exit = Fork(0.5, variant, reference=reference)(feature)
-    outputs = apply_layer(conv, deeper), head(exit)
+    outputs = apply_layer(conv, deeper), head(*exit)
     assert [tuple(output.shape) for output in outputs] == [(0, 3, 3, 3), (0, 2)]
     sum(output.sum() for output in outputs).backward()
     assert feature.grad.shape == feature.shape
@@ -90,8 +105,10 @@ def test_the_pooled_gradient_is_not_spread_over_the_pixels():
     feature = torch.randn(2, 6, 5, 5, requires_grad=True)
     _, exit = Fork(0.5, "dfs")(feature)
     received = []
-    exit.live.register_hook(received.append)
-    apply_layer(nn.Linear(6, 3), global_avg_pool(exit)).sum().backward()
+    exit[0].register_hook(received.append)
+    linear = nn.Linear(6, 3)
+    convert_layers(linear, "dfs")
+    apply_layer(linear, global_avg_pool(exit)).sum().backward()
     assert received[0].shape == (2, 3, 5, 5)
     assert received[0].stride()[2:] == (0, 0)
 
@@ -109,9 +126,10 @@ def test_grouped_convolutions(variant, reference, exit_gradient, beta, groups, o
     conv, feature = nn.Conv2d(8, out_channels, 3, **options), torch.randn(2, 8, 5, 4, dtype=torch.float64)
     feature.requires_grad_()
     leaves = [feature, *conv.parameters()]
-    readings = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient)(feature)
+    convert_layers(conv, variant)
+    read = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient)(feature)
     k, whole_exit = round(8 * beta), exit_gradient == "whole" and reference and beta < 1
-    for reading, columns in zip(readings, ((0, k), (0 if whole_exit else k, 8)), strict=True):
+    for reading, columns in zip(read, ((0, k), (0 if whole_exit else k, 8)), strict=True):
         output, expected = apply_layer(conv, reading), conv(by_hand(feature, *columns, reference, 1))
         assert_close("output", output, expected)
         grad = torch.randn_like(output)
@@ -125,20 +143,51 @@ def test_split_convolves_a_depthwise_layer_in_two_calls():
     """So that stock autograd computes no gradient of the other part."""
     feature = torch.randn(1, 6, 5, 5, requires_grad=True)
     deeper, _ = Fork(0.5, "split")(feature)
+    conv = nn.Conv2d(6, 6, 3, groups=6)
+    convert_layers(conv, "split")
     with torch.profiler.profile() as recorded:
-        apply_layer(nn.Conv2d(6, 6, 3, groups=6), deeper)
+        apply_layer(conv, deeper)
     assert sum(event.count for event in recorded.key_averages() if event.key == "aten::conv2d") == 2
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_read_like_hands_on_how_the_layer_before_read(variant):
-    deeper, exit = Fork(0.5, variant, reference=False, backend="aten")(torch.randn(2, 4, 3, 3))
-    tensor = torch.randn(2, 6, 3, 3, requires_grad=True)
-    for reading in (read_like(tensor, deeper), read_like(tensor, exit)):
-        if variant == "dfs":
-            assert (reading.start, reading.reference, reading.backend) == (0, True, "aten")
-            assert not reading.full.requires_grad
-        assert whole(reading, 1) is tensor
+def test_readings_one_after_the_other_are_told_apart():
+    whole_one, other = (torch.randn(2, 4),), (torch.randn(2, 4),)
+    first, second = Fork(0.5, "dfs")(torch.randn(2, 4, 3, 3))
+    for parts in (
+        [],
+        [whole_one],
+        [whole_one, other],
+        [first],
+        [whole_one, first],
+        [first, second],
+        [first, other, second],
+    ):
+        found = readings(tuple(item for part in parts for item in part))
+        assert all(a is b for left, right in zip(found, parts, strict=True) for a, b in zip(left, right, strict=True))
+
+
+def test_what_takes_whole_features_only_gets_the_detach_form(caplog):
+    """A stock layer, or one that a library has put around ours: the same gradients, and it is said once."""
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.extra = nn.Linear(6, 3, **DD), nn.Linear(6, 3, **DD)
+            convert_layers(self.base, "dfs")
+
+        def forward(self, input: torch.Tensor, *others: object) -> torch.Tensor:
+            return self.base(input, *others) + self.extra(input)
+
+    layer, feature = Adapter(), torch.randn(2, 6, **DD, requires_grad=True)
+    leaves = [feature, *layer.parameters()]
+    deeper, _ = Fork(0.5, "dfs", dim=-1)(feature)
+    outputs = apply_layer(layer, deeper), layer(by_hand(feature, 0, 3, True, -1))
+    grads = [torch.autograd.grad(output.square().sum(), leaves) for output in outputs]
+    for index, pair in enumerate(zip(*grads, strict=True)):
+        assert_close(f"gradient {index}", *pair)
+    apply_layer(layer, deeper)
+    (said,) = caplog.messages
+    assert "Adapter takes whole features only" in said
 
 
 @pytest.mark.parametrize(
@@ -167,10 +216,10 @@ def test_fork_has_no_parameters_and_tells_its_settings():
     assert repr(fork) == "Fork(beta=0.3, variant=detach, reference=False, exit_gradient=whole)"
 
 
-def run_add(feature, branch, fork, reader, axis, through=lambda compute, *inputs: compute(*inputs)):
+def run_add(feature, branch, fork, reader, through=lambda compute, *inputs: compute(*inputs)):
     """The sum and its gradients; `through` calls the computation."""
     feature, branch = feature.clone().requires_grad_(), branch.clone().requires_grad_()
-    output = through(lambda f, b: add(fork(f)[reader], b, axis), feature, branch)
+    output = through(lambda f, b: add(fork(f)[reader], b), feature, branch)
     grad = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).reshape(output.shape).sin()
     return output, *torch.autograd.grad(output, [feature, branch], grad, materialize_grads=True)
 
@@ -186,7 +235,7 @@ def test_residual_add_against_the_definition(beta, reference, exit_gradient, var
     feature, branch = torch.randn(2, *shape, dtype=torch.float64)
     fork = Fork(beta, variant, reference=reference, exit_gradient=exit_gradient, dim=axis)
     for reader, (start, stop) in enumerate(readers(beta, exit_gradient, reference)):
-        output, grad_feature, grad_branch = run_add(feature, branch, fork, reader, axis)
+        output, grad_feature, grad_branch = run_add(feature, branch, fork, reader)
         assert_close("sum", output, by_hand(feature, start, stop, reference, axis) + branch)
         mask = torch.zeros_like(feature)
         mask.narrow(axis, start, stop - start).fill_(1)
@@ -204,8 +253,7 @@ def test_residual_add_of_two_dtypes(reference, wide):
     else:
         feature = feature.bfloat16()
     results = [
-        run_add(feature, branch, Fork(0.5, variant, reference=reference, dim=-1), 0, -1)
-        for variant in ("detach", "dfs")
+        run_add(feature, branch, Fork(0.5, variant, reference=reference, dim=-1), 0) for variant in ("detach", "dfs")
     ]
     for left, right in zip(*results, strict=True):
         assert left.dtype == right.dtype
@@ -216,7 +264,7 @@ def test_residual_add_of_two_dtypes(reference, wide):
 def test_residual_add_compiled_and_checkpointed(reference):
     feature, branch = torch.randn(2, 2, 3, CHANNELS, dtype=torch.float64)
     fork = Fork(0.5, "dfs", reference=reference, dim=-1)
-    expected = run_add(feature, branch, fork, 1, -1)
+    expected = run_add(feature, branch, fork, 1)
 
     def compiled(compute, *inputs):
         return torch.compile(compute, fullgraph=True, backend="aot_eager")(*inputs)
@@ -225,7 +273,7 @@ def test_residual_add_compiled_and_checkpointed(reference):
         return torch.utils.checkpoint.checkpoint(compute, *inputs, use_reentrant=False)
 
     for through in (compiled, checkpointed):
-        for left, right in zip(run_add(feature, branch, fork, 1, -1, through), expected, strict=True):
+        for left, right in zip(run_add(feature, branch, fork, 1, through), expected, strict=True):
             assert torch.equal(left, right)
 
 
