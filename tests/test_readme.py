@@ -1,7 +1,8 @@
-"""README keeps its word: every Python block runs, every command line is one that its program accepts."""
+"""The documents keep their word: Python blocks run, commands are ones that their program accepts, no link is dead."""
 
 import argparse
 import ast
+import functools
 import importlib.util
 import json
 import os
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 if not README.exists():
     pytest.skip("needs a checkout", allow_module_level=True)
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/RESULTS.md", ROOT / "CONTRIBUTING.md"]
+NEEDS_GPU = {ROOT / "docs/gpu.md"}  # its Python blocks do
 
 PLAIN = {*sys.stdlib_module_names, "torch", "numpy", "dfs_engine"}  # what a plain install can import
 PROGRAMS = ("dfs", "python", "torchrun", "make", "pip")
@@ -36,7 +39,7 @@ class Block(NamedTuple):
     language: str
     source: str
     before: str
-    """README's text since the block before."""
+    """The document's text since the block before."""
 
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -78,23 +81,32 @@ def split_commands(line: str) -> list[list[str]]:
     return [words for words in commands if words]
 
 
-TEXT = README.read_text()
-PYTHON = [block for block in blocks_of(TEXT) if block.language == "python"]
-COMMANDS = commands_of(TEXT)
+TEXTS = {path: path.read_text() for path in DOCUMENTS}
+PYTHON = {path: [block for block in blocks_of(text) if block.language == "python"] for path, text in TEXTS.items()}
+COMMANDS = [(path, *found) for path, text in TEXTS.items() for found in commands_of(text)]
+
+
+def of_blocks(paths):
+    """Parametrizes `path` and `block`: each Python block of these documents."""
+    found = [(path, block) for path in paths for block in PYTHON[path]]
+    return pytest.mark.parametrize(
+        ("path", "block"), found, ids=[f"{path.name}-line{block.line}" for path, block in found]
+    )
+
 
 RUNNER = """
 import json, linecache, sys, traceback
 
 def no_network(event, arguments):
     if event == "socket.connect" and isinstance(arguments[1], tuple):
-        raise ConnectionError(f"README's blocks have to run without network, got a connection to {arguments[1]}")
+        raise ConnectionError(f"blocks have to run without network, got a connection to {arguments[1]}")
 
 sys.addaudithook(no_network)
-readme, blocks, output = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
-namespace, errors = {"__name__": "readme"}, {}
+document, blocks, output = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
+namespace, errors = {"__name__": "document"}, {}
 for line, source in blocks:
     try:
-        exec(compile("\\n" * line + source, readme, "exec"), namespace)
+        exec(compile("\\n" * line + source, document, "exec"), namespace)
     except BaseException:
         errors[line] = traceback.format_exc()
 json.dump(errors, open(output, "w"))
@@ -103,36 +115,41 @@ json.dump(errors, open(output, "w"))
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
-    """Traceback of each Python block that fails, by its line; the blocks run in turn and share their names."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "blocks.json").write_text(json.dumps([(block.line, block.source) for block in PYTHON]))
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", RUNNER, str(README), "blocks.json", "errors.json"]
-    done = subprocess.run(line, cwd=folder, env=os.environ | quiet, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return {int(line): error for line, error in json.loads((folder / "errors.json").read_text()).items()}
+    """Of a document: the traceback of each Python block that fails, by its line. Blocks run in turn and share names."""
+
+    @functools.cache
+    def run(path):
+        folder = tmp_path_factory.mktemp("document")
+        (folder / "blocks.json").write_text(json.dumps([(block.line, block.source) for block in PYTHON[path]]))
+        quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-c", RUNNER, str(path), "blocks.json", "errors.json"]
+        done = subprocess.run(line, cwd=folder, env=os.environ | quiet, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return {int(line): error for line, error in json.loads((folder / "errors.json").read_text()).items()}
+
+    return run
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"line{block.line}")
-def test_python_block_runs(block, errors):
-    error = errors.get(block.line, "")
+@of_blocks(path for path in DOCUMENTS if path not in NEEDS_GPU)
+def test_python_block_runs(path, block, errors):
+    error = errors(path).get(block.line, "")
     missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", error)
     if missing and missing[1] not in PLAIN:
         pytest.skip(f"needs {missing[1]}")
-    assert not error, f"README.md, the block at line {block.line}:\n{error}"
+    assert not error, f"{path.name}, the block at line {block.line}:\n{error}"
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"line{block.line}")
-def test_python_block_says_what_it_needs(block):
+@of_blocks(DOCUMENTS)
+def test_python_block_says_what_it_needs(path, block):
     imported = set()
     for node in ast.walk(ast.parse(block.source)):
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         imported |= {name.split(".")[0] for name in names if name}
-    earlier = "".join(other.before for other in PYTHON if other.line <= block.line)
+    earlier = "".join(other.before for other in PYTHON[path] if other.line <= block.line)
     for name in sorted(imported - PLAIN):
         assert re.search(rf"needs[^.]*\b{name}\b", earlier), (
-            f"README.md, line {block.line}: the block imports {name}, which a plain install lacks. "
+            f"{path.name}, line {block.line}: the block imports {name}, which a plain install lacks. "
             f'Say so in the text before it: "(needs {name})".'
         )
 
@@ -211,21 +228,42 @@ def check_pip(words, _):
         assert set(extras.split(",")) <= project.get("optional-dependencies", {}).keys()
 
 
-@pytest.mark.parametrize(("line", "command"), COMMANDS, ids=[f"line{line}: {command}" for line, command in COMMANDS])
-def test_command_is_accepted(line, command, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("path", "line", "command"),
+    COMMANDS,
+    ids=[f"{path.name}-line{line}: {command}" for path, line, command in COMMANDS],
+)
+def test_command_is_accepted(path, line, command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command) if word not in ("...", "…")]
     try:
         globals()[f"check_{words[0]}"](words[1:], monkeypatch)
     except (Exception, SystemExit, pytest.fail.Exception) as error:
         said = capsys.readouterr().err.strip()
-        pytest.fail(f"README.md, line {line}: `{command}` is not accepted: {said or error}", pytrace=False)
+        pytest.fail(f"{path.name}, line {line}: `{command}` is not accepted: {said or error}", pytrace=False)
 
 
-@pytest.mark.parametrize("command", [command for _, command in COMMANDS if command in ("dfs doctor", "dfs info MODEL")])
+@pytest.mark.parametrize("command", ["dfs doctor", "dfs info MODEL"])
 def test_quick_command_runs(command, capsys):
+    assert command in [found for path, _, found in COMMANDS if path == README]
     assert cli.main([PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_link_is_dead(path):
+    """Files of this repository, and headings in them."""
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", TEXTS[path]):
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.is_file(), f"{path.name}: nothing at {target}"
+        titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if heading else []
+        anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+        assert not heading or heading in anchors, f"{path.name}: no heading {heading} in {linked.name}"
+
+
+def test_every_page_is_linked_from_readme():
+    pages = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)", TEXTS[README]))
 
 
 def test_what_stands_in_a_readme_is_found():
@@ -274,10 +312,13 @@ dfs = 1
 )
 def test_a_wrong_command_is_not_accepted(command, monkeypatch, capsys):
     with pytest.raises(pytest.fail.Exception, match=re.escape(command)):
-        test_command_is_accepted(7, command, monkeypatch, capsys)
+        test_command_is_accepted(README, 7, command, monkeypatch, capsys)
 
 
-def test_configs_are_there():
+def test_files_are_there():
     """Paths between backticks, with wildcards too."""
-    for pattern in set(re.findall(r"`(configs/[\w*./-]+)`", TEXT)):
-        assert list(ROOT.glob(pattern)), f"README.md: nothing at {pattern}"
+    for path, text in TEXTS.items():
+        for pattern in set(
+            re.findall(r"`((?:configs|csrc|kernels|tests|dfs_engine|benchmarks)/[\w*./-]*[\w*])`", text)
+        ):
+            assert "NAME" in pattern or list(ROOT.glob(pattern)), f"{path.name}: nothing at {pattern}"
