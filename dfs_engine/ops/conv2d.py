@@ -412,8 +412,7 @@ def partitioned_conv2d(
         )
     if kernels == backends.SPLIT:
         live, columns = input if full is not None else input.narrow(1, start, stop - start), ChannelSlice(start, stop)
-        with _common.no_autocast(weight.device.type):
-            return _two_calls.conv2d(live, data, weight, bias, geometry, columns, reference)
+        return _two_calls.conv2d(live, data, weight, bias, geometry, columns, reference)
     if kernels == "aten" and full is None and stop - start == data.size(1):
         return F.conv2d(input, weight, bias, *geometry)  # nothing to skip: ATen computes both gradients at once
     if reference:

@@ -212,8 +212,7 @@ def partitioned_linear(
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
     if kernels == backends.SPLIT:
         live, columns = input if full is not None else input.narrow(-1, start, stop - start), ChannelSlice(start, stop)
-        with _common.no_autocast(weight.device.type):
-            return _two_calls.linear(live, data, weight, bias, columns, reference)
+        return _two_calls.linear(live, data, weight, bias, columns, reference)
     if kernels == "aten" and full is None and stop - start == weight.size(1) > 0:
         return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
     if not reference:

@@ -352,6 +352,19 @@ def test_deep_copies_are_models_of_their_own(family):
 
 
 @FAMILY
+@pytest.mark.parametrize("variant", ["dense", "detach", "split", "dfs"])
+def test_autocast(family, variant):
+    """Parameters stay wide, and so do their gradients."""
+    model = make(family, variant).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, batch(family) if family == "bert" else batch(family).float())
+    loss.backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@FAMILY
 def test_compiles_whole(family):
     model, input = make(family), batch(family)
     expected = step(model, input)
