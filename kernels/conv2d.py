@@ -4,6 +4,7 @@ Any strides; what does not have its channels side by side (channels_last) is cop
 bfloat16, accumulated in float32.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,14 +17,7 @@ from torch import Tensor
 from dfs_engine.kernels import config
 from dfs_engine.kernels.config import Compilation, Config, NoConfigFits
 from dfs_engine.kernels.conv2d_depthwise import depthwise_grad_input, depthwise_grad_weight
-from dfs_engine.kernels.conv2d_splits import (
-    LAYOUTS,
-    Strides,
-    check_pixels,
-    count_pixels,
-    divide,
-    sum_splits,
-)
+from dfs_engine.kernels.conv2d_splits import Strides, check_pixels, count_pixels, divide, sum_splits
 
 Pair = tuple[int, int]
 
@@ -199,7 +193,7 @@ def _grad_weight_kernel(
     out_channels, channels, padding_h, padding_w,  # channels of one group
     stride_gn, stride_go, stride_gh, stride_gw,
     stride_n, stride_c, stride_h, stride_w,
-    stride_split, stride_wc, stride_tap, stride_bias_split,
+    stride_split, stride_bias_split,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr,  # whether an offset may need 64 bits
@@ -207,7 +201,8 @@ def _grad_weight_kernel(
 ):  # fmt: skip
     """A tile of output channels x (tap, channel), summed over `chunk` output pixels: one of `num_programs(1)` parts.
 
-    Neighbouring columns are neighbouring channels of one tap, or of the next, so that few channels waste nothing.
+    Neighbouring columns are neighbouring channels of one tap, or of the next, so that few channels waste nothing: the
+    order of a channels_last weight.
     """
     num_columns = KERNEL_H * KERNEL_W * channels
     column_blocks = tl.cdiv(num_columns, BLOCK_N)
@@ -241,8 +236,7 @@ def _grad_weight_kernel(
             stride_gn, stride_gh, stride_gw, stride_n, stride_h, stride_w,
             STRIDE_H, STRIDE_W, False, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    target = grad_weight + _wide(split) * stride_split + (out_channel * num_columns)[:, None]
-    target += (channel * stride_wc + tap * stride_tap)[None, :]
+    target = grad_weight + _wide(split) * stride_split + (out_channel * num_columns)[:, None] + column[None, :]
     tl.store(target, accumulator.to(grad_weight.dtype.element_ty), is_row[:, None] & is_column[None, :])
 
 
@@ -434,30 +428,17 @@ def compilations() -> Iterator[Compilation]:
     """Every configuration on the commonest geometries and channels_last images."""
     for op, kernel in (("conv2d_grad_input", _grad_input_kernel), ("conv2d_grad_weight", _grad_weight_kernel)):
         for dtype, precision, chosen in config.variants(op):
-            for size, stride, result, unit in _launches(dtype if kernel is _grad_weight_kernel else None):
+            # What a weight gradient writes: partial sums, or a parameter's gradient in float32; or one in its dtype.
+            results = [*dict.fromkeys(("fp32", dtype))] if kernel is _grad_weight_kernel else [dtype]
+            for (size, stride), result in itertools.product(((3, 1), (3, 2), (1, 1)), results):
                 pair, rare = (stride, stride), size == 1  # which stands for all that is rare
                 constants = {
                     **_geometry((0, 0, size, size), pair, (1, 1)), **_steps(pair, (1, 1)), **_blocks(chosen),
-                    **dict.fromkeys(("stride_go", "stride_c", *unit), 1),
+                    **dict.fromkeys(("stride_go", "stride_wc", "stride_c"), 1),
                     "EVEN": not rare, "BIAS": rare, "WIDE": rare, "PRECISION": precision,
                 }  # fmt: skip
-                types = dict.fromkeys(("grad_output", "weight", "input", "grad_input"), f"*{dtype}")
-                types |= dict.fromkeys(("grad_weight", "grad_bias"), f"*{result}")
+                types = dict.fromkeys(("grad_output", "weight", "input"), f"*{dtype}")
+                types |= dict.fromkeys(("grad_input", "grad_weight", "grad_bias"), f"*{result}")
                 types |= dict.fromkeys(("factor_h", "factor_w"), "i64")
-                name = f"{op} {dtype} {precision} {size}x{size}/{stride}{f' {result}' if result else ''}"
-                yield config.compilation(f"{name} {''.join(unit)}", kernel, types, constants, chosen)
-
-
-def _launches(dtype: str | None) -> list[tuple[int, int, str | None, list[str]]]:
-    """(kernel size, stride, result's dtype, which strides of the weight are 1) of weight gradients from `dtype`.
-
-    None: of input gradients.
-    """
-    if dtype is None:
-        return [(size, stride, None, ["stride_wc"]) for size, stride in ((3, 1), (3, 2), (1, 1))]
-    last, contiguous = ([stride] for stride in LAYOUTS.values())
-    # Partial sums are as the gradient of a channels_last parameter in float32.
-    found = [(3, 1, "fp32", last), (3, 2, "fp32", contiguous), (1, 1, "fp32", [*last, *contiguous])]
-    if dtype != "fp32":
-        found += [(3, 1, dtype, contiguous), (3, 2, dtype, last), (1, 1, dtype, [*last, *contiguous])]
-    return found
+                name = f"{op} {dtype} {precision} {result} {size}x{size}/{stride}"
+                yield config.compilation(name, kernel, types, constants, chosen)

@@ -161,7 +161,7 @@ def depthwise_grad_weight(
             grad_output, input, grad_weight, grad_bias,
             *count_pixels(grad_output, split, _BLOCKS["BLOCK_M"]), *input.shape[2:],
             out_channels, out_channels // input.size(1), *padding,
-            *grad_output.stride(), *input.stride(), strides[0], strides[3],
+            *grad_output.stride(), *input.stride(), *strides,
             **geometry, **_BLOCKS, BIAS=grad_bias.numel() > 0, **config.PLAIN,
         )  # fmt: skip
 

@@ -16,10 +16,8 @@ _MAX_PIXELS = 2**31 - 2**20
 # Of the kernel that adds up parts: numbers of a program, and its launch.
 _SUM = {"BLOCK": 128, **config.PLAIN}
 
-# A weight gradient's layouts, and which of its strides is 1 then.
-LAYOUTS = {"channels_last": "stride_wc", "contiguous": "stride_tap"}
-# Element strides of grad_weight's parts, channels and taps, and of grad_bias's parts.
-Strides = tuple[int, int, int, int]
+# From part to part of grad_weight and of grad_bias, in elements.
+Strides = tuple[int, int]
 Write = Callable[[Tensor, Tensor, Strides], None]
 
 
@@ -72,35 +70,38 @@ def _sum_kernel(partial, total, num_splits, size, columns, channels, stride_wc, 
 
 
 def sum_splits(grad_weight: Tensor, grad_bias: Tensor, split: int, write: Write) -> None:
-    """Has what `dfs_engine::conv2d_grad_weight` returns written, through partial sums if there are several.
+    """Has what `dfs_engine::conv2d_grad_weight` returns written: by way of float32 sums if there are several parts.
+
+    So is a contiguous weight of several taps: to write it in its own order, a few bytes here and there, would take a
+    large tile more registers than there are.
 
     Args:
         grad_weight: (out_channels, channels, kH, kW), dense, contiguous or channels_last.
         grad_bias: (out_channels,), or empty: not to be written.
-        split: number of parts. Of one, `write` writes the result; of several, float32 sums in the order of the columns:
-            (split, out_channels, taps, channels) and (split, out_channels).
-        write: launches the kernel that fills the (grad_weight, grad_bias) it is given, with strides for them.
+        split: number of parts.
+        write: launches the kernel that fills the (grad_weight, grad_bias) it is given, with strides from part to part:
+            (split, out_channels, taps, channels) and (split, out_channels), split only if not written straight.
     """
-    _, stride_wc, _, stride_tap = grad_weight.stride()
-    if split == 1:
-        write(grad_weight, grad_bias, (0, stride_wc, stride_tap, 0))
+    if split == 1 and grad_weight.is_contiguous(memory_format=torch.channels_last):
+        write(grad_weight, grad_bias, (0, 0))
         return
-    out_channels, channels = grad_weight.shape[:2]
     partial_weight, partial_bias = (
         total.new_empty((split, total.numel()), dtype=torch.float32) for total in (grad_weight, grad_bias)
     )
-    write(partial_weight, partial_bias, (grad_weight.numel(), 1, channels, grad_bias.numel()))
-    columns = (grad_weight.numel() // out_channels, channels, stride_wc, stride_tap)
-    for partial, total, order in ((partial_weight, grad_weight, columns), (partial_bias, grad_bias, (1, 1, 1, 1))):
+    write(partial_weight, partial_bias, (grad_weight.numel(), grad_bias.numel()))
+    _, channels, kernel_h, kernel_w = grad_weight.shape
+    order = (channels * kernel_h * kernel_w, channels, grad_weight.stride(1), grad_weight.stride(3))
+    for partial, total, inner in ((partial_weight, grad_weight, order), (partial_bias, grad_bias, (1, 1, 1, 1))):
         if total.numel():
             grid = (triton.cdiv(total.numel(), _SUM["BLOCK"]),)
-            _sum_kernel[grid](partial, total, split, total.numel(), *order, **_SUM)
+            _sum_kernel[grid](partial, total, split, total.numel(), *inner, **_SUM)
 
 
 def compilations() -> Iterator[Compilation]:
-    """The total in every dtype: of a weight in both layouts, and of a bias."""
-    unit = {layout: [stride] for layout, stride in LAYOUTS.items()}
-    unit["bias"] = ["columns", "channels", *LAYOUTS.values()]
-    for dtype, (total, ones) in itertools.product(config.TYPE_NAMES.values(), unit.items()):
-        types, constants = {"partial": "*fp32", "total": f"*{dtype}"}, {**_SUM, **dict.fromkeys(ones, 1)}
+    """The total in every dtype: of weights in both layouts, of one tap, and of a bias."""
+    last, contiguous = "stride_wc", "stride_tap"
+    ones = {"channels_last": [last], "contiguous": [contiguous], "1x1": [last, contiguous]}
+    ones["bias"] = ["columns", "channels", last, contiguous]
+    for dtype, (total, unit) in itertools.product(config.TYPE_NAMES.values(), ones.items()):
+        types, constants = {"partial": "*fp32", "total": f"*{dtype}"}, {**_SUM, **dict.fromkeys(unit, 1)}
         yield config.compilation(f"conv2d total of parts {dtype} {total}", _sum_kernel, types, constants)
