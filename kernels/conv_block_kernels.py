@@ -43,12 +43,13 @@ def _parameter(pointer, channels, is_channel):
 def _window(pointers, mask, has_right, has_below, next_row, next_pixel, FIRST: tl.constexpr, POOL: tl.constexpr):
     """What is normalised at the pixels of a window, row by row, or at the only one: each is read once."""
     here = _load(pointers, mask, FIRST)
-    if not POOL:
+    if POOL:
+        right = _load(pointers + next_pixel, mask & has_right, FIRST)
+        below = _load(pointers + next_row, mask & has_below, FIRST)
+        diagonal = _load(pointers + next_row + next_pixel, mask & has_right & has_below, FIRST)
+        return here, right, below, diagonal
+    else:  # triton 3.6 would compile what follows a return
         return (here,)
-    right = _load(pointers + next_pixel, mask & has_right, FIRST)
-    below = _load(pointers + next_row, mask & has_below, FIRST)
-    diagonal = _load(pointers + next_row + next_pixel, mask & has_right & has_below, FIRST)
-    return here, right, below, diagonal
 
 
 @triton.jit
@@ -360,9 +361,10 @@ def gradient_kernel(
             grad = tl.where(y.to(z_ptr.dtype.element_ty).to(tl.float32) <= 0, 0.0, grad)
         if RESIDUAL:
             tl.store(grad_residual_ptr + image * height * width * num_channels + at, grad, mask)
+        grad = tl.where(mask, grad, 0.0)
         for index in tl.static_range(STEP * STEP):
             r = window[index]
-            own = tl.where(mask & (position == index), grad, 0.0)
+            own = tl.where(position == index, grad, 0.0)
             result = scale * own - drift - (r - mean) * pull
             if FIRST:
                 result = tl.where(r <= 0, 0.0, result)
