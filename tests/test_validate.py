@@ -396,7 +396,7 @@ def depth_block_missing(compute):
 
     def broken(grad_output, other, *args):
         rows = linear._matrix(grad_output)
-        if args[1:]:  # grad_input: the depth is the output's features
+        if not isinstance(args[0], bool):  # grad_input: the depth is the output's features
             depth = rows.size(1) // 320 * 320 or rows.size(1)
             return compute(grad_output[..., :depth], other[:depth], *args)
         depth = rows.size(0) // 320 * 320 or rows.size(0)
@@ -408,12 +408,12 @@ def depth_block_missing(compute):
 def summed_in_half_precision(compute):
     """Every term is rounded into the sum."""
 
-    def broken(grad_output, input, bias):
+    def broken(grad_output, input, bias, dtype=None):
         rows, columns = linear._matrix(grad_output), linear._matrix(input)
         total = rows.new_zeros(rows.size(1), columns.size(1))
         for row, column in zip(rows, columns, strict=True):
             total += row[:, None] * column
-        return total, rows.sum(0) if bias else rows.new_empty(0)
+        return total.to(dtype), rows.sum(0, dtype=dtype) if bias else rows.new_empty(0, dtype=dtype)
 
     return broken
 
