@@ -112,6 +112,23 @@ def test_equals_float64(op, dtype, layout, beta):
         assert_close(f"{op} {index}", value, truth, TOLERANCES[value.dtype])
 
 
+@pytest.mark.parametrize("op", ["linear", *GEOMETRIES])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_under_autocast_parameters_get_gradients_of_their_own(op, layout):
+    """Float32 sums, not rounded to bfloat16 on the way, in the parameter's layout."""
+    problem = Problem(op, torch.float32, layout, batch=33)
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs = problem.outputs("triton")
+    grads = [torch.randn_like(output) for output in outputs]
+    _, *found = torch.autograd.grad(outputs, problem.leaves, grads)
+    wide = [leaf.detach().bfloat16().double().requires_grad_() for leaf in problem.leaves]
+    _, *expected = torch.autograd.grad(problem.outputs("reference", wide), wide, [grad.double() for grad in grads])
+    for index, (value, truth) in enumerate(zip(found, expected, strict=True)):
+        parameter = problem.leaves[1 + index]
+        assert (value.dtype, value.stride()) == (torch.float32, parameter.stride())
+        assert_close(f"{op} {index}", value, truth)
+
+
 @OP
 @DTYPE
 def test_a_hundred_repeats_are_bitwise_the_same(op, dtype):
