@@ -169,7 +169,8 @@ def test_shapes_are_those_that_the_model_calls():
 def test_batches_are_scaled(monkeypatch):
     monkeypatch.setattr(step_models, "STEP_MODELS", dict(STEP_MODELS))
     step_models.scale_batches(1 / 128)
-    assert [model.batch for model in step_models.STEP_MODELS.values()] == [2, 2, 2, 2, 1]
+    batches = {name: model.batch for name, model in step_models.STEP_MODELS.items()}
+    assert batches == dict.fromkeys(STEP_MODELS, 2) | {"bert": 1}
 
 
 def test_shapes_of_tokens_include_stacked_projections():

@@ -85,7 +85,7 @@ def test_the_remedy_for_an_op_works(name, transform):
 
 def test_the_remedy_for_a_fork_and_a_model_works():
     """Gradients of each sample alone, by `vmap`."""
-    deeper, _ = vmap(Fork(0.5, "detach", dim=0))(torch.randn(3, 6))
+    (deeper,), _ = vmap(Fork(0.5, "detach", dim=0))(torch.randn(3, 6))
     assert deeper.shape == (3, 6)
     model = create_model("vgg7_64", width=4, num_classes=3, variant="dfs").eval()
     twin = create_model("vgg7_64", width=4, num_classes=3, variant="detach").eval()
