@@ -34,6 +34,7 @@ test-latest: build/latest
 .PHONY: build/oldest build/latest
 build/oldest build/latest:
 	mkdir -p $@
+	find $@ \( -name .venv -o -name build -o -name '*.egg-info' \) -prune -o -type f ! -name '*.so' -exec rm {} +
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -p --parents -t $@
 
 # Versions for every supported Python, newest and oldest. The header of each file names the command that wrote it.
