@@ -15,14 +15,17 @@ from setuptools import setup
 
 PACKAGES = [
     "dfs_engine",
-    "dfs_engine.calibration",
+    "dfs_engine.cli",
     "dfs_engine.data",
     "dfs_engine.evaluation",
     "dfs_engine.methods",
     "dfs_engine.models",
     "dfs_engine.nn",
     "dfs_engine.ops",
+    "dfs_engine.runtime",
+    "dfs_engine.runtime.calibration",
     "dfs_engine.training",
+    "dfs_engine.validate",
     "dfs_engine.kernels",
     "dfs_engine.benchmarks",
     "dfs_engine.configs",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .measure import Phases
+from dfs_engine.benchmarks.measure import Phases
 
 _STEPS = 5
 _PHASE = "bench_phase:"
@@ -17,12 +17,12 @@ _KINDS = (
     ("convolution grad_weight", ("dfs_engine::conv2d_grad_weight",)),
     ("convolution grad_input + grad_weight", ("aten::convolution_backward",)),
     ("convolution forward", ("dfs_engine::conv2d", "aten::conv2d", "aten::convolution")),
-    ("producer backward", ("dfs_engine::conv_block_backward", *(
+    ("producer backward", ("dfs_engine::norm_act_backward", *(
         f"autograd::engine::evaluate_function: {node}"
         for node in ("NativeBatchNorm", "CudnnBatchNorm", "BatchNorm", "Threshold", "Relu", "MaxPool2D", "Mean")
     ))),
     ("producer forward", (
-        "dfs_engine::conv_block", "aten::batch_norm", "aten::relu", "aten::max_pool2d", "aten::mean",
+        "dfs_engine::norm_act", "aten::batch_norm", "aten::relu", "aten::max_pool2d", "aten::mean",
     )),
     ("linear + loss", ("dfs_engine::linear", "aten::linear", "aten::addmm", *(
         f"autograd::engine::evaluate_function: {node}"

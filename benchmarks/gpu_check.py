@@ -31,8 +31,8 @@ from dfs_engine.benchmarks.gpu_stages import (  # noqa: E402
 )
 from dfs_engine.benchmarks.measure import environment  # noqa: E402
 from dfs_engine.benchmarks.step_models import scale_batches  # noqa: E402
-from dfs_engine.machine import check_device  # noqa: E402
-from dfs_engine.names import split_choices  # noqa: E402
+from dfs_engine.checks import split_choices  # noqa: E402
+from dfs_engine.runtime.machine import check_device  # noqa: E402
 
 _SECONDS = 870.0
 # Share of the time that may go before the first stage.

@@ -51,8 +51,8 @@ OPS = (
     Op("conv2d", "grad_weight", ATEN, 0.60, 0.85),
     Op("linear", "grad_input", ATEN, 0.60, 0.85),
     Op("linear", "grad_weight", ATEN, 1.0),
-    Op("conv_block", "step", DENSE, 1.0),
-    Op("conv_block", "step", COMPILED, 1.0),
+    Op("norm_act", "step", DENSE, 1.0),
+    Op("norm_act", "step", COMPILED, 1.0),
 )
 
 

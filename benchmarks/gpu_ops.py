@@ -15,7 +15,7 @@ from dfs_engine.benchmarks.gpu_problems import ATEN, BETA, COMPILED, DENSE, TRIT
 from dfs_engine.benchmarks.measure import Stats
 from dfs_engine.benchmarks.shapes import BlockShape, Shape
 from dfs_engine.benchmarks.train_report import case_column
-from dfs_engine.precision import fp32_precision
+from dfs_engine.runtime.precision import fp32_precision
 
 _ROUNDS, _WARMUP = 20, 2
 # name -> (torch's dtype, whether tf32 is on)
@@ -206,7 +206,7 @@ def table(rows: list[GpuRow]) -> str:
         found = sorted(ratio for row in rows if row.metric == metric if (ratio := row.ratio(rival)) is not None)
         if found:
             wins = sum(ratio > 1 for ratio in found)
-            name = "conv_block forward + backward" if metric == "step" else metric
+            name = "norm_act forward + backward" if metric == "step" else metric
             lines.append(
                 f"- {name} against {' '.join(rival)}: at least {found[0]:.2f}, median {found[len(found) // 2]:.2f}, "
                 f"faster on {wins} of {len(found)}"

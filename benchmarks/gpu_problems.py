@@ -10,15 +10,15 @@ from torch import Tensor
 
 from dfs_engine import reference
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape, Shape
-from dfs_engine.compare import TOLERANCES, Tolerance, compare
 from dfs_engine.kernels import config
-from dfs_engine.ops import conv_block, norm_linear
+from dfs_engine.ops import norm_act, norm_linear
 from dfs_engine.ops.conv2d import aten_grad_input as conv_grad_input
 from dfs_engine.ops.conv2d import aten_grad_weight as conv_grad_weight
-from dfs_engine.ops.conv_block import table_name
 from dfs_engine.ops.linear import aten_grad_input as linear_grad_input
 from dfs_engine.ops.linear import aten_grad_weight as linear_grad_weight
+from dfs_engine.ops.norm_act import table_name
 from dfs_engine.partition import Partition
+from dfs_engine.validate.tolerances import TOLERANCES, Tolerance, compare
 
 BETA = 0.5
 DEVICE = "cuda"
@@ -60,7 +60,7 @@ def launches(shape: Shape, beta: float = BETA) -> dict[tuple[str, str], Launch]:
     live = Partition(shape.channels, beta).num_shared
     if isinstance(shape, BlockShape):
         pixels = shape.batch * shape.size**2
-        return {("conv_block", "step"): Launch(table_name(shape.pool), pixels, shape.channels, 1)}
+        return {("norm_act", "step"): Launch(table_name(shape.pool), pixels, shape.channels, 1)}
     if isinstance(shape, LinearShape):
         rows = shape.batch * shape.tokens
         found = {
@@ -287,32 +287,32 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterato
         return torch.autograd.grad(compute(*leaves, shape.pool), leaves, whole)
 
     def of_dfs(backend: str) -> tuple[Tensor, ...]:
-        made = conv_block(z, weight, bias, None, None, **options, backend=backend)
+        made = norm_act(z, weight, bias, None, None, **options, backend=backend)
         return torch.autograd.grad([made.shared, made.exit], leaves, narrow)
 
     def exact() -> list[Tensor]:
         wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        _, first, _, second = reference.conv_block(wide[0], wide[1], wide[2], None, None, **options)
+        _, first, _, second = reference.norm_act(wide[0], wide[1], wide[2], None, None, **options)
         return list(torch.autograd.grad([first, second], wide, [grad.double() for grad in narrow]))
 
     fused: Calls = {ATEN: lambda: of_dfs("aten"), TRITON: lambda: of_dfs("triton")}
-    Problem("conv_block", "step", live, fused, exact, least=_FLIPS).check()
+    Problem("norm_act", "step", live, fused, exact, least=_FLIPS).check()
     # `dense` computes other gradients on purpose, so that only its time can be compared.
     compiled = torch.compile(_dense_block, dynamic=False)
     stock: Calls = {DENSE: lambda: of_dense(_dense_block), COMPILED: lambda: of_dense(compiled)}
-    yield Problem("conv_block", "step", live, stock | fused)
+    yield Problem("norm_act", "step", live, stock | fused)
     plain = [leaf.detach() for leaf in leaves]
     modes = (shape.pool, True)
 
     def forward() -> list[Tensor]:
-        return _OPS.conv_block(*plain, None, None, None, 1e-5, *modes, True)
+        return _OPS.norm_act(*plain, None, None, None, 1e-5, *modes, True)
 
     _, _, average_hat, mean, inverse_std, _, passed = forward()
     saved = (*plain, None, average_hat, mean, inverse_std, passed)
     grad_average = F.pad(narrow[1], (live, 0))
     calls = {
         "forward": forward,
-        "backward": lambda: _OPS.conv_block_backward(shared, grad_average, *saved, True, *modes),
+        "backward": lambda: _OPS.norm_act_backward(shared, grad_average, *saved, True, *modes),
     }
     # Numbers read and written: z twice in each pass, in the first of the backward's only as far as it is shared.
     outputs = z.numel() // 4 if shape.pool else z.numel()
@@ -322,7 +322,7 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterato
     }
     for metric, call in calls.items():
         num_bytes = moved[metric] * z.element_size()
-        yield Problem("conv_block", metric, live, {TRITON: call}, num_bytes=num_bytes)
+        yield Problem("norm_act", metric, live, {TRITON: call}, num_bytes=num_bytes)
 
 
 def one_pass(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> int:
@@ -351,11 +351,11 @@ def one_pass(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) 
         z, gamma, beta = random(3, 65, 9, 7), *(random(65, dtype=torch.float32) for _ in range(2))
         for first, pool, has_residual in ((True, True, False), (True, False, False), (False, False, True)):
             residual = z if has_residual else None
-            made = _OPS.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, first, True)
+            made = _OPS.norm_act(z, gamma, beta, residual, None, None, 1e-5, pool, first, True)
             feature, average, average_hat, mean, inverse_std, _, passed = made
             saved = (feature if has_residual else None, average_hat, mean, inverse_std, passed)
             modes = (True, pool, first)
-            grads = _OPS.conv_block_backward(feature[:, :33], average, z, gamma, beta, *saved, *modes)
+            grads = _OPS.norm_act_backward(feature[:, :33], average, z, gamma, beta, *saved, *modes)
             results += [*made, *grads]
     if not all(result.cpu().isfinite().all() for result in results):
         raise RuntimeError("gpu_check --one-pass: expected finite results, got NaN or infinity.")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from dfs_engine import doctor, validate
+from dfs_engine import validate
 from dfs_engine.benchmarks import gpu_expected, gpu_graphs, gpu_ops, gpu_problems, gpu_steps, tune
 from dfs_engine.benchmarks.gpu_run import Run
 from dfs_engine.benchmarks.gpu_steps import FUSED, STOCK, Pair, Plan
@@ -22,7 +22,8 @@ from dfs_engine.benchmarks.measure import append_csv
 from dfs_engine.benchmarks.shapes import Shape
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
 from dfs_engine.kernels import config as kernels
-from dfs_engine.validate_problems import PROBLEMS
+from dfs_engine.runtime import doctor
+from dfs_engine.validate.problems import PROBLEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = "bf16"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dfs_engine.doctor import version_of
-from dfs_engine.machine import cpu_and_instructions, num_cores
+from dfs_engine.runtime.doctor import version_of
+from dfs_engine.runtime.machine import cpu_and_instructions, num_cores
 
 CSV_COLUMNS = (
     "timestamp_utc", "git_sha", "dirty", "suite", "case", "model", "op", "mode", "variant", "backend_used",

@@ -7,17 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfs_engine.ops import conv_block, partitioned_conv2d, partitioned_linear
+from dfs_engine.benchmarks.measure import Phases
+from dfs_engine.benchmarks.options import LAYOUTS
+from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, Shape
+from dfs_engine.ops import norm_act, partitioned_conv2d, partitioned_linear
 from dfs_engine.partition import Partition
 from dfs_engine.reference import live_slice
 
-from .measure import Phases
-from .options import LAYOUTS
-from .shapes import BlockShape, ConvShape, Shape
-
 STOCK = ("dense", "detach")
 # The op's name in `backend.OPS`.
-OP_NAMES = {"conv2d": "partitioned_conv2d", "linear": "partitioned_linear", "conv_block": "conv_block"}
+OP_NAMES = {"conv2d": "partitioned_conv2d", "linear": "partitioned_linear", "norm_act": "norm_act"}
 
 
 class OpCase(NamedTuple):
@@ -153,7 +152,7 @@ class TimedOp:
         assert isinstance(self.shape, BlockShape)
         weight, bias, live = *self.parameters, self.num_live
         if self.case.path not in STOCK:
-            made = conv_block(
+            made = norm_act(
                 self.live, weight, bias, *self.running, pool=self.shape.pool, num_shared=live, exit_start=live,
                 backend=self.case.path,
             )  # fmt: skip

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
-from dfs_engine import backend as backends
-from dfs_engine.compare import DTYPES, Comparison, Tolerance, compare
-from dfs_engine.names import split_betas, split_choices
-from dfs_engine.progress import progress_bar
-
-from .machine import copy_bandwidth, matmul_peak
-from .measure import append_csv, environment, measure_phases
-from .op_cases import OP_NAMES, STOCK, OpCase, Operands, TimedOp
-from .ops_report import OpRow, OpsReport
-from .options import LAYOUTS, check_least
-from .shapes import SHAPES, LinearShape, Shape
+from dfs_engine.benchmarks.machine import copy_bandwidth, matmul_peak
+from dfs_engine.benchmarks.measure import append_csv, environment, measure_phases
+from dfs_engine.benchmarks.op_cases import OP_NAMES, STOCK, OpCase, Operands, TimedOp
+from dfs_engine.benchmarks.ops_report import OpRow, OpsReport
+from dfs_engine.benchmarks.options import LAYOUTS, check_least
+from dfs_engine.benchmarks.shapes import SHAPES, LinearShape, Shape
+from dfs_engine.checks import split_betas, split_choices
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime.progress_bar import progress_bar
+from dfs_engine.validate.tolerances import DTYPES, Comparison, Tolerance, compare
 
 # Sums over all pixels are rounded in another order than stock's, whose own error varies by several times with layout
 # and formulation. A wrong slice is off by far more.
@@ -30,7 +29,7 @@ class BenchOpsConfig:
     """What `dfs bench ops` times. Lists are comma-separated.
 
     Attributes:
-        ops: Some of conv2d, linear, conv_block.
+        ops: Some of conv2d, linear, norm_act.
         shapes: Which shapes: patterns of family/shape, for example "vgg7/*,bert/*".
         backends: Some of dense (stock, full gradient), detach (stock, published cat + detach), aten, cpp.
         layouts: Some of nchw, channels_last; linear layers have one.
@@ -47,7 +46,7 @@ class BenchOpsConfig:
         progress: Show a progress bar in a terminal.
     """
 
-    ops: str = "conv2d,linear,conv_block"
+    ops: str = "conv2d,linear,norm_act"
     shapes: str = "*"
     backends: str = "dense,detach,aten,cpp"
     layouts: str = "nchw,channels_last"
@@ -163,7 +162,7 @@ def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]
     timed = [TimedOp(case, operands) for case in config.cases(shape, dtype)]
     check(timed, operands)
     variants = {str(one.case): one.phases for one in timed}
-    if config.detail and shape.op != "conv_block":
+    if config.detail and shape.op != "norm_act":
         variants |= {f"{one.case} detailed": one.detailed() for one in timed}
     rounds = min(config.rounds, _QUICK_ROUNDS) if config.quick else config.rounds
     timings = measure_phases(variants, rounds, config.warmup, max_seconds=config.max_seconds)
@@ -191,7 +190,7 @@ def check(timed: list[TimedOp], operands: Operands) -> None:
     Raises:
         RuntimeError: one does not.
     """
-    is_block = operands.shape.op == "conv_block"
+    is_block = operands.shape.op == "norm_act"
     formulation = "detach" if is_block else "dense"
     dim = -1 if isinstance(operands.shape, LinearShape) else 1
     sliced = [one for one in timed if one.case.path != "dense"]

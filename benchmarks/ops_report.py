@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dfs_engine.compare import DTYPES
-
-from .measure import TOTAL, Environment, Stats
-from .op_cases import STOCK, OpCase
-from .shapes import Shape
-from .train_report import case_column
+from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats
+from dfs_engine.benchmarks.op_cases import STOCK, OpCase
+from dfs_engine.benchmarks.shapes import Shape
+from dfs_engine.benchmarks.train_report import case_column
+from dfs_engine.validate.tolerances import DTYPES
 
 if TYPE_CHECKING:
-    from .ops import BenchOpsConfig
+    from dfs_engine.benchmarks.ops import BenchOpsConfig
 
 _PHASES = ("forward", "backward", TOTAL)
 

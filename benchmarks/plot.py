@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .options import check_least
-from .results import Measurement, Measurements, csv_files
+from dfs_engine.benchmarks.options import check_least
+from dfs_engine.benchmarks.results import Measurement, Measurements, csv_files
 
 # variant -> (name in the figures, colour)
 _METHODS = {

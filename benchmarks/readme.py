@@ -7,12 +7,18 @@ nothing else is touched.
 from collections.abc import Iterator
 from pathlib import Path
 
-from .markdown import fill, table
-from .measure import TOTAL
-from .results import Measurements, compare_steps
-from .results_accuracy import VGG7, accuracy_section, how_it_ends, last_rows
-from .results_tables import families_section, losses_section, milliseconds, ops_section, train_section
-from .results_targets import missing_section, targets_section
+from dfs_engine.benchmarks.markdown import fill, table
+from dfs_engine.benchmarks.measure import TOTAL
+from dfs_engine.benchmarks.results import Measurements, compare_steps
+from dfs_engine.benchmarks.results_accuracy import VGG7, accuracy_section, how_it_ends, last_rows
+from dfs_engine.benchmarks.results_tables import (
+    families_section,
+    losses_section,
+    milliseconds,
+    ops_section,
+    train_section,
+)
+from dfs_engine.benchmarks.results_targets import missing_section, targets_section
 
 # README's name of a family, the file of its steps.
 _FAMILIES = {

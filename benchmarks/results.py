@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .measure import CSV_COLUMNS, TOTAL, Stats
+from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats
 
 # Multi-exit training in stock PyTorch: without surgery, and two formulations of it.
 STOCK = ("dense", "detach", "split")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .markdown import link, table
+from dfs_engine.benchmarks.markdown import link, table
 
 _ENSEMBLE = "test_top1_ensemble"
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from .markdown import link, table
-from .measure import TOTAL
-from .results import STOCK, Measurement, Measurements, compare_steps
-from .results_targets import command
+from dfs_engine.benchmarks.markdown import link, table
+from dfs_engine.benchmarks.measure import TOTAL
+from dfs_engine.benchmarks.results import STOCK, Measurement, Measurements, compare_steps
+from dfs_engine.benchmarks.results_targets import command
 
 _STEP_HEADER = (
     *("variant", "layout", "mode", "forward ms", "backward ms", "step ms, median (min)"),
@@ -109,7 +109,7 @@ def ops_section(path: Path) -> Iterator[str]:
         return
     found = Measurements.read(path)
     rows = []
-    for op in ("conv2d", "conv_block", "linear"):
+    for op in ("conv2d", "norm_act", "linear"):
         for model, shape in dict.fromkeys((one.model, one.shape) for one in found.of(op=op)):
             same = found.of(op=op, model=model, shape=shape)
             own = same.of(is_automatic=True).fastest()

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .markdown import link, table
-from .measure import TOTAL
-from .results import STOCK, Measurements, compare_steps
+from dfs_engine.benchmarks.markdown import link, table
+from dfs_engine.benchmarks.measure import TOTAL
+from dfs_engine.benchmarks.results import STOCK, Measurements, compare_steps
 
 # What regenerates each file; on a quiet machine, one after another.
 COMMANDS = {

@@ -70,7 +70,7 @@ class LinearShape:
 class BlockShape:
     """ReLU, batch normalisation and optional 2x2 max pool on a convolution's output (batch, channels, size, size)."""
 
-    op: ClassVar[str] = "conv_block"
+    op: ClassVar[str] = "norm_act"
     family: str
     batch: int
     channels: int

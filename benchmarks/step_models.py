@@ -6,9 +6,8 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
+from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape, Shape
 from dfs_engine.models import MultiExitModel, create_model
-
-from .shapes import BlockShape, ConvShape, LinearShape, Shape
 
 # Layers that read fewer channels read the image: they need no grad_input, and no kernel is chosen for them.
 _LEAST_CHANNELS = 16

@@ -7,19 +7,18 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from dfs_engine import backend as backends
-from dfs_engine import memory
-from dfs_engine.compare import DTYPES
-from dfs_engine.machine import check_device
+from dfs_engine.benchmarks.breakdown import profile_step
+from dfs_engine.benchmarks.measure import Times, append_csv, environment, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.options import LAYOUTS, check_least, split_ints
+from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
+from dfs_engine.benchmarks.train_step import UNSPLIT, Step, StepBuilder
+from dfs_engine.checks import check_choice, split_betas, split_choices
 from dfs_engine.models import VARIANTS, check_model
-from dfs_engine.names import check_choice, split_betas, split_choices
-from dfs_engine.progress import progress_bar
-
-from .breakdown import profile_step
-from .measure import Times, append_csv, environment, peak_memory, summarise, time_phases
-from .options import LAYOUTS, check_least, split_ints
-from .train_report import Case, TrainReport, TrainRow
-from .train_step import UNSPLIT, Step, StepBuilder
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import memory
+from dfs_engine.runtime.machine import check_device
+from dfs_engine.runtime.progress_bar import progress_bar
+from dfs_engine.validate.tolerances import DTYPES
 
 # Of several batch sizes.
 _LAPS = 4

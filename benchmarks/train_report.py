@@ -4,13 +4,12 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dfs_engine.benchmarks.breakdown import KINDS
+from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats
 from dfs_engine.evaluation.flops import FlopCount
 
-from .breakdown import KINDS
-from .measure import TOTAL, Environment, Stats
-
 if TYPE_CHECKING:
-    from .train import BenchTrainConfig
+    from dfs_engine.benchmarks.train import BenchTrainConfig
 
 
 class Baseline(NamedTuple):

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfs_engine import backend as backends
-from dfs_engine import memory
-from dfs_engine.compare import DTYPES, TOLERANCES, Tolerance, compare, gradient_scale
+from dfs_engine.benchmarks.measure import Phases
+from dfs_engine.benchmarks.options import LAYOUTS
+from dfs_engine.benchmarks.train_report import Case
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.methods import Joint, Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
-
-from .measure import Phases
-from .options import LAYOUTS
-from .train_report import Case
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import memory
+from dfs_engine.validate.tolerances import DTYPES, TOLERANCES, Tolerance, compare, gradient_scale
 
 if TYPE_CHECKING:
-    from .train import BenchTrainConfig
+    from dfs_engine.benchmarks.train import BenchTrainConfig
 
 # `Case.compile` -> torch.compile's mode. Other cases run eager.
 _COMPILE_MODES = {"on": None, "reduce-overhead": "reduce-overhead"}

@@ -13,21 +13,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks.gpu_ops import PRECISIONS, measure_device, precision
+from dfs_engine.benchmarks.gpu_problems import ATEN, TRITON, Calls, Launch, Problem, launches, problems
+from dfs_engine.benchmarks.measure import Environment, environment
+from dfs_engine.benchmarks.options import check_least, split_ints
+from dfs_engine.benchmarks.shapes import Shape
+from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
+from dfs_engine.checks import split_betas, split_choices
 from dfs_engine.kernels import config as kernels
 from dfs_engine.kernels.config import Config, Entries, NoConfigFits
 from dfs_engine.models import check_model
-from dfs_engine.names import split_betas, split_choices
-from dfs_engine.progress import progress_bar
+from dfs_engine.runtime.progress_bar import progress_bar
 
-from . import gpu_problems
-from .gpu_ops import PRECISIONS, measure_device, precision
-from .gpu_problems import ATEN, TRITON, Calls, Launch, Problem, launches, problems
-from .measure import Environment, environment
-from .options import check_least, split_ints
-from .shapes import Shape
-from .step_models import STEP_MODELS, StepModel
-
-_OPS = ("conv2d", "linear", "norm_linear", "conv_block")
+_OPS = ("conv2d", "linear", "norm_linear", "norm_act")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +36,7 @@ class BenchTuneConfig:
     Each shape class once, every configuration and aten in turns.
 
     Attributes:
-        ops: Some of conv2d, linear, norm_linear, conv_block.
+        ops: Some of conv2d, linear, norm_linear, norm_act.
         models: Whose layers: "all" of those whose steps `benchmarks/gpu_check.py` times, or names of models as
             `dfs train --model.name` has them.
         shapes: Which of their layers: patterns of model/shape, for example "vgg16_64/*x224x224*".
@@ -218,7 +217,7 @@ def run(config: BenchTuneConfig) -> TuneReport:
 
 def _configs(task: Task) -> list[Config]:
     """None for a kernel that has one way to be launched."""
-    if task.op == "conv_block":
+    if task.op == "norm_act":
         return []
     importlib.import_module(f"dfs_engine.kernels.{task.op}")  # which defines them
     with precision(task.dtype) as dtype:

@@ -16,7 +16,7 @@ namespace dfs_engine {
 namespace {
 
 // Whether weight gradients run by this project's product, rather than oneDNN's.
-std::atomic<bool> own_grad_weight{false};  // until dfs_engine.calibration finds it the faster one here
+std::atomic<bool> own_grad_weight{false};  // until dfs_engine.runtime.calibration finds it the faster one here
 
 at::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;

@@ -23,7 +23,7 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return result;
 }
 
-// Which product runs, rather than ATen's, until dfs_engine.calibration finds the fastest one here.
+// Which product runs, rather than ATen's, until dfs_engine.runtime.calibration finds the fastest one here.
 std::atomic<bool> own_gemm{false};
 std::atomic<bool> onednn_linear{false};  // in forward and grad_input; before own_gemm
 

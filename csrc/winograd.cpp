@@ -100,7 +100,7 @@ std::atomic<std::optional<bool>> enabled{[]() -> std::optional<bool> {
 }()};
 
 // Whether bfloat16 convolutions run here, in float, rather than in the CPU's own bfloat16 instructions.
-std::atomic<bool> half_wins{false};  // until dfs_engine.calibration finds it the faster one here
+std::atomic<bool> half_wins{false};  // until dfs_engine.runtime.calibration finds it the faster one here
 
 // The tiles of a batch of images, in the order of memory.
 struct Tiling {

@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import dfs_engine._checkout  # noqa: F401
-from dfs_engine import memory
 from dfs_engine.models import (
     MultiExitModel,
     attach_exits,
@@ -13,6 +12,7 @@ from dfs_engine.models import (
     to_official_state_dict,
 )
 from dfs_engine.partition import ChannelSlice, Partition, PartitionedFeature, partition
+from dfs_engine.runtime import memory
 
 try:
     __version__ = version("dfs_engine")

@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     """Runs the command; a plain install, which lacks its packages, is told so in one line."""
-    from dfs_engine.extras import needs
+    from dfs_engine.runtime.extras import needs
 
     try:
         with needs("train"):

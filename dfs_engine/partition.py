@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfs_engine.backend import check_no_transform
-from dfs_engine.names import check_choice
+from dfs_engine.checks import check_choice
+from dfs_engine.runtime.backend import check_no_transform
 
 EXIT_GRADIENTS = ("own", "whole")
 

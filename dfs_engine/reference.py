@@ -94,7 +94,7 @@ def batch_norm(
     return output
 
 
-def conv_block(
+def norm_act(
     z: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -110,7 +110,7 @@ def conv_block(
     num_shared: int,
     exit_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `dfs_engine.ops.conv_block`: (full, shared, average, exit)."""
+    """See `dfs_engine.ops.norm_act`: (full, shared, average, exit)."""
     feature = F.relu(z) if relu_first else z
     feature = batch_norm(feature, running_mean, running_var, weight, bias, training, momentum, eps)
     feature = feature if residual is None else feature + residual

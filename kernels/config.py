@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from dfs_engine.names import check_choice
+from dfs_engine.checks import check_choice
 
 Result = TypeVar("Result")
 _Function = TypeVar("_Function", bound=Callable[..., Any])

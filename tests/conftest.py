@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dfs_engine import backend as backends
-from dfs_engine import calibration
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import calibration
 
 
 def pytest_addoption(parser):

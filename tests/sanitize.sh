@@ -30,8 +30,8 @@ ls dfs_engine/_C.*.so > /dev/null
 
 if [ $# -eq 0 ]; then
     # The compiler's tracing and the subprocesses add time, and nothing for the kernels.
-    set -- tests/ops/test_conv_block.py tests/ops/test_winograd.py tests/ops/test_gemm.py tests/ops/test_conv2d.py \
-        tests/ops/test_depthwise.py tests/ops/test_dropout.py tests/test_memory.py \
+    set -- tests/ops/test_norm_act.py tests/ops/test_winograd.py tests/ops/test_gemm.py tests/ops/test_conv2d.py \
+        tests/ops/test_depthwise.py tests/ops/test_dropout.py tests/runtime/test_memory.py \
         -k "not aten and not compile and not opcheck"
 fi
 # libasan comes before everything else, and libstdc++ with it: it wraps the throwing of exceptions.

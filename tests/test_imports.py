@@ -1,6 +1,7 @@
 """What an import needs, and which way imports point (CONTRIBUTING.md, "Layers")."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -10,33 +11,23 @@ import pytest
 import torch
 
 import dfs_engine
-from dfs_engine import backend as backends
+from dfs_engine.runtime import backend as backends
 
 PACKAGE = Path(dfs_engine.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 # Lower layers first. A module imports its own layer and those below it.
 LAYERS = (
-    {
-        "names",
-        "extras",
-        "recipes",
-        "machine",
-        "precision",
-        "progress",
-        "calibration",
-        "partition",
-        "backend",
-        "reference",
-        "compare",
-        "kernels",
-    },
+    {"kernels", "checks", "reference", "_checkout"},
+    {"runtime"},
+    {"partition"},
     {"ops"},
     {"nn"},
     {"models"},
-    {"methods", "data", "evaluation"},
+    {"methods", "data", "evaluation", "validate"},
     {"training"},
     {"cli", "benchmarks"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -58,13 +49,35 @@ def files_of(part: str) -> list[Path]:
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
-@pytest.mark.parametrize("part", sorted(LEVEL.keys() - {"cli", "benchmarks"}))
+def test_every_room_has_a_layer():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms | {"kernels", "benchmarks"} == LEVEL.keys() | {"__init__"}
+
+
+@pytest.mark.parametrize("part", sorted(LEVEL))
 def test_imports_point_one_way(part):
     for path in files_of(part):
         used = {name.split(".")[1] for name in imported_modules(path) if name.startswith("dfs_engine.")}
         above = {name for name in used if LEVEL.get(name, -1) > LEVEL[part]}
         assert not above, f"{path} imports {above}"
         assert part != "models" or "kernels" not in used, f"{path}: models never import kernels"
+
+
+def test_no_modules_import_each_other():
+    modules = {}
+    for path in (path for part in LEVEL for path in files_of(part)):
+        root = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
+        name = ".".join(("dfs_engine", *path.relative_to(root).with_suffix("").parts))
+        modules[name.removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in modules.items():
+        # `from package import name` is of the module package.name where that is one, else of package.
+        used = {each if each in modules else each.rpartition(".")[0] for each in imported_modules(path)}
+        graph[name] = (used & modules.keys()) - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_reference_imports_only_torch():
@@ -104,7 +117,10 @@ sys.meta_path.insert(0, Blocker())
 sys.modules["triton"] = None  # as it looks to those who ask whether it is there
 import torch
 import dfs_engine
-from dfs_engine import backend, ops, reference, compare, doctor, nn
+from dfs_engine import ops, reference, nn
+from dfs_engine.runtime import backend
+from dfs_engine.validate import tolerances
+from dfs_engine.runtime import doctor
 model = dfs_engine.create_model("vgg7_64", width=4)
 sum(logits.sum() for logits in model(torch.randn(2, 3, 8, 8))).backward()
 print(backend.last_used("partitioned_linear"))
@@ -120,7 +136,8 @@ def test_without_the_extension_everything_runs_and_says_so():
 import sys
 sys.modules["dfs_engine._C"] = None
 import torch
-from dfs_engine import backend, ops
+from dfs_engine import ops
+from dfs_engine.runtime import backend
 ops.partitioned_linear(torch.ones(2, 4), torch.ones(3, 4), start=0, stop=2)
 print(backend.last_used("partitioned_linear"), "|", backend.unavailable_reason("cpp"))
 """

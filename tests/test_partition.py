@@ -5,8 +5,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dfs_engine import ChannelSlice, Partition, PartitionedFeature, partition
-from dfs_engine.compare import assert_close
 from dfs_engine.partition import check_beta, dense_memory_format
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from dfs_engine.checks import check_choice
 from dfs_engine.data.normalization import PRESETS, Channels, Normalization, check_normalization
-from dfs_engine.names import check_choice
 
 _OWN_IMAGES = ("image_folder", "image_parquet")
 OWN_DATASETS = (*_OWN_IMAGES, "text_files")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine.data.config import DataConfig
-from dfs_engine.extras import needs
+from dfs_engine.runtime.extras import needs
 
 
 class Mixup:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from dfs_engine import backend as backends
-from dfs_engine import calibration
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import calibration
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dfs_engine.checks import split_betas
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.evaluation.operations import ExitCost, count_operations
 from dfs_engine.models import VARIANTS, MultiExitModel, create_model
-from dfs_engine.names import split_betas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfs_engine.names import check_choice
+from dfs_engine.checks import check_choice
 from dfs_engine.nn import exit_loss
 
 TITLES = {

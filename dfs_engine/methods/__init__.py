@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from dfs_engine.checks import check_choice
 from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_widths
 from dfs_engine.methods.joint import Joint, exit_losses
 from dfs_engine.methods.method import Method
 from dfs_engine.models import MultiExitModel
-from dfs_engine.names import check_choice
 
 _METHODS: dict[str, Callable[..., Method]] = {
     "byot": lambda model, **options: create_byot(model, ByotConfig(**options)),

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfs_engine.checks import check_choice
 from dfs_engine.methods.method import Method
 from dfs_engine.models import MultiExitModel
 from dfs_engine.models.multi_exit import FEATURES, Distillation
-from dfs_engine.names import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from dfs_engine.checks import check_choice
 from dfs_engine.models.backbone import (
     Consumers,
     Observation,
@@ -18,7 +19,6 @@ from dfs_engine.models.backbone import (
     observe,
 )
 from dfs_engine.models.multi_exit import Distillation, MultiExitModel
-from dfs_engine.names import check_choice
 from dfs_engine.nn import (
     SLICED_VARIANTS,
     ExitHead,

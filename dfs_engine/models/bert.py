@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dfs_engine.extras import needs
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.pretrained import pretrained_folder
 from dfs_engine.models.registry import register_model
@@ -34,6 +33,7 @@ from dfs_engine.nn import (
     exit_loss,
     map_channels,
 )
+from dfs_engine.runtime.extras import needs
 
 # Of transformers' BertConfig, what makes the model: `get_config` keeps these.
 _CONFIG_KEYS = (

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dfs_engine import backend as backends
-from dfs_engine import calibration
-from dfs_engine.names import check_choice
+from dfs_engine.checks import check_choice
 from dfs_engine.nn.fork import Fork
 from dfs_engine.nn.reading import Reading, flat, readings
 from dfs_engine.partition import ChannelSlice
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import calibration
 
 FEATURES = ("blocks", "exits")
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from dfs_engine.checks import nearest_name
 from dfs_engine.models.multi_exit import MultiExitModel
-from dfs_engine.names import nearest_name
 from dfs_engine.nn import Fork, convert_layers
 
 

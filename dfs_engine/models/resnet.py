@@ -10,9 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_model
-from dfs_engine.names import check_choice
 from dfs_engine.nn import Exit, ExitHead, Fork, Reading, apply_layer, apply_norm_relu, global_avg_pool, multiply, whole
 
 # kernel sizes of a residual block's convolutions, width of its last one as a multiple of the others

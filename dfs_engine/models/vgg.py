@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, Distillation, MultiExitModel
 from dfs_engine.models.registry import register_model
-from dfs_engine.names import check_choice
 from dfs_engine.nn import ExitHead, Fork, NormAct2d, Reading, apply_layer, produce_readings
 from dfs_engine.partition import ChannelSlice, Partition
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dfs_engine.extras import needs
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import Family, register_catalogue
 from dfs_engine.nn import (
@@ -33,6 +32,7 @@ from dfs_engine.nn import (
     map_channels,
     whole,
 )
+from dfs_engine.runtime.extras import needs
 
 logger = logging.getLogger(__name__)
 

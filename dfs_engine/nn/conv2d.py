@@ -5,10 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.backend import check_backend
 from dfs_engine.nn.linear import _share_parameters
 from dfs_engine.nn.reading import Columns, whole
 from dfs_engine.ops import _common, partitioned_conv2d
+from dfs_engine.runtime.backend import check_backend
 
 
 class PartitionedConv2d(nn.Conv2d):

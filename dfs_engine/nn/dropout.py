@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.backend import check_backend
 from dfs_engine.ops.dropout import dropout, has_dropout_kernel
+from dfs_engine.runtime.backend import check_backend
 
 
 class Dropout(nn.Dropout):

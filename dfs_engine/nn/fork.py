@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from dfs_engine.backend import check_backend
-from dfs_engine.names import check_choice
+from dfs_engine.checks import check_choice
 from dfs_engine.nn.reading import Columns, Reading
 from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
+from dfs_engine.runtime.backend import check_backend
 
 VARIANTS = ("dense", "detach", "split", "dfs")
 # Those whose readers get the live part beside the whole feature.

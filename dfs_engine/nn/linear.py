@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from dfs_engine.backend import check_backend
 from dfs_engine.nn.reading import Columns, Reading, apply_layer
 from dfs_engine.ops import _common, partitioned_linear, partitioned_norm_linear
+from dfs_engine.runtime.backend import check_backend
 
 
 class Normalisation(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfs_engine.nn.fork import Fork
 from dfs_engine.nn.reading import Reading, readings
-from dfs_engine.ops import conv_block, norm_relu
+from dfs_engine.ops import norm_act, norm_relu
 
 
 class _Tail(NamedTuple):
@@ -31,7 +31,7 @@ class NormAct2d(nn.BatchNorm2d):
             return norm_relu(input, **self._normalisation(), residual=residual, backend=self.backend)
         # The last feature is not split: its exit trains all of it.
         num_shared, exit_start = (0, 0) if tail.is_last else tail.fork.live_channels(input.size(1))
-        made = conv_block(
+        made = norm_act(
             input,
             **self._normalisation(),
             pool=tail.pool,

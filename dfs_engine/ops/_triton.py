@@ -10,9 +10,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from dfs_engine import backend as backends
 from dfs_engine.kernels.config import INTERPRETED, NoConfigFits, is_forced
 from dfs_engine.ops import _common, conv2d, linear, norm_linear
+from dfs_engine.runtime import backend as backends
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ _KERNELS: dict[str, tuple[str, str, Callable | None]] = {
     "conv2d_grad_weight": ("conv2d", conv2d.NAME, conv2d.aten_grad_weight),
     "norm_linear_grad_input": ("norm_linear", norm_linear.NAME, norm_linear.aten_grad_input),
     "norm_linear_grad_weight": ("norm_linear", norm_linear.NAME, norm_linear.aten_grad_weight),
-    "conv_block": ("conv_block", "conv_block", None),
-    "conv_block_backward": ("conv_block", "conv_block", None),
+    "norm_act": ("norm_act", "norm_act", None),
+    "norm_act_backward": ("norm_act", "norm_act", None),
 }
 # Their forwards are cuBLAS's and cuDNN's.
 _STOCK = {"linear": F.linear, "conv2d": F.conv2d}

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfs_engine import backend as backends
 from dfs_engine.ops import _common
+from dfs_engine.runtime import backend as backends
 
 NAME = "dropout"
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dfs_engine import backend as backends
-from dfs_engine import calibration
 from dfs_engine import reference as oracle
 from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common, _two_calls
 from dfs_engine.partition import ChannelSlice
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import calibration
 
 NAME = "partitioned_linear"
 

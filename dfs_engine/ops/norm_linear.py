@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dfs_engine import backend as backends
-from dfs_engine import calibration
 from dfs_engine import reference as oracle
 from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common, linear
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import calibration
 
 NAME = "partitioned_norm_linear"
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from dfs_engine.extras import needs
 from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
+from dfs_engine.runtime.extras import needs
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.idle_columns import hold_idle_columns
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dfs_engine.backend import BACKENDS
+from dfs_engine.checks import check_choice
 from dfs_engine.data.config import TEXT_DATASETS, DataConfig
 from dfs_engine.methods import ByotConfig, list_methods
 from dfs_engine.models import VARIANTS, check_model
-from dfs_engine.names import check_choice
 from dfs_engine.partition import check_beta
+from dfs_engine.runtime.backend import BACKENDS
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "linear", "multistep")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dfs_engine.checks import check_choice
 from dfs_engine.data.config import OWN_DATASETS, DataConfig
 from dfs_engine.evaluation.metrics import IMAGE_METRICS, ExitMetrics
 from dfs_engine.models.multi_exit import run_model
-from dfs_engine.names import check_choice
 from dfs_engine.training.batches import eval_loader, to_device, worker_deaths
 from dfs_engine.training.config import DEVICES, PRECISIONS
 

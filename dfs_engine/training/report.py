@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dfs_engine.evaluation.metrics import TITLES
-from dfs_engine.machine import cpu_and_instructions
+from dfs_engine.runtime.machine import cpu_and_instructions
 from dfs_engine.training.checkpoint import atomic_file, describe_model
 
 Row = dict[str, float]

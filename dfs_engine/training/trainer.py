@@ -17,11 +17,11 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dfs_engine import memory
-from dfs_engine.backend import select
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
+from dfs_engine.runtime import memory
+from dfs_engine.runtime.backend import select
 from dfs_engine.training import checkpoint, report, run_folder
 from dfs_engine.training.adapters import save_adapters
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader, worker_deaths

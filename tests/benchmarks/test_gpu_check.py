@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfs_engine import backend as backends
 from dfs_engine.benchmarks import gpu_check, gpu_expected, gpu_ops, gpu_problems, gpu_run, gpu_stages, tune
 from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
 from dfs_engine.benchmarks.gpu_run import Run
@@ -25,6 +24,7 @@ from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, enviro
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS
 from dfs_engine.ops import linear
+from dfs_engine.runtime import backend as backends
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 WALK = Path(__file__).with_name("gpu_walk.py")
@@ -357,9 +357,9 @@ def rows() -> list[gpu_ops.GpuRow]:
     timings = {way: Stats.of([seconds]) for way, seconds in ((DENSE, 4e-3), (ATEN, 2e-3), (TRITON, 1e-3))}
     conv = gpu_ops.GpuRow("conv2d", "grad_input", SHAPES[0], "bf16", 3, timings, flops=dict.fromkeys(timings, 10**9))
     block = BlockShape("vgg7", 2, 8, 4, True)
-    step = gpu_ops.GpuRow("conv_block", "step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
+    step = gpu_ops.GpuRow("norm_act", "step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
     alone = {TRITON: Stats.of([1e-3])}
-    return [conv, step, gpu_ops.GpuRow("conv_block", "forward", block, "bf16", 4, alone, num_bytes=1000)]
+    return [conv, step, gpu_ops.GpuRow("norm_act", "forward", block, "bf16", 4, alone, num_bytes=1000)]
 
 
 def test_rows_go_into_the_results_format(tmp_path):
@@ -370,8 +370,8 @@ def test_rows_go_into_the_results_format(tmp_path):
     assert tuple(written[0]) == CSV_COLUMNS
     found = {(row["op"], row["metric"], row["variant"], row["backend_used"], row["mode"]): row for row in written}
     assert float(found["conv2d", "grad_input", "dfs", "triton", "eager"]["median"]) == 1e-3
-    assert float(found["conv_block", "step", "dense", "stock", "compile"]["median"]) == 3e-3
-    assert float(found["conv_block", "bytes_forward", "dfs", "triton", "eager"]["median"]) == 1000
+    assert float(found["norm_act", "step", "dense", "stock", "compile"]["median"]) == 3e-3
+    assert float(found["norm_act", "bytes_forward", "dfs", "triton", "eager"]["median"]) == 1000
     assert found["conv2d", "grad_input", "dense", "stock", "eager"]["case"] == "channels_last"
 
 
@@ -380,7 +380,7 @@ def test_table_tells_ratios_and_bandwidth(monkeypatch):
     table = gpu_ops.table(rows())
     assert "| 4.00 | - | 2.00 |" in table
     assert "50%" in table
-    assert "conv_block forward + backward against dense stock compile: at least 3.00" in table
+    assert "norm_act forward + backward against dense stock compile: at least 3.00" in table
 
 
 def test_precision_is_put_back():

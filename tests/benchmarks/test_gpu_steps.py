@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from dfs_engine import backend as backends
 from dfs_engine.benchmarks import gpu_graphs, gpu_problems, gpu_steps, step_models, train_step
 from dfs_engine.benchmarks.gpu_steps import Pair
 from dfs_engine.benchmarks.measure import append_csv, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
+from dfs_engine.runtime import backend as backends
 
 # The families of `STEP_MODELS`, small.
 TINY = {

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from dfs_engine import backend as backends
 from dfs_engine.benchmarks import machine, ops
 from dfs_engine.benchmarks.measure import Stats
 from dfs_engine.benchmarks.op_cases import OpCase, Operands, TimedOp
@@ -13,6 +12,7 @@ from dfs_engine.benchmarks.ops import BenchOpsConfig
 from dfs_engine.benchmarks.ops_report import OpRow, OpsReport
 from dfs_engine.benchmarks.shapes import SHAPES, BlockShape, ConvShape, LinearShape
 from dfs_engine.ops import conv2d, linear
+from dfs_engine.runtime import backend as backends
 
 TINY = (
     ConvShape("vgg7", 2, 6, 5, 5),
@@ -42,7 +42,7 @@ def test_every_case_is_compared_timed_and_kept(tiny, tmp_path):
     cases = (1 + paths * 2) * 2
     assert len(report.rows) == 2 * (5 * cases + cases // 2)
     assert {stats.n for row in report.rows for stats in row.timings.values()} == {2}
-    assert all(("grad_weight" in row.timings) == (row.shape.op != "conv_block") for row in report.rows)
+    assert all(("grad_weight" in row.timings) == (row.shape.op != "norm_act") for row in report.rows)
     assert all(peak > 0 for peak in (*report.peaks.values(), report.bandwidth))
     table = report.table()
     assert all(f"{row.case.path} | {row.case.layout}" in table for row in report.rows)
@@ -124,5 +124,5 @@ def test_quick_takes_one_shape_of_each_family_and_op():
     assert {(shape.family, shape.op) for shape in chosen} == {(shape.family, shape.op) for shape in SHAPES}
     assert len(chosen) == 8
     assert BenchOpsConfig(shapes="vgg7/*,bert/*", ops="conv2d,linear").chosen_shapes == [
-        shape for shape in SHAPES if shape.family in ("vgg7", "bert") and shape.op != "conv_block"
+        shape for shape in SHAPES if shape.family in ("vgg7", "bert") and shape.op != "norm_act"
     ]

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from dfs_engine import backend as backends
-from dfs_engine import memory
 from dfs_engine.benchmarks import train, train_step
 from dfs_engine.benchmarks.train import BenchTrainConfig
 from dfs_engine.benchmarks.train_report import BASELINES, Case
 from dfs_engine.ops import conv2d
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import memory
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import dfs_engine
-from dfs_engine import backend as backends
 from dfs_engine import cli
 from dfs_engine.benchmarks import gpu_problems, tune
 from dfs_engine.benchmarks.gpu_ops import precision
@@ -20,6 +19,7 @@ from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.tune import BenchTuneConfig
 from dfs_engine.kernels import config as kernels
+from dfs_engine.runtime import backend as backends
 
 pytest.importorskip("triton")
 
@@ -206,7 +206,7 @@ def test_a_class_is_measured_once():
     tasks = tune.plan(BenchTuneConfig(models="vgg16_64,vit_base_patch16_224"))
     assert len({task.key for task in tasks}) == len(tasks)
     # The shapes of the models, in every dtype.
-    assert {task.op for task in tasks} == {"conv2d", "linear", "norm_linear", "conv_block"}
+    assert {task.op for task in tasks} == {"conv2d", "linear", "norm_linear", "norm_act"}
     assert {task.dtype for task in tasks} == {"bf16", "fp16", "tf32", "fp32"}
     assert {task.shape.batch for task in tasks} == {256}
     at_two = tune.plan(BenchTuneConfig(models="vgg7_64", batch_size="32,128", dtypes="bf16"))
@@ -230,7 +230,7 @@ def test_a_step_asks_for_the_classes_that_are_tuned(monkeypatch):
         assert wins is None or op == "partitioned_linear" or wins("triton")
         return "aten"
 
-    for name in ("conv2d", "conv_block"):
+    for name in ("conv2d", "norm_act"):
         module = importlib.import_module(f"dfs_engine.ops.{name}")  # some have functions of the same name
         monkeypatch.setattr(module, "prefers_triton", prefers)
     monkeypatch.setattr(backends, "select", select)
@@ -238,7 +238,7 @@ def test_a_step_asks_for_the_classes_that_are_tuned(monkeypatch):
         step = dfs_engine.create_model("vgg7_64", num_classes=3, width=32)
         step(torch.randn(6, 3, 16, 16).contiguous(memory_format=torch.channels_last))
     assert {key.split()[0] for key in asked} == {
-        "conv2d_grad_input", "conv2d_grad_weight", "conv_block", "conv_block_pool",
+        "conv2d_grad_input", "conv2d_grad_weight", "norm_act", "norm_act_pool",
     }  # fmt: skip
     assert asked <= keys
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfs_engine import backend as backends
 from dfs_engine.evaluation.flops import count_flops
 from dfs_engine.ops import partitioned_conv2d, partitioned_linear
+from dfs_engine.runtime import backend as backends
 
 
 class TwoLayers(nn.Module):

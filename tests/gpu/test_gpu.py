@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dfs_engine import reference
-from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
-from dfs_engine.ops import conv2d, conv_block, partitioned_conv2d, partitioned_linear, partitioned_norm_linear
+from dfs_engine.ops import conv2d, norm_act, partitioned_conv2d, partitioned_linear, partitioned_norm_linear
 from dfs_engine.partition import Partition
-from dfs_engine.precision import fp32_precision
+from dfs_engine.runtime.precision import fp32_precision
+from dfs_engine.validate.tolerances import TOLERANCES, Tolerance, assert_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,9 +84,9 @@ class Problem:
             return [partitioned_conv2d(*leaves, stride, kernel // 2, 1, groups, **sliced, backend=backend)]
         options = {"pool": self.op == "block-pool", "num_shared": live, "exit_start": live}
         if backend == "reference":
-            _, shared, _, exit = reference.conv_block(*leaves, None, None, **options)
+            _, shared, _, exit = reference.norm_act(*leaves, None, None, **options)
         else:
-            _, shared, _, exit = conv_block(*leaves, None, None, **options, backend=backend)
+            _, shared, _, exit = norm_act(*leaves, None, None, **options, backend=backend)
         return [shared, exit]
 
     def results(self, backend: str = "triton") -> list[Tensor]:
@@ -236,7 +236,7 @@ class TestBeyond32BitOffsets:
         assert_close("grad_weight", grad_weight, alone)
 
     @pytest.mark.parametrize("pool", [False, True], ids=["flat", "pool"])
-    def test_conv_block(self, pool):
+    def test_norm_act(self, pool):
         batch, size, channels = 2**17 + 3, 16, 64
         z = torch.randn(batch, size, size, channels, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
         assert z.numel() > 2**31
@@ -251,17 +251,17 @@ class TestBeyond32BitOffsets:
         for name, value, truth in zip(("feature", "grad_z"), found[1:], alone[1:], strict=True):
             assert torch.equal(value[-3:], truth), name
         # In training, the batch's statistics.
-        made = torch.ops.dfs_engine.conv_block(z, gamma, beta, None, None, None, 1e-5, pool, True, True)
+        made = torch.ops.dfs_engine.norm_act(z, gamma, beta, None, None, None, 1e-5, pool, True, True)
         sums = [chunk.relu().double().sum((0, 2, 3)) for chunk in z.split(2**12)]
         expected = torch.stack(sums).sum(0) / (batch * size**2)
         assert_close("mean", made[3], expected, TOLERANCES[torch.float32])
 
     def _block(self, z, gamma, beta, mean, shared, average, pool) -> list[Tensor]:
-        made = torch.ops.dfs_engine.conv_block(z, gamma, beta, None, mean, mean, 1e-5, pool, True, True)
+        made = torch.ops.dfs_engine.norm_act(z, gamma, beta, None, mean, mean, 1e-5, pool, True, True)
         feature, averages, average_hat, exact, inverse_std, _, passed = made
         saved = (None, average_hat, exact, inverse_std, passed)
         modes = (False, pool, True)
-        backward = torch.ops.dfs_engine.conv_block_backward(shared, average, z, gamma, beta, *saved, *modes)
+        backward = torch.ops.dfs_engine.norm_act_backward(shared, average, z, gamma, beta, *saved, *modes)
         return [averages, feature, backward[0]]
 
 
@@ -276,9 +276,9 @@ def test_ops_combine_on_one_feature():
         def run(leaves, weight, head, backend, block=block, live=live):
             options = {"pool": True, "num_shared": live, "exit_start": live}
             if backend == "reference":
-                full, shared, average, exit = reference.conv_block(*leaves, None, None, **options)
+                full, shared, average, exit = reference.norm_act(*leaves, None, None, **options)
             else:
-                full, shared, average, exit = conv_block(*leaves, None, None, **options, backend=backend)
+                full, shared, average, exit = norm_act(*leaves, None, None, **options, backend=backend)
             given = {"backend": backend}
             deeper = partitioned_conv2d(shared, weight, None, 1, 1, start=0, stop=live, full=full, **given)
             logits = partitioned_linear(exit, head, None, start=live, stop=CHANNELS, full=average, **given)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dfs_engine.kernels.config import INTERPRETED
-from dfs_engine.precision import fp32_precision
+from dfs_engine.runtime.precision import fp32_precision
 
 pytest.importorskip("triton")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfs_engine import backend as backends
 from dfs_engine import ops
-from dfs_engine.compare import assert_close
 from dfs_engine.kernels import config
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import assert_close
 
 
 def leaf(*size: int) -> Tensor:
@@ -106,7 +106,7 @@ def convolve(input: Tensor, groups: int = 1) -> None:
 
 
 def produce(z: Tensor, **options) -> None:
-    ops.conv_block(z, leaf(4), leaf(4), None, None, num_shared=2, exit_start=2, **options)
+    ops.norm_act(z, leaf(4), leaf(4), None, None, num_shared=2, exit_start=2, **options)
 
 
 def test_the_table_knows_channels_last_and_one_group_alone(monkeypatch):
@@ -120,13 +120,13 @@ def test_the_table_knows_channels_last_and_one_group_alone(monkeypatch):
         (lambda: produce(image), False),
         (lambda: produce(last(image), residual=last(image), relu_first=False), False),
     ):
-        with table(monkeypatch, "conv2d", "conv_block", answer=False) as asked:
+        with table(monkeypatch, "conv2d", "norm_act", answer=False) as asked:
             run()
         assert bool(asked) is is_asked
 
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_a_producer_asks_for_its_own_class(pool, monkeypatch):
-    with table(monkeypatch, "conv_block", answer=False) as asked:
+    with table(monkeypatch, "norm_act", answer=False) as asked:
         produce(last(leaf(2, 4, 6, 5)), pool=pool)
-    assert asked == {("conv_block_pool" if pool else "conv_block", 60, 4, 1, torch.float32)}
+    assert asked == {("norm_act_pool" if pool else "norm_act", 60, 4, 1, torch.float32)}

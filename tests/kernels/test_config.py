@@ -189,7 +189,7 @@ def test_each_gpu_of_a_machine_has_its_own_table_and_number_of_multiprocessors(t
     assert large.block_m * large.block_n > small.block_m * small.block_n
 
 
-@pytest.mark.parametrize("op", [*OPS, "conv2d_grad_weight", "norm_linear_grad_input", "conv_block"])
+@pytest.mark.parametrize("op", [*OPS, "conv2d_grad_weight", "norm_linear_grad_input", "norm_act"])
 def test_many_rows_are_one_class(op):
     """A table that was tuned at one batch size serves the larger ones, once the GPU is full."""
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfs_engine.compare import assert_close
 from dfs_engine.kernels import config
 from dfs_engine.kernels.config import Config
+from dfs_engine.validate.tolerances import assert_close
 
 pytest.importorskip("triton")
 

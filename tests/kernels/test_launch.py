@@ -20,10 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from dfs_engine.kernels import conv2d, conv2d_depthwise, conv2d_splits, conv_block, linear, norm_linear
+from dfs_engine.kernels import conv2d, conv2d_depthwise, conv2d_splits, linear, norm_act, norm_linear
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
-FILES = (conv2d, conv2d_depthwise, conv2d_splits, conv_block, linear, norm_linear)
+FILES = (conv2d, conv2d_depthwise, conv2d_splits, norm_act, linear, norm_linear)
 HALF = torch.bfloat16
 
 
@@ -155,15 +155,15 @@ MODES = {"relu-first": (False, True), "pool": (True, True), "residual": (False, 
 
 @pytest.mark.parametrize("mode", ["relu-first", *(pytest.param(mode, marks=SLOW) for mode in ("pool", "residual"))])
 @pytest.mark.parametrize("dtype", [HALF, pytest.param(torch.float32, marks=SLOW)], ids=["bf16", "fp32"])
-def test_conv_block(launches, mode, dtype):
+def test_norm_act(launches, mode, dtype):
     pool, relu_first = MODES[mode]
     z = random(3, 65, 9, 7, dtype=dtype)
     gamma, beta = (random(65, dtype=torch.float32) for _ in range(2))
     residual = z if mode == "residual" else None
-    made = conv_block.conv_block(z, gamma, beta, residual, None, None, 1e-5, pool, relu_first, True)
+    made = norm_act.norm_act(z, gamma, beta, residual, None, None, 1e-5, pool, relu_first, True)
     feature, average, average_hat, mean, inverse_std, _, passed = made
     saved = (None if residual is None else feature, average_hat, mean, inverse_std, passed)
-    conv_block.conv_block_backward(feature[:, :33], average, z, gamma, beta, *saved, True, pool, relu_first)
+    norm_act.norm_act_backward(feature[:, :33], average, z, gamma, beta, *saved, True, pool, relu_first)
     check(
         launches, "statistics_kernel", "merge_statistics_kernel", "normalise_kernel", "average_kernel",
         "reduce_kernel", "merge_gradients_kernel", "gradient_kernel",

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dfs_engine import backend as backends
 from dfs_engine import ops, reference
-from dfs_engine.compare import assert_close, gradient_scale
 from dfs_engine.kernels import config
 from dfs_engine.kernels.config import Config
 from dfs_engine.kernels.linear import linear_grad_input, linear_grad_weight
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import assert_close, gradient_scale
 
 pytestmark = pytest.mark.usefixtures("poison")
 

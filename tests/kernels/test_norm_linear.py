@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfs_engine import backend as backends
 from dfs_engine import ops, reference
-from dfs_engine.compare import TOLERANCES, assert_close, gradient_scale
 from dfs_engine.kernels import config
 from dfs_engine.kernels.config import Config
 from dfs_engine.kernels.norm_linear import norm_linear_grad_input, norm_linear_grad_weight
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import TOLERANCES, assert_close, gradient_scale
 
 pytestmark = pytest.mark.usefixtures("poison")
 

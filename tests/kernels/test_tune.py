@@ -38,7 +38,7 @@ def test_every_configuration_computes_what_aten_does(dtype, device, monkeypatch,
     report = tune.run(tune.BenchTuneConfig(dtypes=dtype, **options))
     assert not report.failed
     assert not report.missing
-    assert {task.op for task in report.tasks} == {"conv2d", "linear", "norm_linear", "conv_block"}
+    assert {task.op for task in report.tasks} == {"conv2d", "linear", "norm_linear", "norm_act"}
     wanted = {chosen for task in report.tasks for chosen in tune._configs(task)}
     assert wanted < timed
     assert ATEN in timed

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_engine import attach_exits
-from dfs_engine.compare import assert_close
 from dfs_engine.methods import create_method, feature_widths
 from dfs_engine.models import VARIANTS, MultiExitModel, create_model
 from dfs_engine.models.backbone import Consumers
 from dfs_engine.nn import PartitionedConv2d, PartitionedLinear
+from dfs_engine.validate.tolerances import assert_close
 
 NUM_CLASSES = 5
 

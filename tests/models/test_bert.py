@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_engine import create_model
-from dfs_engine.compare import Tolerance, assert_close
 from dfs_engine.models.pretrained import pretrained_folder
+from dfs_engine.validate.tolerances import Tolerance, assert_close
 
 transformers = pytest.importorskip("transformers")
 

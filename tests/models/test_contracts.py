@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_engine import attach_exits, create_model
-from dfs_engine.compare import assert_close
 from dfs_engine.models import resnet
 from dfs_engine.nn import NormAct2d, apply_norm_relu
 from dfs_engine.nn.channel_order import ChannelOrder
+from dfs_engine.validate.tolerances import assert_close
 
 BERT = {
     "vocab_size": 30, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16,

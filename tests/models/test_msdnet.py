@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dfs_engine import create_model
-from dfs_engine.compare import assert_close
 from dfs_engine.evaluation.flops import count_flops
+from dfs_engine.validate.tolerances import assert_close
 
 FACTORS = (1, 2, 4, 4)
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import create_model, list_models
-from dfs_engine.compare import Tolerance, assert_close, gradient_scale
 from dfs_engine.evaluation import info
 from dfs_engine.evaluation.flops import count_flops
 from dfs_engine.models import VARIANTS
+from dfs_engine.validate.tolerances import Tolerance, assert_close, gradient_scale
 
 BETAS = [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
 TINY_BERT = {

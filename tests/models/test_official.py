@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import create_model, list_models, load_official_state_dict, to_official_state_dict
-from dfs_engine.compare import assert_close
+from dfs_engine.validate.tolerances import assert_close
 
 PUBLISHED = json.loads(Path(__file__).with_name("official_state_dicts.json").read_text())["models"]
 # published name -> our name and options

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfs_engine import create_model
-from dfs_engine.compare import assert_close, gradient_scale
 from dfs_engine.evaluation.flops import count_flops
+from dfs_engine.validate.tolerances import assert_close, gradient_scale
 
 NAMES = ("resnet18", "resnet34", "resnet50")
 # Parameters of the published backbones for 1000 classes (torchvision's counts), which our last exit's path has to have.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfs_engine import create_model, to_official_state_dict
-from dfs_engine.compare import assert_close
+from dfs_engine.validate.tolerances import assert_close
 
 LAYOUT = {"vgg7_64": [64, 64, 128, 128, 256, 256], "vgg16_64": [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6}
 POOLED = {"vgg7_64": [1, 3, 5], "vgg16_64": [1, 3, 6, 9, 12]}

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dfs_engine import create_model, list_models
 from dfs_engine import reference as oracle
-from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
 from dfs_engine.evaluation.flops import count_flops
 from dfs_engine.models import VARIANTS
+from dfs_engine.validate.tolerances import TOLERANCES, Tolerance, assert_close
 
 timm = pytest.importorskip("timm")
 

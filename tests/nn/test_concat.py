@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dfs_engine.compare import assert_close
 from dfs_engine.nn import (
     Fork,
     add,
@@ -21,6 +20,7 @@ from dfs_engine.nn import (
 )
 from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.partition import ChannelSlice
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

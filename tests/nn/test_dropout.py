@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfs_engine.backend import unavailable_reason
-from dfs_engine.compare import assert_close
 from dfs_engine.nn import Dropout, attend, convert_dropouts
+from dfs_engine.runtime.backend import unavailable_reason
+from dfs_engine.validate.tolerances import assert_close
 
 needs_kernel = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 

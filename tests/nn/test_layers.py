@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dfs_engine import backend as backends
-from dfs_engine.compare import assert_close
 from dfs_engine.nn import (
     VARIANTS,
     Fork,
@@ -18,6 +16,8 @@ from dfs_engine.nn import (
     apply_linears,
     convert_layers,
 )
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

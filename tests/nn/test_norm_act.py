@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfs_engine.compare import assert_close
 from dfs_engine.nn import NormAct2d, apply_norm_relu, convert_layers
 from dfs_engine.ops import norm_relu
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -96,11 +96,11 @@ def test_called_alone_it_is_the_stock_layer():
     assert torch.equal(bn.running_var, twin.running_var)
 
 
-def test_errors_are_those_of_conv_block():
+def test_errors_are_those_of_norm_act():
     z = torch.randn(2, 4, 3, 3)
-    with pytest.raises(ValueError, match=r"conv_block: expected residual of z's shape"):
+    with pytest.raises(ValueError, match=r"norm_act: expected residual of z's shape"):
         norm_relu(z, None, None, None, None, residual=z[:1])
-    with pytest.raises(ValueError, match=r"conv_block: expected z \(N, C, H, W\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"norm_act: expected z \(N, C, H, W\), got \(5,\)"):
         norm_relu(z[0, 0, 0, 0].expand(5), None, None, None, None)
-    with pytest.raises(ValueError, match="conv_block: expected running statistics in eval mode"):
+    with pytest.raises(ValueError, match="norm_act: expected running statistics in eval mode"):
         norm_relu(z, None, None, None, None, training=False)

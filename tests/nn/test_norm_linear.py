@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfs_engine import backend as backends
-from dfs_engine.compare import assert_close
 from dfs_engine.nn import VARIANTS, Fork, PartitionedLayerNorm, apply_norm_linear, convert_layers
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from dfs_engine.compare import assert_close
 from dfs_engine.nn import (
     VARIANTS,
     ExitHead,
@@ -17,6 +16,7 @@ from dfs_engine.nn import (
     readings,
     whole,
 )
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dfs_engine import reference
-from dfs_engine.compare import assert_close
+from dfs_engine.validate.tolerances import assert_close
 
 Results = dict[str, Tensor]
 

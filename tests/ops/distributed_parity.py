@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dfs_engine import create_model
-from dfs_engine.compare import assert_close
+from dfs_engine.validate.tolerances import assert_close
 
 
 def main(rank: int, store: str) -> None:

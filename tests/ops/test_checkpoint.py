@@ -18,7 +18,7 @@ ROUTE = {"num_shared": 4, "exit_start": 2}
 
 
 def produce(z: Tensor, weight: Tensor, bias: Tensor, backend: str, **options) -> list[Tensor]:
-    produced = ops.conv_block(z, weight, bias, None, None, **ROUTE, **options, backend=backend)
+    produced = ops.norm_act(z, weight, bias, None, None, **ROUTE, **options, backend=backend)
     return [produced.shared, produced.exit]
 
 
@@ -38,15 +38,15 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Callable]] = {
         [(4, 6), (6,), (6,), (5, 6), (5,)],
         lambda *args, backend: ops.partitioned_norm_linear(*args, **SLICE, backend=backend),
     ),
-    "conv_block": ([IMAGE, (6,), (6,)], produce),
-    "conv_block, pool": ([IMAGE, (6,), (6,)], lambda *args, backend: produce(*args, backend, pool=True)),
-    "conv_block, residual": (
+    "norm_act": ([IMAGE, (6,), (6,)], produce),
+    "norm_act, pool": ([IMAGE, (6,), (6,)], lambda *args, backend: produce(*args, backend, pool=True)),
+    "norm_act, residual": (
         [IMAGE, (6,), (6,), IMAGE],
         lambda z, weight, bias, residual, backend: produce(
             z, weight, bias, backend, residual=residual, relu_first=False
         ),
     ),
-    "conv_block, one reader": ([IMAGE, (6,), (6,)], lambda *args, backend: produce(*args, backend)[:1]),
+    "norm_act, one reader": ([IMAGE, (6,), (6,)], lambda *args, backend: produce(*args, backend)[:1]),
     "norm_relu": ([IMAGE, (6,), (6,)], lambda *args, backend: ops.norm_relu(*args, None, None, backend=backend)),
     "dropout": ([IMAGE], lambda input, backend: Dropout(0.5, backend=backend)(input)),
     "partition": ([IMAGE], lambda input, backend: list(partition(input, 0.4)[1:])),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfs_engine import ops, reference
-from dfs_engine.compare import TOLERANCES, assert_close
+from dfs_engine.validate.tolerances import TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dfs_engine import backend as backends
-from dfs_engine.compare import assert_close
 from dfs_engine.ops import partitioned_conv2d
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

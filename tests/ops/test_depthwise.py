@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from dfs_engine import backend as backends
 from dfs_engine.ops import partitioned_conv2d
+from dfs_engine.runtime import backend as backends
 
 pytestmark = pytest.mark.usefixtures("poison")
 

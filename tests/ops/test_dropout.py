@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfs_engine.backend import unavailable_reason
 from dfs_engine.ops import dropout
+from dfs_engine.runtime.backend import unavailable_reason
 
 needs_kernel = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 

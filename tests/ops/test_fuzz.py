@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfs_engine import backend as backends
 from dfs_engine import ops, reference
-from dfs_engine.compare import assert_close
 from dfs_engine.ops import norm_linear
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -215,7 +215,7 @@ def run_block(function: Callable, tensors: Tensors, options: dict, grads: list[T
 
 
 def check_block(backend: str) -> None:
-    # In half precision rounding sends gradients past other ReLUs and pools: see test_conv_block.
+    # In half precision rounding sends gradients past other ReLUs and pools: see test_norm_act.
     dtype = torch.float64 if backend == "aten" and random.random() < 0.5 else torch.float32
     tensors, options = draw_block()
     frozen = ("running_mean", "running_var") if options["training"] else ()
@@ -227,16 +227,16 @@ def check_block(backend: str) -> None:
     }
     wide = {name: None if t is None else t.double().contiguous() for name, t in tensors.items()}
     try:
-        grads, found = run_block(ops.conv_block, tensors, options | {"backend": backend}, None)
-        assert backends.last_used("conv_block") == backend
-        _, expected = run_block(reference.conv_block, wide, options, [grad.double().contiguous() for grad in grads])
+        grads, found = run_block(ops.norm_act, tensors, options | {"backend": backend}, None)
+        assert backends.last_used("norm_act") == backend
+        _, expected = run_block(reference.norm_act, wide, options, [grad.double().contiguous() for grad in grads])
         largest = [t.abs().max().item() for n, t in expected.items() if n.startswith("grad") and t.numel()]
         for name, value in found.items():
             # Of gradients, what cancels before a normalisation is as good as what does not.
             assert_close(name, value, expected[name], scale=max([1e-2, *largest]) if name.startswith("grad") else 1.0)
     except Exception as error:
         given = {name: (tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None}
-        raise AssertionError(f"conv_block {backend} {dtype} {given} {options}: {error}") from error
+        raise AssertionError(f"norm_act {backend} {dtype} {given} {options}: {error}") from error
 
 
 def check_cases(name: str, backend: str, count: int) -> None:
@@ -247,19 +247,19 @@ def check_cases(name: str, backend: str, count: int) -> None:
         random.seed(seed)
         torch.manual_seed(seed)
         try:
-            check_block(backend) if name == "conv_block" else check_sliced(name, backend)
+            check_block(backend) if name == "norm_act" else check_sliced(name, backend)
         except AssertionError as error:
             raise AssertionError(f"case {number} (seed {seed}): {error}") from error
         random.setstate(state)
 
 
-@pytest.mark.parametrize("name", [*SLICED, "conv_block"])
+@pytest.mark.parametrize("name", [*SLICED, "norm_act"])
 def test_random_cases(name, backend):
     check_cases(name, backend, 60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SLICED, "conv_block"])
+@pytest.mark.parametrize("name", [*SLICED, "norm_act"])
 def test_many_random_cases(name, backend):
     check_cases(name, backend, 2000)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dfs_engine.backend import unavailable_reason
-from dfs_engine.compare import assert_close
+from dfs_engine.runtime.backend import unavailable_reason
+from dfs_engine.validate.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 

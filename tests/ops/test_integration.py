@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dfs_engine import backend as backends
 from dfs_engine import create_model, ops, partition, reference
-from dfs_engine.compare import TOLERANCES, Tolerance, assert_close
 from dfs_engine.models import VARIANTS
 from dfs_engine.nn import PartitionedConv2d, PartitionedLinear
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import TOLERANCES, Tolerance, assert_close
 
 
 class Net(nn.Module):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dfs_engine import backend as backends
 from dfs_engine.ops import partitioned_linear
+from dfs_engine.runtime import backend as backends
 
 pytestmark = pytest.mark.usefixtures("poison")
 

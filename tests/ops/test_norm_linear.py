@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfs_engine import backend as backends
 from dfs_engine import reference as oracle
-from dfs_engine.compare import TOLERANCES, assert_close
 from dfs_engine.ops import norm_linear as module
 from dfs_engine.ops import partitioned_norm_linear
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 

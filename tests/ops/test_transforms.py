@@ -28,12 +28,12 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor], str]] = {
         lambda x, w, **o: ops.partitioned_norm_linear(x, None, None, w, **SLICE, **o),
         "partitioned_norm_linear",
     ),
-    "conv_block": (
+    "norm_act": (
         [IMAGE, VECTOR],
-        lambda x, w, **o: ops.conv_block(x, w, None, None, None, **ROUTE, **o).shared,
-        "conv_block",
+        lambda x, w, **o: ops.norm_act(x, w, None, None, None, **ROUTE, **o).shared,
+        "norm_act",
     ),
-    "norm_relu": ([IMAGE, VECTOR], lambda x, w, **o: ops.norm_relu(x, w, None, None, None, **o), "conv_block"),
+    "norm_relu": ([IMAGE, VECTOR], lambda x, w, **o: ops.norm_relu(x, w, None, None, None, **o), "norm_act"),
 }
 TRANSFORMS: dict[str, Callable] = {
     "grad": lambda loss, x, w: grad(loss, argnums=(0, 1))(x, w),

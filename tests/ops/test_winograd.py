@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfs_engine import backend as backends
-from dfs_engine.compare import Tolerance, assert_close
 from dfs_engine.ops.conv2d import winograd_applies
+from dfs_engine.runtime import backend as backends
+from dfs_engine.validate.tolerances import Tolerance, assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -239,7 +239,8 @@ def test_float64_never_uses_it():
 
 CODE = """
 import sys, torch
-from dfs_engine import _C, backend
+from dfs_engine import _C
+from dfs_engine.runtime import backend
 torch.set_num_threads(1)
 tensors = torch.load(sys.argv[1])
 geometry = ((1, 1), (1, 1), (1, 1), 1)
@@ -256,13 +257,13 @@ results["depthwise grad_input"] = ops.conv2d_grad_input(found, filters, image.sh
 results["depthwise grad_weight"] = ops.conv2d_grad_weight(found, image, filters.shape, *around, False)[0]
 for label, residual, pool, relu_first in (("pool", None, True, True), ("residual", input.flip(0), False, False)):
     affine = tensors["gamma"], tensors["beta"]
-    produced = ops.conv_block(input, *affine, residual, None, None, 1e-5, pool, relu_first, True)
-    results |= {f"conv_block {index} {label}": value for index, value in enumerate(produced)}
+    produced = ops.norm_act(input, *affine, residual, None, None, 1e-5, pool, relu_first, True)
+    results |= {f"norm_act {index} {label}": value for index, value in enumerate(produced)}
     feature, average, average_hat, mean, inverse_std, _, passed = produced
     feature = None if residual is None else feature
     saved = (input, tensors["gamma"], tensors["beta"], feature, average_hat, mean, inverse_std, passed)
-    found = ops.conv_block_backward(produced[0][:, :16], average, *saved, True, pool, relu_first)
-    results |= {f"conv_block_backward {index} {label}": value for index, value in enumerate(found)}
+    found = ops.norm_act_backward(produced[0][:, :16], average, *saved, True, pool, relu_first)
+    results |= {f"norm_act_backward {index} {label}": value for index, value in enumerate(found)}
 torch.save((_C.instruction_set(), results), sys.argv[2])
 """
 
@@ -322,4 +323,4 @@ def test_the_environment_switches_it_off(in_process):
     fast, direct = in_process(DFS_WINOGRAD="1")[1], in_process(DFS_WINOGRAD="0")[1]
     for name, value in fast.items():
         assert_close(name, direct[name], value)
-        assert torch.equal(direct[name], value) == name.startswith(("conv_block", "depthwise")), name
+        assert torch.equal(direct[name], value) == name.startswith(("norm_act", "depthwise")), name

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from dfs_engine import memory
-from dfs_engine.backend import BACKENDS
 from dfs_engine.data import DataConfig
+from dfs_engine.runtime import memory
+from dfs_engine.runtime.backend import BACKENDS
 from dfs_engine.training import checkpoint
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.trainer import Trainer

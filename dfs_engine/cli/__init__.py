@@ -1,0 +1,5 @@
+"""The command `dfs`."""
+
+from dfs_engine.cli.commands import main
+
+__all__ = ["main"]

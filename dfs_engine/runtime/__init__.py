@@ -1,0 +1,1 @@
+"""What runs where: backends and the choice among kernels, what is known of the machine, memory, optional packages."""

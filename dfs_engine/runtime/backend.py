@@ -1,0 +1,240 @@
+"""Which backend serves which op on which device.
+
+`reference` is the oracle, `aten` the floor that everyone has, `cpp` and `triton` the kernels of this project. An
+explicit request works or raises; the automatic choice says once why a faster backend is missing.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dfs_engine.checks import check_choice
+from dfs_engine.kernels.config import INTERPRETED
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "aten", "cpp", "triton")
+# What `variant="split"` asks its layers' ops for, two stock calls each: a form to compare with, offered to nobody else.
+SPLIT = "split"
+OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "norm_act")
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# backend -> op -> the dtypes in which this project's code computes it; in half precision `cpp` does it in float32 where
+# the CPU lacks the instructions. `reference` and `aten` are stock operators, and take what those take.
+KERNEL_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "cpp": {
+        "partitioned_conv2d": _FLOATS,
+        "partitioned_linear": _FLOATS,
+        "partitioned_norm_linear": _FLOATS,
+        "norm_act": (torch.float32, torch.bfloat16),
+        "dropout": (torch.float32, torch.bfloat16),
+    },
+    "triton": dict.fromkeys(OPS, _FLOATS),
+}
+
+# The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
+_request: str | None = os.environ.get("DFS_BACKEND") or None
+_last_used: dict[str, str] = {}
+_said: set[str] = set()
+
+
+def _load_extension() -> str | None:
+    """Loads csrc's kernels into the dispatcher; returns why it cannot, or None."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, with which the Triton kernels serve CPU tensors in its place"
+    try:
+        importlib.import_module("dfs_engine._C")
+    except ImportError as error:
+        return (
+            f"the C++ extension dfs_engine._C is not built for this torch ({error}); "
+            "install g++ and run `pip install --no-build-isolation -e .`"
+        )
+    return None
+
+
+_extension_missing = _load_extension()
+
+# Looked up at import, because torch.compile traces what reads it.
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+def unavailable_reason(backend: str, device: torch.device | str = "cpu") -> str | None:
+    """Why `backend` cannot run on `device` here, or None if it can; "cuda" is the current GPU."""
+    check_choice("backend", backend, BACKENDS)
+    device = torch.device(device)
+    if backend == "triton":
+        return _triton_unavailable(device)
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"the cpp backend computes on cpu tensors, got {device.type}"
+        return _extension_missing
+    return None
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if not _has_triton:
+        return "Triton is not installed; run `pip install triton`"
+    if INTERPRETED:
+        if device.type == "cpu":
+            return None
+        return f"the triton backend computes on cpu tensors while TRITON_INTERPRET=1 is set, got {device.type}"
+    if device.type != "cuda":
+        return (
+            f"the triton backend computes on cuda tensors, got {device.type} "
+            "(TRITON_INTERPRET=1, set before Python starts, runs it on the CPU, slowly)"
+        )
+    if not torch.cuda.is_available():
+        return "the triton backend computes on cuda tensors, and torch sees no CUDA device"
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < 8:
+        return f"the triton backend needs compute capability 8.0, and {gpu.name} has {gpu.major}.{gpu.minor}"
+    return None
+
+
+def unsupported_dtype(op: str, backend: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` refuses `op` on tensors of `dtype` here, or None if it takes them."""
+    if backend not in KERNEL_DTYPES:
+        return None
+    if dtype not in KERNEL_DTYPES[backend][op]:
+        names = ", ".join(str(known).removeprefix("torch.") for known in KERNEL_DTYPES[backend][op])
+        return f"it has no kernel for {str(dtype).removeprefix('torch.')}, only for {names}"
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+def check_request(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """That an explicit request can be served.
+
+    Raises:
+        RuntimeError: the backend cannot run on this device, or has no kernel of `op` for this dtype.
+    """
+    reason, remedy = unavailable_reason(backend, device), ""
+    if reason is None:
+        reason = unsupported_dtype(op, backend, dtype)
+        remedy = " Use backend='aten' or 'auto', or convert the tensors (or the model) to another dtype."
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} was requested, but {reason}.{remedy}")
+
+
+def check_backend(name: str | None) -> str | None:
+    """Returns None for None and "auto", the name of a known backend otherwise.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return None if name in (None, "auto") else check_choice("backend", name, BACKENDS)
+
+
+def requested(backend: str | None = None) -> str | None:
+    """The explicit request in force: the argument, else `use_backend`, else DFS_BACKEND, else None."""
+    return SPLIT if backend == SPLIT else check_backend(backend) or check_backend(_request)
+
+
+def is_transforming() -> bool:
+    """Whether one of torch.func's transforms is active. torch.compile says by itself what it cannot trace."""
+    # As torch.autograd.Function asks.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def check_no_transform(op: str) -> None:
+    """That none of torch.func's transforms is active, which would want to go through a backward of this engine's.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if is_transforming():
+        raise RuntimeError(
+            f"{op}: torch.func's transforms (grad, vmap, jvp, jacrev, hessian, ...) cannot go through this engine's "
+            "backward. Use backend='reference' for an op, variant='detach' for a model or a Fork: the same gradients, "
+            "by stock autograd."
+        )
+
+
+def select(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    wins: Callable[[str], bool] = lambda kernels: kernels == "cpp",
+) -> str:
+    """Picks the backend that serves `op`, and remembers it for `last_used`.
+
+    Args:
+        op: one of `OPS`.
+        backend: an explicit request (see `requested`); None or "auto" picks: this project's kernels for the device
+            (`cpp` on the CPU, `triton` on CUDA) where they are there, take the dtype and win, else `aten`.
+        wins: whether the kernels of the backend that it is given beat `aten` on the shape at hand. Default: `cpp`'s do,
+            `triton`'s do not.
+
+    Raises:
+        RuntimeError: the requested backend cannot run on this device, or has no kernel for this dtype; any but
+            `reference` under a transform of torch.func.
+    """
+    explicit = requested(backend)
+    if explicit not in ("reference", SPLIT):
+        check_no_transform(op)
+    if explicit == SPLIT:
+        chosen = SPLIT
+    elif explicit is not None:
+        check_request(op, explicit, device, dtype)
+        chosen = explicit
+    else:
+        chosen = _automatic(device, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels))
+    if not torch.compiler.is_compiling():
+        _last_used[op] = chosen
+    return chosen
+
+
+def _automatic(device: torch.device, wins: Callable[[str], bool]) -> str:
+    if device.type == "cuda":
+        return "triton" if wins("triton") and unavailable_reason("triton", device) is None else "aten"
+    if device.type != "cpu":
+        return "aten"
+    if _extension_missing is None:
+        return "cpp" if wins("cpp") else "aten"
+    if _extension_missing not in _said and not torch.compiler.is_compiling():
+        _said.add(_extension_missing)
+        logger.warning("backend: using aten, because %s.", _extension_missing)
+    return "aten"
+
+
+def last_used(op: str) -> str | None:
+    """The backend that served the last eager call of `op`, or None if it has not run."""
+    return _last_used.get(check_choice("op", op, OPS))
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Requests a backend for every op called in the block, process-wide; an op's own `backend=` argument still wins."""
+    global _request
+    previous, _request = _request, check_backend(name)
+    try:
+        yield
+    finally:
+        _request = previous
+
+
+@contextlib.contextmanager
+def use_winograd(enabled: bool | None) -> Iterator[None]:
+    """The cpp backend's Winograd convolutions in the block, process-wide: wherever they apply, or nowhere.
+
+    None, as it is unless DFS_WINOGRAD is set to 1 or 0: where they are faster than oneDNN's, which small images and few
+    of them, or few channels, are not. They apply to float32, and to bfloat16 where a calibration of this machine found
+    them faster than the CPU's own bfloat16 instructions. Without the extension this does nothing.
+    """
+    if _extension_missing is not None:
+        yield
+        return
+    from dfs_engine import _C
+
+    previous = _C.set_winograd(enabled)
+    try:
+        yield
+    finally:
+        _C.set_winograd(previous)
