@@ -16,8 +16,8 @@ from dfs_engine.ops.conv2d import aten_grad_input as conv_grad_input
 from dfs_engine.ops.conv2d import aten_grad_weight as conv_grad_weight
 from dfs_engine.ops.linear import aten_grad_input as linear_grad_input
 from dfs_engine.ops.linear import aten_grad_weight as linear_grad_weight
-from dfs_engine.ops.norm_act import table_name
 from dfs_engine.partition import Partition
+from dfs_engine.runtime.choice import norm_act_table
 from dfs_engine.validate.tolerances import TOLERANCES, Tolerance, compare
 
 BETA = 0.5
@@ -60,7 +60,7 @@ def launches(shape: Shape, beta: float = BETA) -> dict[tuple[str, str], Launch]:
     live = Partition(shape.channels, beta).num_shared
     if isinstance(shape, BlockShape):
         pixels = shape.batch * shape.size**2
-        return {("norm_act", "step"): Launch(table_name(shape.pool), pixels, shape.channels, 1)}
+        return {("norm_act", "step"): Launch(norm_act_table(shape.pool), pixels, shape.channels, 1)}
     if isinstance(shape, LinearShape):
         rows = shape.batch * shape.tokens
         found = {

@@ -178,7 +178,7 @@ def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]
 def _automatic(case: OpCase, operands: Operands) -> str:
     """The backend that `auto` takes in this layout and slice."""
     TimedOp(case._replace(path="auto"), operands).compute()
-    return str(backends.last_used(OP_NAMES[operands.shape.op]))
+    return str(backends.last_used(OP_NAMES[operands.shape.op])).partition(":")[0]
 
 
 def check(timed: list[TimedOp], operands: Operands) -> None:

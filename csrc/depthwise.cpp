@@ -193,13 +193,18 @@ at::Tensor reduce(const at::Tensor& grad_output, const at::Tensor& input, at::In
 
 }  // namespace
 
-bool depthwise_applies(at::ScalarType dtype, at::IntArrayRef weight_size, int64_t groups) {
-  return (dtype == at::kFloat || dtype == at::kBFloat16) && groups > 1 && groups == weight_size[0] && weight_size[1] == 1;
+void check_depthwise(const char* op, at::ScalarType dtype, at::IntArrayRef weight_size, int64_t groups) {
+  TORCH_CHECK(
+      (dtype == at::kFloat || dtype == at::kBFloat16) && groups > 1 && groups == weight_size[0] && weight_size[1] == 1, op,
+      ": the kernel depthwise computes one filter per channel in float32 and bfloat16, got a weight of size ", weight_size,
+      ", groups=", groups, " and ", dtype);
 }
 
-bool has_adjacent_channels(const at::Tensor& images) {
+at::Tensor with_adjacent_channels(const at::Tensor& images) {
   const auto stride = images.strides();
-  return stride[1] == 1 && stride[3] >= images.size(1) && stride[2] >= stride[3] && stride[0] >= stride[2];
+  const bool adjacent =
+      stride[1] == 1 && stride[3] >= images.size(1) && stride[2] >= stride[3] && stride[0] >= stride[2];
+  return adjacent ? images : dense(images, images.scalar_type(), /*channels_last=*/true);
 }
 
 at::Tensor depthwise_conv2d(

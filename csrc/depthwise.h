@@ -7,11 +7,11 @@
 
 namespace dfs_engine {
 
-// Whether these kernels compute a convolution of `dtype` with a weight (out, in / groups, kH, kW).
-bool depthwise_applies(at::ScalarType dtype, at::IntArrayRef weight_size, int64_t groups);
+// Refuses, in the name of an op, what these kernels do not compute: a convolution with a weight (out, in / groups, kH, kW).
+void check_depthwise(const char* op, at::ScalarType dtype, at::IntArrayRef weight_size, int64_t groups);
 
-// What they can read: channels_last, or a slice of the channels of such a tensor.
-bool has_adjacent_channels(const at::Tensor& images);
+// Images as they can read them: channels_last, or a slice of the channels of such a tensor. No copy where they are so.
+at::Tensor with_adjacent_channels(const at::Tensor& images);
 
 at::Tensor depthwise_conv2d(
     const at::Tensor& input,

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common.h"
 #include "instruction_set.h"
 
 namespace dfs_engine {
@@ -118,6 +119,12 @@ void multiply(
 }
 
 }  // namespace
+
+void check_gemm(const char* op, at::ScalarType dtype, int64_t groups) {
+  TORCH_CHECK(
+      groups == 1 && compute_dtype(dtype) == at::kFloat, op, ": the kernel gemm computes one group in float, got groups=",
+      groups, " and ", dtype);
+}
 
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
   const Kernels& k = kernels();

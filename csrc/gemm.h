@@ -6,6 +6,9 @@
 
 namespace dfs_engine {
 
+// Refuses, in the name of an op, what this product does not compute: several groups, or what is not computed in float.
+void check_gemm(const char* op, at::ScalarType dtype, int64_t groups = 1);
+
 // a (M, K) times b (K, N), of any strides, plus bias (N): slices and transposes cost nothing. The order of the sums does not
 // depend on the number of threads.
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias = std::nullopt);
@@ -19,14 +22,5 @@ at::Tensor gemm_grad_weight(
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation);
-
-// Switches this product on or off for the linear layers of the process; returns what it was.
-bool set_own_gemm(bool enabled);
-
-// The same for oneDNN's product in the linear layers' forward and grad_input, which goes before this one.
-bool set_onednn_linear(bool enabled);
-
-// Switches this product on or off for the weight gradient of convolutions.
-bool set_own_grad_weight(bool enabled);
 
 }  // namespace dfs_engine

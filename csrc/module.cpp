@@ -8,7 +8,6 @@
 #include <map>
 #include <string>
 
-#include "gemm.h"
 #include "memory.h"
 #include "winograd.h"
 
@@ -43,25 +42,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++/OpenMP kernels of dfs_engine";
   m.def("build_info", &build_info, "What the extension was built with.");
   m.def("instruction_set", &dfs_engine::instruction_set, "What the kernels run on here: avx512, avx2 or baseline.");
-  m.def("set_winograd", &dfs_engine::set_winograd, "Winograd convolutions wherever they apply, nowhere, or (None) where they pay; returns what it was.");
-  m.def(
-      "winograd_applies",
-      [](int64_t in_channels, int64_t out_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-         std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
-        return dfs_engine::winograd_applies(
-            at::kFloat, in_channels, out_channels, kernel_size, stride, padding, dilation, groups);
-      },
-      "Whether a float32 convolution runs by Winograd's algorithm.");
-  m.def("set_own_gemm", &dfs_engine::set_own_gemm, "Switches the linear layers' own matrix product on or off; returns what it was.");
-  m.def(
-      "set_onednn_linear", &dfs_engine::set_onednn_linear,
-      "Switches oneDNN's product in the linear layers' forward and grad_input on or off; returns what it was.");
-  m.def(
-      "set_own_grad_weight", &dfs_engine::set_own_grad_weight,
-      "Switches the convolutions' own weight gradient on or off; returns what it was.");
-  m.def(
-      "set_half_winograd", &dfs_engine::set_half_winograd,
-      "Switches Winograd on bfloat16 images, where the CPU has bfloat16 instructions, on or off; returns what it was.");
   m.def(
       "caching_allocator_enable", &dfs_engine::caching_allocator_enable,
       "Switches the caching allocator of CPU tensors; returns what it was.");

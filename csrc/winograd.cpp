@@ -11,8 +11,6 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #include "common.h"
@@ -92,16 +90,6 @@ constexpr int VL = 16, NV = 2, NR = NV * VL, MR = 12, GR = 8;
 
 const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
-// None: where it pays.
-std::atomic<std::optional<bool>> enabled{[]() -> std::optional<bool> {
-  const char* value = std::getenv("DFS_WINOGRAD");
-  if (value == nullptr || *value == 0) return std::nullopt;
-  return std::strcmp(value, "0") != 0;
-}()};
-
-// Whether bfloat16 convolutions run here, in float, rather than in the CPU's own bfloat16 instructions.
-std::atomic<bool> half_wins{false};  // until dfs_engine.runtime.calibration finds it the faster one here
-
 // The tiles of a batch of images, in the order of memory.
 struct Tiling {
   int64_t rows, columns, images;
@@ -145,21 +133,10 @@ at::Tensor transform_weights(const Kernels& k, const at::Tensor& weight, bool fl
 
 }  // namespace
 
-std::optional<bool> set_winograd(std::optional<bool> value) { return enabled.exchange(value); }
-
-bool set_half_winograd(bool value) { return half_wins.exchange(value); }
-
-std::optional<at::ScalarType> winograd_dtype(at::ScalarType dtype) {
-  const bool in_float = compute_dtype(dtype) == at::kFloat;
-  if (dtype == at::kBFloat16 && (in_float || half_wins)) return dtype;
-  return in_float ? std::optional(at::kFloat) : std::nullopt;
-}
-
-bool winograd_applies(
+void check_winograd(
+    const char* op,
     at::ScalarType dtype,
-    int64_t in_channels,
-    int64_t out_channels,
-    at::IntArrayRef kernel_size,
+    at::IntArrayRef weight_size,
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
@@ -167,26 +144,15 @@ bool winograd_applies(
   const auto all = [](at::IntArrayRef values, int64_t value) {
     return std::all_of(values.begin(), values.end(), [=](int64_t v) { return v == value; });
   };
-  // With few channels the transforms cost more than the multiplications they save.
-  return enabled.load().value_or(true) && winograd_dtype(dtype).has_value() && groups == 1 && all(kernel_size, 3) && all(stride, 1) && all(dilation, 1) &&
-      padding[0] <= 2 && padding[1] <= 2 && in_channels >= 16 && out_channels >= 16;
+  TORCH_CHECK(
+      dtype != at::kDouble && groups == 1 && all(weight_size.slice(2), 3) && all(stride, 1) && all(dilation, 1) &&
+          padding[0] <= 2 && padding[1] <= 2,
+      op, ": the kernel winograd computes 3x3 convolutions of stride 1, dilation 1, one group and a padding of at most 2 in ",
+      "float32 or less, got a weight of size ", weight_size, ", stride ", stride, ", dilation ", dilation, ", padding ", padding,
+      ", groups=", groups, " and ", dtype);
 }
 
-bool winograd_pays(at::ScalarType dtype, int64_t in_channels, int64_t out_channels, int64_t images, int64_t height, int64_t width) {
-  if (const auto asked = enabled.load()) return *asked;
-  const bool in_float = compute_dtype(dtype) == at::kFloat;
-  if (!winograd_pays_in_grad_weight(in_channels, out_channels) || (!in_float && std::min(in_channels, out_channels) < 32)) return false;
-  // Measured over 2 to 32 pixels a side, 1 to 256 images, 16 to 512 channels: the speed of full tiles, many of them, over oneDNN's;
-  // by the part of the tiles that lies inside the image; and the transform of the weights costs as much as some tiles.
-  const double speedup = in_float ? 2.1 : 1.3, weights = in_float ? 22 : 30;
-  const Tiling tiling(images, height, width);
-  const double tiles = static_cast<double>(tiling.count()), inside = images * height * width / (16 * tiles);
-  return speedup * inside * tiles / (tiles + weights) > 1;
-}
-
-bool winograd_pays_in_grad_weight(int64_t in_channels, int64_t out_channels) {
-  return enabled.load().value_or(in_channels * out_channels > 256);
-}
+at::ScalarType winograd_dtype(at::ScalarType dtype) { return dtype == at::kBFloat16 ? dtype : at::kFloat; }
 
 at::Tensor winograd_conv2d(
     const at::Tensor& input,

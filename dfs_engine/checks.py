@@ -1,7 +1,9 @@
-"""Checks of names and of lists: how a configuration and a command line say "this" or "these of those"."""
+"""Checks that all share: of names and lists, as a configuration or a command line gives them; of torch's transforms."""
 
 import difflib
 from collections.abc import Iterable
+
+import torch
 
 
 def check_choice(argument: str, value: object, valid: Iterable[str]) -> str:
@@ -48,3 +50,23 @@ def split_betas(argument: str, value: str) -> list[float]:
     if not numbers or not all(0 <= number <= 1 for number in numbers):
         raise ValueError(f"{argument}: expected comma-separated numbers in [0, 1], got {value!r}.")
     return list(dict.fromkeys(numbers))
+
+
+def is_transforming() -> bool:
+    """Whether one of torch.func's transforms is active. torch.compile says by itself what it cannot trace."""
+    # As torch.autograd.Function asks.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def check_no_transform(op: str) -> None:
+    """That none of torch.func's transforms is active, which would want to go through a backward of this engine's.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if is_transforming():
+        raise RuntimeError(
+            f"{op}: torch.func's transforms (grad, vmap, jvp, jacrev, hessian, ...) cannot go through this engine's "
+            "backward. Use backend='reference' for an op, variant='detach' for a model or a Fork: the same gradients, "
+            "by stock autograd."
+        )

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfs_engine.checks import check_choice
-from dfs_engine.runtime.backend import check_no_transform
+from dfs_engine.checks import check_choice, check_no_transform
 
 EXIT_GRADIENTS = ("own", "whole")
 

@@ -38,13 +38,6 @@ def seed_of_commit() -> int:
     return int(commit[:8], 16) % 2**31 if commit else random.SystemRandom().randrange(2**31)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _winograd_on_small_images():
-    """Where Winograd's convolutions apply, not only where they pay, which test problems are too small for."""
-    with backends.use_winograd(True):
-        yield
-
-
 def pytest_report_header(config):
     return f"random inputs: --seed {config.option.seed} repeats this run"
 
@@ -52,13 +45,9 @@ def pytest_report_header(config):
 @pytest.fixture
 def fresh_calibration(tmp_path, monkeypatch):
     """As in a new process on a machine of which nothing is known; what this process runs on comes back afterwards."""
-    before = calibration._current
     monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(calibration.table, "entries", list)
     monkeypatch.setattr(calibration, "_current", None)
-    yield
-    if backends.unavailable_reason("cpp") is None:
-        calibration._switch(before.wins if before else calibration.Wins(False, False, False, False))
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def count_flops(model: nn.Module, input: Any) -> FlopCount:
         input: what the model takes, e.g. `MultiExitModel.example_input(batch)`.
     """
     if backends.unavailable_reason("cpp") is None:
-        calibration.settle()  # not while operators are counted
+        calibration.wins()  # not while operators are counted
     # Stock autograd computes what is asked for; as in training, nobody asks for the images' gradient.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:

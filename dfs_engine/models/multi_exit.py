@@ -10,8 +10,6 @@ from dfs_engine.checks import check_choice
 from dfs_engine.nn.fork import Fork
 from dfs_engine.nn.reading import Reading, flat, readings
 from dfs_engine.partition import ChannelSlice
-from dfs_engine.runtime import backend as backends
-from dfs_engine.runtime import calibration
 
 FEATURES = ("blocks", "exits")
 
@@ -105,8 +103,6 @@ class MultiExitModel(nn.Module):
         assert len(blocks) == len(exits)
         self.blocks, self.exits, self.fork = nn.ModuleList(blocks), nn.ModuleList(exits), fork
         self.num_classes, self.input_shape, self.options = num_classes, input_shape, {}
-        if fork.variant == "dfs" and backends.unavailable_reason("cpp") is None:
-            calibration.settle()  # a first step that is compiled could not
 
     @property
     def num_exits(self) -> int:

@@ -1,21 +1,104 @@
-"""What every op shares: the dispatcher library, argument checks, autocast."""
+"""What every op shares: how it is defined and run, argument checks, autocast."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dfs_engine.kernels.config import INTERPRETED
+from dfs_engine.partition import dense_memory_format
+from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import choice
 
 # Schemas live in Python, so that the package imports and traces without a compiler and without Triton.
 # csrc/ adds the CPU kernels, kernels/ the CUDA ones.
 LIBRARY = torch.library.Library("dfs_engine", "DEF")
+# op -> its `aten` implementation.
+ATEN: dict[str, Callable] = {}
 
-HALF = (torch.bfloat16, torch.float16)
+
+def define(
+    op: str,
+    arguments: str,
+    returns: str,
+    *,
+    fake: Callable,
+    aten: Callable | None = None,
+    flops: Callable | None = None,
+) -> None:
+    """Defines `dfs_engine::op`, and the overload `op.kernel` too where the cpp backend has several kernels of it.
+
+    Args:
+        arguments, returns: of the schema.
+        fake: the shape function. aten: the `aten` backend. flops: the formula for torch's FLOP counter.
+    """
+    LIBRARY.define(f"{op}({arguments}) -> {returns}")
+    torch.library.register_fake(f"dfs_engine::{op}", fake, lib=LIBRARY)
+    if any(op in passes for passes in backends.CPP_KERNELS.values()):
+        LIBRARY.define(f"{op}.kernel({arguments}, *, str kernel) -> {returns}")
+        torch.library.register_fake(
+            f"dfs_engine::{op}.kernel", lambda *given, kernel, **more: fake(*given, **more), lib=LIBRARY
+        )
+        if not INTERPRETED:  # as _triton.py, which has the key then
+            LIBRARY.impl(op, functools.partial(_pick_and_run, op), "CPU")
+    if aten is not None:
+        ATEN[op] = aten
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.dfs_engine, op))(flops)
 
 
-def register_fake(name: str, fake: Any) -> None:
-    """Registers the shape function of `dfs_engine::name`."""
-    torch.library.register_fake(f"dfs_engine::{name}", fake, lib=LIBRARY)
+def run(op: str, backend: str, *arguments: Any) -> Any:
+    """Runs an op by a backend, on the kernel that `choice` picks where that has several.
+
+    Under torch.compile the op picks when it runs.
+    """
+    if backend == "aten":
+        return ATEN[op](*arguments)
+    overloads = getattr(torch.ops.dfs_engine, op)
+    if backend == "triton" or not choice.has_kernels(op):
+        return overloads.default(*arguments)
+    asked = choice.asked_kernel(op, backend)
+    if asked is None and torch.compiler.is_compiling():
+        return overloads.default(*arguments)
+    return _run_kernel(op, asked or choice.kernel(op, *arguments), *arguments)
+
+
+def _pick_and_run(op: str, *arguments: Any) -> Any:
+    return _run_kernel(op, choice.kernel(op, *arguments), *arguments)
+
+
+def _run_kernel(op: str, kernel: str, *arguments: Any) -> Any:
+    backends.record(op, f"cpp:{kernel}")
+    return getattr(torch.ops.dfs_engine, op).kernel(*arguments, kernel=kernel)
+
+
+class _Narrow(torch.autograd.Function):
+    """Channels [start, stop); the gradient comes back in the feature's own memory format."""
+
+    @staticmethod
+    def forward(ctx, feature: Tensor, start: int, stop: int, dim: int) -> Tensor:
+        ctx.memory_format, ctx.dim = dense_memory_format(feature), dim
+        ctx.sides = start, feature.size(dim) - stop
+        return feature.narrow(dim, start, stop - start)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        inner = [0, 0] * (grad_output.dim() - 1 if ctx.dim == 1 else 0)
+        padded = F.pad(grad_output, [*inner[:-2], *ctx.sides] if ctx.dim == 1 else ctx.sides)
+        return padded.contiguous(memory_format=ctx.memory_format), None, None, None
+
+
+def live_and_full(input: Tensor, full: Tensor | None, start: int, stop: int, dim: int) -> tuple[Tensor, Tensor]:
+    """What every op computes with: the live part of a feature, with gradient, and the data of all its channels."""
+    if full is not None:
+        return input, full.detach()
+    is_whole = stop - start == input.size(dim)
+    return input if is_whole else _Narrow.apply(input, start, stop, dim), input.detach()
 
 
 def check_tensors(op: str, *, same_dtype: bool = True, **tensors: Tensor | None) -> None:

@@ -8,28 +8,25 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
-
 from dfs_engine.kernels.config import INTERPRETED, NoConfigFits, is_forced
-from dfs_engine.ops import _common, conv2d, linear, norm_linear
+from dfs_engine.ops import _common, conv2d, linear, norm_act, norm_linear
 from dfs_engine.runtime import backend as backends
 
 logger = logging.getLogger(__name__)
 
-# op -> its file in kernels/, which has a function of the op's name; whose dtypes it takes; what serves it where none of
-# its configurations fits the GPU.
-_KERNELS: dict[str, tuple[str, str, Callable | None]] = {
-    "linear_grad_input": ("linear", linear.NAME, linear.aten_grad_input),
-    "linear_grad_weight": ("linear", linear.NAME, linear.aten_grad_weight),
-    "conv2d_grad_input": ("conv2d", conv2d.NAME, conv2d.aten_grad_input),
-    "conv2d_grad_weight": ("conv2d", conv2d.NAME, conv2d.aten_grad_weight),
-    "norm_linear_grad_input": ("norm_linear", norm_linear.NAME, norm_linear.aten_grad_input),
-    "norm_linear_grad_weight": ("norm_linear", norm_linear.NAME, norm_linear.aten_grad_weight),
-    "norm_act": ("norm_act", "norm_act", None),
-    "norm_act_backward": ("norm_act", "norm_act", None),
+# op -> its file in kernels/, which has a function of the op's name; whose dtypes it takes.
+_KERNELS = {
+    "linear_grad_input": ("linear", linear.NAME),
+    "linear_grad_weight": ("linear", linear.NAME),
+    "conv2d_grad_input": ("conv2d", conv2d.NAME),
+    "conv2d_grad_weight": ("conv2d", conv2d.NAME),
+    "norm_linear_grad_input": ("norm_linear", norm_linear.NAME),
+    "norm_linear_grad_weight": ("norm_linear", norm_linear.NAME),
+    "norm_act": ("norm_act", norm_act.NAME),
+    "norm_act_backward": ("norm_act", norm_act.NAME),
 }
 # Their forwards are cuBLAS's and cuDNN's.
-_STOCK = {"linear": F.linear, "conv2d": F.conv2d}
+_STOCK = ("linear", "conv2d")
 
 _said: set[str] = set()
 
@@ -41,7 +38,8 @@ def _implementation(op: str) -> Callable:
         RuntimeError: a dtype without a kernel.
         NoConfigFits: a forced configuration does not fit.
     """
-    file, public, aten = _KERNELS[op]
+    file, public = _KERNELS[op]
+    aten = _common.ATEN.get(op)
 
     def run(*args: Any) -> Any:
         refused = backends.unsupported_dtype(public, "triton", args[0].dtype)
@@ -64,7 +62,7 @@ def _implementation(op: str) -> Callable:
 def register() -> None:
     """Makes the kernels the implementation of their ops."""
     key = "CPU" if INTERPRETED else "CUDA"
-    for op, stock in _STOCK.items():
-        _common.LIBRARY.impl(op, stock, key)
+    for op in _STOCK:
+        _common.LIBRARY.impl(op, _common.ATEN[op], key)
     for op in _KERNELS:
         _common.LIBRARY.impl(op, _implementation(op), key)

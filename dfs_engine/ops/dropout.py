@@ -7,14 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfs_engine.checks import check_no_transform, is_transforming
 from dfs_engine.ops import _common
 from dfs_engine.runtime import backend as backends
 
 NAME = "dropout"
 
 # An element's fate depends on the seed and on its place alone: nothing but the seed is kept for the backward.
-_common.LIBRARY.define("dropout(Tensor input, Tensor seed, float p) -> Tensor")
-_common.register_fake("dropout", lambda input, seed, p: input.new_empty(input.shape))
+_common.define(
+    "dropout",
+    "Tensor input, Tensor seed, float p",
+    "Tensor",
+    fake=lambda input, seed, p: input.new_empty(input.shape),
+)
 
 
 def _keep_seed(ctx, inputs, output) -> None:
@@ -38,10 +43,10 @@ def has_dropout_kernel(input: Tensor, backend: str | None = None) -> bool:
     """
     explicit = backends.requested(backend)
     if explicit is None:
-        is_known = backends.unsupported_dtype(NAME, "cpp", input.dtype) is None and not backends.is_transforming()
+        is_known = backends.unsupported_dtype(NAME, "cpp", input.dtype) is None and not is_transforming()
         return is_known and backends.unavailable_reason("cpp", input.device.type) is None
     if explicit == "cpp":
-        backends.check_no_transform(NAME)
+        check_no_transform(NAME)
         backends.check_request(NAME, "cpp", input.device, input.dtype)
     return explicit == "cpp"
 

@@ -5,22 +5,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dfs_engine import reference as oracle
-from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common, _two_calls
 from dfs_engine.partition import ChannelSlice
 from dfs_engine.runtime import backend as backends
-from dfs_engine.runtime import calibration
+from dfs_engine.runtime import choice
 
 NAME = "partitioned_linear"
-
-_common.LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-_common.LIBRARY.define("linear_grad_input(Tensor grad_output, Tensor weight, SymInt start, SymInt stop) -> Tensor")
-_common.LIBRARY.define(
-    "linear_grad_weight(Tensor grad_output, Tensor input, bool bias, ScalarType? dtype=None) -> (Tensor, Tensor)"
-)
 
 
 def _fake_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
@@ -35,26 +27,18 @@ def _fake_grad_weight(
     return grad_output.new_empty(sizes[0], dtype=dtype), grad_output.new_empty(sizes[1], dtype=dtype)
 
 
-_common.register_fake("linear", F.linear)
-_common.register_fake("linear_grad_input", _fake_grad_input)
-_common.register_fake("linear_grad_weight", _fake_grad_weight)
-
-
 def _rows(shape) -> int:
     return math.prod(shape[:-1])
 
 
-@register_flop_formula(torch.ops.dfs_engine.linear)
 def _flops_forward(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _rows(input_shape) * weight_shape[0] * weight_shape[1]
 
 
-@register_flop_formula(torch.ops.dfs_engine.linear_grad_input)
-def _flops_grad_input(grad_output_shape, weight_shape, start, stop, out_shape=None, **kwargs) -> int:
+def _flops_grad_input(grad_output_shape, weight_shape, start, stop, *args, out_shape=None, **kwargs) -> int:
     return 2 * _rows(grad_output_shape) * weight_shape[0] * (stop - start)
 
 
-@register_flop_formula(torch.ops.dfs_engine.linear_grad_weight)
 def _flops_grad_weight(grad_output_shape, input_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _rows(grad_output_shape) * grad_output_shape[-1] * input_shape[-1]
 
@@ -80,62 +64,71 @@ def aten_grad_weight(
     return (rows.t() @ _matrix(input)).to(dtype), rows.sum(0, dtype=dtype) if bias else rows.new_empty(0, dtype=dtype)
 
 
+_common.define(
+    "linear",
+    "Tensor input, Tensor weight, Tensor? bias",
+    "Tensor",
+    fake=F.linear,
+    aten=F.linear,
+    flops=_flops_forward,
+)
+_common.define(
+    "linear_grad_input",
+    "Tensor grad_output, Tensor weight, SymInt start, SymInt stop",
+    "Tensor",
+    fake=_fake_grad_input,
+    aten=aten_grad_input,
+    flops=_flops_grad_input,
+)
+_common.define(
+    "linear_grad_weight",
+    "Tensor grad_output, Tensor input, bool bias, ScalarType? dtype=None",
+    "(Tensor, Tensor)",
+    fake=_fake_grad_weight,
+    aten=aten_grad_weight,
+    flops=_flops_grad_weight,
+)
+
+
 class _PartitionedLinear(torch.autograd.Function):
-    """Forward on all features; grad_input on [start, stop) only.
+    """Forward on all features; grad_input of the live part, [start, start + its width), only.
 
     Computes in the input's dtype, and takes the parameters as they are: so their gradients come in their own dtype.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        input: Tensor,
-        full: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        start: int,
-        stop: int,
-        kernels: str,
-    ):
-        ctx.start, ctx.stop, ctx.kernels, ctx.is_plain = start, stop, kernels, full is None
-        ctx.in_features = weight.size(1)
-        keeps_input = ctx.needs_input_grad[2]
-        ctx.save_for_backward(input if keeps_input else None, full if keeps_input else None, weight)
-        data = input if full is None else full
-        weight, bias = weight.to(data.dtype), None if bias is None else bias.to(data.dtype)
-        if data.size(-1) == 0:
+    def forward(ctx, live: Tensor, full: Tensor, weight: Tensor, bias: Tensor | None, start: int, backend: str):
+        ctx.start, ctx.stop, ctx.backend = start, start + live.size(-1), backend
+        ctx.save_for_backward(*((live, full) if ctx.needs_input_grad[2] else (None, None)), weight)
+        weight, bias = weight.to(full.dtype), None if bias is None else bias.to(full.dtype)
+        if full.size(-1) == 0:
             # Of a sum without terms not every stock kernel makes zero.
-            output = data.new_zeros((*data.shape[:-1], weight.size(0)))
+            output = full.new_zeros((*full.shape[:-1], weight.size(0)))
             return output if bias is None else output + bias
-        compute = F.linear if kernels == "aten" else torch.ops.dfs_engine.linear
         with _common.no_autocast(weight.device.type):
-            return compute(data, weight, bias)
+            return _common.run("linear", backend, full, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        input, full, weight = ctx.saved_tensors
+        live, full, weight = ctx.saved_tensors
         start, stop = ctx.start, ctx.stop
         needs_input, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        kernels = ctx.kernels
-        data = input if full is None else full
+        backend = ctx.backend
         if _common.creating_graph():
             # Only stock operators can be differentiated again, and only the live slice may be differentiated through.
-            kernels = "aten"
-            data = None if input is None else oracle.live_slice(input, start, stop, True, -1, full)
-        is_aten = kernels == "aten"
+            backend = "aten"
+            full = None if live is None else oracle.live_slice(live, start, stop, True, -1, full)
         grad_input = grad_weight = grad_bias = None
         with _common.no_autocast(weight.device.type):
             if needs_input:
-                compute = aten_grad_input if is_aten else torch.ops.dfs_engine.linear_grad_input
-                grad_input = compute(grad_output, weight.to(grad_output.dtype), start, stop)
-                if ctx.is_plain and stop - start < ctx.in_features:
-                    grad_input = F.pad(grad_input, (start, ctx.in_features - stop))
+                columns = weight.to(grad_output.dtype)
+                grad_input = _common.run("linear_grad_input", backend, grad_output, columns, start, stop)
             if needs_weight:
-                reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.linear_grad_weight
-                grad_weight, grad_bias = reduce(grad_output, data, needs_bias, weight.dtype)
+                options = (needs_bias, weight.dtype)
+                grad_weight, grad_bias = _common.run("linear_grad_weight", backend, grad_output, full, *options)
             elif needs_bias:
                 grad_bias = _matrix(grad_output).sum(0, dtype=weight.dtype)
-        return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None
+        return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None
 
 
 def partitioned_linear(
@@ -163,10 +156,10 @@ def partitioned_linear(
             they read as zero, so forward, grad_input and grad_weight all shrink to the slice.
         full: (..., in_features), the data of all features; never receives gradient. Then grad_input is narrow,
             (..., stop - start), and nothing is zero-filled.
-        backend: "reference", "aten", or, of fp32, bf16 and fp16, "cpp", "triton". None or "auto" picks, of those
-            dtypes: on the CPU cpp where a calibration of this machine found its matrix product faster than ATen's, and
-            in half precision; on CUDA triton where the tuned table of the GPU says that it wins on this shape. Else
-            aten.
+        backend: "reference", "aten", or, of fp32, bf16 and fp16, "cpp", "triton"; or a kernel of "cpp" for those passes
+            that have it: "cpp:onednn", "cpp:gemm", "cpp:aten". None or "auto" picks, of those dtypes: on the CPU cpp
+            where a calibration of this machine found its matrix product faster than ATen's, and in half precision; on
+            CUDA triton where the tuned table of the GPU says that it wins on this shape. Else aten.
 
     Returns:
         (..., out_features), dtype of input (of autocast, where that is on).
@@ -183,7 +176,6 @@ def partitioned_linear(
     input, full = _common.autocast(input, full)  # type: ignore[assignment]
     _common.check_tensors(NAME, input=input, full=full, weight=weight, bias=bias)
     data = input if full is None else full
-    dtype = data.dtype
     if weight.dim() != 2 or data.dim() < 1 or data.size(-1) != weight.size(1):
         raise ValueError(
             f"{NAME}: expected input (..., in_features) and weight (out_features, in_features), "
@@ -192,30 +184,17 @@ def partitioned_linear(
     _common.check_slice(NAME, start, stop, weight.size(1), "in_features")
     if full is not None:
         _common.check_live(NAME, input, full, start, stop, -1)
-        full = full.detach()
-
-    def wins(kernels: str) -> bool:
-        if kernels == "cpp":
-            # Half precision: ATen emulates it slowly where the CPU lacks it.
-            return dtype in _common.HALF or (dtype == torch.float32 and calibration.settle().in_linear)
-        rows, out_features = _rows(data.shape), weight.size(0)
-        in_features = weight.size(1) if reference else stop - start
-        sizes = (rows, stop - start, out_features), (out_features, in_features, rows)
-        return prefers_triton("linear_grad_input", *sizes[0], dtype, device=weight.device) and prefers_triton(
-            "linear_grad_weight", *sizes[1], dtype, device=weight.device
-        )
-
-    kernels = backends.select(NAME, weight.device, dtype, backend, wins)
-    if kernels == "cpp":
-        calibration.settle()
-    if kernels == "reference":
+    num_live = stop - start
+    num_read = weight.size(1) if reference else num_live
+    chosen = choice.linear_backend(NAME, "linear_grad_input", data, weight, data.dtype, num_live, num_read, backend)
+    if chosen == "reference":
+        full = None if full is None else full.detach()
         return oracle.partitioned_linear(input, weight, bias, start=start, stop=stop, reference=reference, full=full)
-    if kernels == backends.SPLIT:
-        live, columns = input if full is not None else input.narrow(-1, start, stop - start), ChannelSlice(start, stop)
-        return _two_calls.linear(live, data, weight, bias, columns, reference)
-    if kernels == "aten" and full is None and stop - start == weight.size(1) > 0:
+    if chosen == "aten" and full is None and num_live == weight.size(1) > 0:
         return F.linear(input, weight, bias)  # nothing to skip: autograd's own backward costs less
+    live, full = _common.live_and_full(input, full, start, stop, -1)
+    if chosen == backends.SPLIT:
+        return _two_calls.linear(live, full, weight, bias, ChannelSlice(start, stop), reference)
     if not reference:
-        live = input.narrow(-1, start, stop - start) if full is None else input
-        return _PartitionedLinear.apply(live, None, weight[:, start:stop], bias, 0, stop - start, kernels)
-    return _PartitionedLinear.apply(input, full, weight, bias, start, stop, kernels)
+        return _PartitionedLinear.apply(live, live.detach(), weight[:, start:stop], bias, 0, chosen)
+    return _PartitionedLinear.apply(live, full, weight, bias, start, chosen)

@@ -5,7 +5,6 @@ backward takes the two gradients as they come: the deeper path's on its channels
 image and channel, which is never spread out over the pixels, unless a residual has to receive it there.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -13,22 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine import reference as oracle
-from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common
-from dfs_engine.partition import dense_memory_format, expect_absent_gradients, fork_gradient
+from dfs_engine.partition import expect_absent_gradients, fork_gradient
 from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import choice
 
 NAME = "norm_act"
-
-_common.LIBRARY.define(
-    "norm_act(Tensor z, Tensor gamma, Tensor beta, Tensor? residual, Tensor? running_mean, Tensor? running_var,"
-    " float eps, bool pool, bool relu_first, bool averages) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_common.LIBRARY.define(
-    "norm_act_backward(Tensor grad_shared, Tensor? grad_average, Tensor z, Tensor gamma, Tensor beta,"
-    " Tensor? feature, Tensor average_hat, Tensor mean, Tensor inverse_std, Tensor passed, bool training, bool pool,"
-    " bool relu_first) -> (Tensor grad_z, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)"
-)
 
 
 def _fake(z, gamma, beta, residual, running_mean, running_var, eps, pool, relu_first, averages):
@@ -49,8 +38,20 @@ def _fake_backward(grad_shared, grad_average, z, gamma, beta, feature, *saved_an
     return grad_z, torch.empty_like(gamma), torch.empty_like(beta), grad_residual
 
 
-_common.register_fake("norm_act", _fake)
-_common.register_fake("norm_act_backward", _fake_backward)
+_common.define(
+    "norm_act",
+    "Tensor z, Tensor gamma, Tensor beta, Tensor? residual, Tensor? running_mean, Tensor? running_var, float eps, "
+    "bool pool, bool relu_first, bool averages",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+_common.define(
+    "norm_act_backward",
+    "Tensor grad_shared, Tensor? grad_average, Tensor z, Tensor gamma, Tensor beta, Tensor? feature, "
+    "Tensor average_hat, Tensor mean, Tensor inverse_std, Tensor passed, bool training, bool pool, bool relu_first",
+    "(Tensor grad_z, Tensor grad_gamma, Tensor grad_beta, Tensor grad_residual)",
+    fake=_fake_backward,
+)
 
 
 class ProducedFeature(NamedTuple):
@@ -217,9 +218,8 @@ def norm_act(
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check(z, parameters, training, pool, num_shared, exit_start)
     _check_residual(z, residual, pool, relu_first)
-    wins = functools.partial(_wins, z, residual, pool)
-    kernels = backends.select(NAME, z.device, z.dtype, backend, wins)
-    if kernels == "reference":
+    chosen = choice.norm_act_backend(z, residual, pool, backend)
+    if chosen == "reference":
         return ProducedFeature(
             *oracle.norm_act(
                 z,
@@ -238,7 +238,7 @@ def norm_act(
             )
         )
     norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
-    if kernels in backends.KERNEL_DTYPES:
+    if chosen in backends.KERNEL_DTYPES:
         return _fused(z, norm, residual, pool, relu_first, num_shared, exit_start)
     feature = _stock(z, norm, residual, relu_first)
     feature = F.max_pool2d(feature, 2) if pool else feature
@@ -274,9 +274,9 @@ def norm_relu(
     num_channels = z.size(1) if z.dim() > 1 else 0
     _check(z, parameters, training, False, num_channels, num_channels)
     _check_residual(z, residual, False, False)
-    kernels = backends.select(NAME, z.device, z.dtype, backend, functools.partial(_wins, z, residual, False))
+    chosen = choice.norm_act_backend(z, residual, False, backend)
     norm = _Norm(weight, bias, running_mean, running_var, training, momentum, eps)
-    if kernels in backends.KERNEL_DTYPES:
+    if chosen in backends.KERNEL_DTYPES:
         feature, mean, variance = _NormReLU.apply(z, *_affine(z, norm), residual, *_given(norm), norm.eps)
         _update(z, norm, mean, variance)
         return feature
@@ -326,24 +326,6 @@ def _update(z: Tensor, norm: _Norm, mean: Tensor, variance: Tensor) -> None:
         count = z.numel() // z.size(1)
         running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
         running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), norm.momentum)
-
-
-def table_name(pool: bool) -> str:
-    """What the tuned tables call forward and backward together; their sizes are (pixels, channels, 1)."""
-    return f"{NAME}_pool" if pool else NAME
-
-
-def _wins(z: Tensor, residual: Tensor | None, pool: bool, kernels: str) -> bool:
-    """On CUDA as the tuned table says, which knows channels_last without a residual alone.
-
-    On the CPU as measured: rearranging a dense NCHW input pays with a pool, or in float32 without a residual.
-    """
-    if kernels == "triton":
-        num_rows, is_known = z.numel() // max(z.size(1), 1), dense_memory_format(z) is torch.channels_last
-        is_known = is_known and residual is None
-        return is_known and prefers_triton(table_name(pool), num_rows, z.size(1), 1, z.dtype, device=z.device)
-    rearranged = z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last)
-    return not rearranged or pool or (z.dtype == torch.float32 and residual is None)
 
 
 def _check(

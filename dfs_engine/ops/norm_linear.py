@@ -12,33 +12,20 @@ more than its own rounding where |c| + |W b| + |W_o * b| > sqrt(C) |W_o * g| (ve
 networks have few or none, are multiplied anew.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dfs_engine import reference as oracle
-from dfs_engine.kernels.config import prefers_triton
 from dfs_engine.ops import _common, linear
-from dfs_engine.runtime import backend as backends
-from dfs_engine.runtime import calibration
+from dfs_engine.runtime import choice
 
 NAME = "partitioned_norm_linear"
-
-_common.LIBRARY.define(
-    "norm_linear_row_sums(Tensor grad_output, Tensor output, Tensor input, Tensor mean, Tensor rstd,"
-    " Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias) -> (Tensor m1, Tensor m2)"
-)
-_common.LIBRARY.define(
-    "norm_linear_grad_input(Tensor grad_output, Tensor output, Tensor input, Tensor mean, Tensor rstd,"
-    " Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, SymInt start, SymInt stop) -> Tensor"
-)
-_common.LIBRARY.define(
-    "norm_linear_grad_weight(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd) -> (Tensor, Tensor)"
-)
+# Of the two products, on a device that has no kernels of its own for what is around them: the CPU.
+_DEFAULT = "cpp"
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,18 +48,11 @@ def _fake_grad_weight(grad_output: Tensor, input: Tensor, mean: Tensor, rstd: Te
     return mean.new_empty((out_features, input.size(-1))), mean.new_empty(out_features)
 
 
-_common.register_fake("norm_linear_row_sums", _fake_row_sums)
-_common.register_fake("norm_linear_grad_input", _fake_grad_input)
-_common.register_fake("norm_linear_grad_weight", _fake_grad_weight)
-
-
-@register_flop_formula(torch.ops.dfs_engine.norm_linear_grad_input)
 def _flops_grad_input(grad_output_shape, *args, out_shape=None, **kwargs) -> int:
     # Products of matrices, as the counter has them: the two matrix-vector products are left out.
     return 2 * linear._rows(grad_output_shape) * grad_output_shape[-1] * out_shape[-1]
 
 
-@register_flop_formula(torch.ops.dfs_engine.norm_linear_grad_weight)
 def _flops_grad_weight(grad_output_shape, input_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * linear._rows(grad_output_shape) * grad_output_shape[-1] * input_shape[-1]
 
@@ -157,23 +137,47 @@ def _column_sum(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
 
 def aten_grad_input(*args: Any) -> Tensor:
     """The `aten` backend of `dfs_engine::norm_linear_grad_input`: (..., stop - start)."""
-    return _grad_input(linear.aten_grad_input, *args)
+    return _grad_input(functools.partial(_common.run, "linear_grad_input", "aten"), *args)
 
 
 def aten_grad_weight(*args: Any) -> tuple[Tensor, Tensor]:
     """The `aten` backend of `dfs_engine::norm_linear_grad_weight`: (out, in) and (out,), at least float32."""
-    return _grad_weight(linear.aten_grad_weight, *args)
+    return _grad_weight(functools.partial(_common.run, "linear_grad_weight", "aten"), *args)
 
 
 def _default_grad_input(*args: Any) -> Tensor:
-    return _grad_input(torch.ops.dfs_engine.linear_grad_input, *args)
+    return _grad_input(functools.partial(_common.run, "linear_grad_input", _DEFAULT), *args)
 
 
 def _default_grad_weight(*args: Any) -> tuple[Tensor, Tensor]:
-    return _grad_weight(torch.ops.dfs_engine.linear_grad_weight, *args)
+    return _grad_weight(functools.partial(_common.run, "linear_grad_weight", _DEFAULT), *args)
 
 
-# Where a device has no kernel of its own for these two, it still has the ones of the linear.
+_STATISTICS = "Tensor mean, Tensor rstd"
+_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias"
+_common.define(
+    "norm_linear_row_sums",
+    f"Tensor grad_output, Tensor output, Tensor input, {_STATISTICS}, {_PARAMETERS}",
+    "(Tensor m1, Tensor m2)",
+    fake=_fake_row_sums,
+)
+_common.define(
+    "norm_linear_grad_input",
+    f"Tensor grad_output, Tensor output, Tensor input, {_STATISTICS}, {_PARAMETERS}, SymInt start, SymInt stop",
+    "Tensor",
+    fake=_fake_grad_input,
+    aten=aten_grad_input,
+    flops=_flops_grad_input,
+)
+_common.define(
+    "norm_linear_grad_weight",
+    f"Tensor grad_output, Tensor input, {_STATISTICS}",
+    "(Tensor, Tensor)",
+    fake=_fake_grad_weight,
+    aten=aten_grad_weight,
+    flops=_flops_grad_weight,
+)
+# Where a device has no kernel of its own for the last two, it still has the ones of the linear.
 _common.LIBRARY.impl("norm_linear_row_sums", _row_sums, "CompositeExplicitAutograd")
 _common.LIBRARY.impl("norm_linear_grad_input", _default_grad_input, "CompositeExplicitAutograd")
 _common.LIBRARY.impl("norm_linear_grad_weight", _default_grad_weight, "CompositeExplicitAutograd")
@@ -193,15 +197,14 @@ class _PartitionedNormLinear(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         start: int,
-        kernels: str,
+        backend: str,
     ):
-        ctx.eps, ctx.start, ctx.stop, ctx.kernels = eps, start, start + live.size(-1), kernels
+        ctx.eps, ctx.start, ctx.stop, ctx.backend = eps, start, start + live.size(-1), backend
         dtype = _wide_dtype(full.dtype)
         gain, shift = (None if parameter is None else parameter.to(dtype) for parameter in (norm_weight, norm_bias))
-        compute = F.linear if kernels == "aten" else torch.ops.dfs_engine.linear
         with _common.no_autocast(weight.device.type):
             normalized, mean, rstd = torch.native_layer_norm(full.to(dtype), full.shape[-1:], gain, shift, eps)
-            output = compute(normalized.to(weight.dtype), weight, bias)
+            output = _common.run("linear", backend, normalized.to(weight.dtype), weight, bias)
         needs_input, _, needs_gain, _, needs_weight, *_ = ctx.needs_input_grad
         data = (live, full, mean, rstd) if needs_input or needs_gain or needs_weight else (None,) * 4
         ctx.save_for_backward(*data, output if needs_input else None, norm_weight, norm_bias, weight, bias)
@@ -214,19 +217,17 @@ class _PartitionedNormLinear(torch.autograd.Function):
         needs_input, _, needs_gain, needs_shift, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if _common.creating_graph() and live is not None:
             return _differentiable_backward(ctx, saved, grad_output)
-        is_aten = ctx.kernels == "aten" or _common.creating_graph()
+        backend = "aten" if _common.creating_graph() else ctx.backend
         grad_input = grad_gain = grad_shift = grad_weight = None
         sums: Any = None
         with _common.no_autocast(weight.device.type):
             if needs_input and full.size(-1) == 1:
                 grad_input = torch.zeros_like(live)  # one channel normalises to a constant
             elif needs_input:
-                compute = aten_grad_input if is_aten else torch.ops.dfs_engine.norm_linear_grad_input
-                statistics, affine = (output, full, mean, rstd), (norm_weight, norm_bias, weight, bias)
-                grad_input = compute(grad_output, *statistics, *affine, ctx.start, ctx.stop)
+                given = (output, full, mean, rstd, norm_weight, norm_bias, weight, bias, ctx.start, ctx.stop)
+                grad_input = _common.run("norm_linear_grad_input", backend, grad_output, *given)
             if needs_gain or needs_weight:
-                reduce = aten_grad_weight if is_aten else torch.ops.dfs_engine.norm_linear_grad_weight
-                product, sums = reduce(grad_output, full, mean, rstd)
+                product, sums = _common.run("norm_linear_grad_weight", backend, grad_output, full, mean, rstd)
                 if needs_gain:
                     grad_gain = (weight * product).sum(0).to(norm_weight.dtype)
                 if needs_weight:
@@ -310,31 +311,20 @@ def partitioned_norm_linear(
     weight, bias = _common.autocast(weight, bias)  # type: ignore[assignment]
     _check_shapes(input, full, norm_weight, norm_bias, weight, start, stop)
 
-    def wins(kernels: str) -> bool:
-        if kernels == "cpp":
-            # As for the linear, whose products these are.
-            return weight.dtype in _common.HALF or (weight.dtype == torch.float32 and calibration.settle().in_linear)
-        rows, dtype, device = linear._rows(input.shape), weight.dtype, weight.device
-        out_features, num_channels = weight.shape
-        sizes = (rows, stop - start, out_features), (out_features, num_channels, rows)
-        return prefers_triton("norm_linear_grad_input", *sizes[0], dtype, device=device) and prefers_triton(
-            "linear_grad_weight", *sizes[1], dtype, device=device
-        )
-
-    kernels = backends.select(NAME, weight.device, weight.dtype, backend, wins)
-    if kernels == "cpp":
-        calibration.settle()
-    if kernels == "reference":
+    data, num_live = input if full is None else full, stop - start
+    chosen = choice.linear_backend(
+        NAME, "norm_linear_grad_input", data, weight, weight.dtype, num_live, weight.size(1), backend
+    )
+    if chosen == "reference":
         affine = (norm_weight, norm_bias, weight, bias)
         with _common.no_autocast(weight.device.type):
             return oracle.partitioned_norm_linear(
                 input, *affine, eps=eps, start=start, stop=stop, reference=reference, full=full
             )
-    live = input.narrow(-1, start, stop - start) if full is None else input
-    data = (input if full is None else full).detach()
+    live, full = _common.live_and_full(input, full, start, stop, -1)
     if not reference:
-        data = oracle.live_slice(data, start, stop, False, -1)
-    return _PartitionedNormLinear.apply(live, data, norm_weight, norm_bias, weight, bias, eps, start, kernels)
+        full = oracle.live_slice(full, start, stop, False, -1)
+    return _PartitionedNormLinear.apply(live, full, norm_weight, norm_bias, weight, bias, eps, start, chosen)
 
 
 def _check_shapes(

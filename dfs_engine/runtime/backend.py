@@ -1,7 +1,7 @@
-"""Which backend serves which op on which device.
+"""Which backends there are here, which one is asked for, and which one ran.
 
 `reference` is the oracle, `aten` the floor that everyone has, `cpp` and `triton` the kernels of this project. An
-explicit request works or raises; the automatic choice says once why a faster backend is missing.
+explicit request works or raises; the automatic choice (`runtime.choice`) says once why a faster backend is missing.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, check_no_transform
 from dfs_engine.kernels.config import INTERPRETED
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,20 @@ KERNEL_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "dropout": (torch.float32, torch.bfloat16),
     },
     "triton": dict.fromkeys(OPS, _FLOATS),
+}
+# Of the ops that `cpp` has several kernels of (`runtime.choice` describes them): their passes, and who serves each. An
+# op's `backend=` may name one, as in "cpp:winograd"; passes that lack it are served as usual.
+CPP_KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "partitioned_conv2d": {
+        "conv2d": ("aten", "winograd", "depthwise"),
+        "conv2d_grad_input": ("aten", "winograd", "depthwise"),
+        "conv2d_grad_weight": ("aten", "winograd", "depthwise", "gemm"),
+    },
+    "partitioned_linear": {
+        "linear": ("aten", "onednn", "gemm"),
+        "linear_grad_input": ("aten", "onednn", "gemm"),
+        "linear_grad_weight": ("aten", "gemm"),
+    },
 }
 
 # The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
@@ -108,16 +122,26 @@ def unsupported_dtype(op: str, backend: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _kernels_of(op: str) -> list[str]:
+    """The names of the cpp backend's kernels of an op, of any of its passes."""
+    passes = CPP_KERNELS.get(op, {}).values()
+    return list(dict.fromkeys(f"cpp:{kernel}" for kernels in passes for kernel in kernels))
+
+
 def check_request(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """That an explicit request can be served.
 
     Raises:
-        RuntimeError: the backend cannot run on this device, or has no kernel of `op` for this dtype.
+        RuntimeError: the backend cannot run on this device, or has no kernel of `op` for this dtype, or of this name.
     """
-    reason, remedy = unavailable_reason(backend, device), ""
+    name, _, kernel = backend.partition(":")
+    reason, remedy = unavailable_reason(name, device), ""
     if reason is None:
-        reason = unsupported_dtype(op, backend, dtype)
+        reason = unsupported_dtype(op, name, dtype)
         remedy = " Use backend='aten' or 'auto', or convert the tensors (or the model) to another dtype."
+    if reason is None and kernel and backend not in _kernels_of(op):
+        reason = f"it has only {', '.join(_kernels_of(op)) or 'one kernel'}"
+        remedy = f" Use one of these, or backend={name!r}."
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} was requested, but {reason}.{remedy}")
 
@@ -132,28 +156,13 @@ def check_backend(name: str | None) -> str | None:
 
 
 def requested(backend: str | None = None) -> str | None:
-    """The explicit request in force: the argument, else `use_backend`, else DFS_BACKEND, else None."""
-    return SPLIT if backend == SPLIT else check_backend(backend) or check_backend(_request)
+    """The explicit request in force: an op's argument, else `use_backend`, else DFS_BACKEND, else None.
 
-
-def is_transforming() -> bool:
-    """Whether one of torch.func's transforms is active. torch.compile says by itself what it cannot trace."""
-    # As torch.autograd.Function asks.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def check_no_transform(op: str) -> None:
-    """That none of torch.func's transforms is active, which would want to go through a backward of this engine's.
-
-    Raises:
-        RuntimeError: one is.
+    The argument may also name a kernel, as in "cpp:winograd".
     """
-    if is_transforming():
-        raise RuntimeError(
-            f"{op}: torch.func's transforms (grad, vmap, jvp, jacrev, hessian, ...) cannot go through this engine's "
-            "backward. Use backend='reference' for an op, variant='detach' for a model or a Fork: the same gradients, "
-            "by stock autograd."
-        )
+    if backend == SPLIT or (isinstance(backend, str) and backend.startswith("cpp:")):
+        return backend
+    return check_backend(backend) or check_backend(_request)
 
 
 def select(
@@ -186,9 +195,16 @@ def select(
         chosen = explicit
     else:
         chosen = _automatic(device, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels))
-    if not torch.compiler.is_compiling():
-        _last_used[op] = chosen
+    if not torch.compiler.is_compiling() and op in CPP_KERNELS:
+        _last_used.pop(_forward(op), None)  # of an earlier call
+    record(op, chosen)
     return chosen
+
+
+def record(op: str, used: str) -> None:
+    """Remembers for `last_used` what serves an op, or one of its passes."""
+    if not torch.compiler.is_compiling():
+        _last_used[op] = used
 
 
 def _automatic(device: torch.device, wins: Callable[[str], bool]) -> str:
@@ -205,8 +221,21 @@ def _automatic(device: torch.device, wins: Callable[[str], bool]) -> str:
 
 
 def last_used(op: str) -> str | None:
-    """The backend that served the last eager call of `op`, or None if it has not run."""
-    return _last_used.get(check_choice("op", op, OPS))
+    """What served the last eager call of `op`, or None if it has not run: "aten", "cpp:winograd", "triton".
+
+    Args:
+        op: one of `OPS`, which tells of its forward; or one of its passes, as in "conv2d_grad_weight".
+    """
+    passes = [name for names in CPP_KERNELS.values() for name in names]
+    used = _last_used.get(check_choice("op", op, [*OPS, *passes]))
+    if used is not None and used.startswith("cpp") and op in CPP_KERNELS:
+        return _last_used.get(_forward(op), used)
+    return used
+
+
+def _forward(op: str) -> str:
+    """The first of its passes."""
+    return next(iter(CPP_KERNELS[op]))
 
 
 @contextlib.contextmanager
@@ -218,23 +247,3 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _request = previous
-
-
-@contextlib.contextmanager
-def use_winograd(enabled: bool | None) -> Iterator[None]:
-    """The cpp backend's Winograd convolutions in the block, process-wide: wherever they apply, or nowhere.
-
-    None, as it is unless DFS_WINOGRAD is set to 1 or 0: where they are faster than oneDNN's, which small images and few
-    of them, or few channels, are not. They apply to float32, and to bfloat16 where a calibration of this machine found
-    them faster than the CPU's own bfloat16 instructions. Without the extension this does nothing.
-    """
-    if _extension_missing is not None:
-        yield
-        return
-    from dfs_engine import _C
-
-    previous = _C.set_winograd(enabled)
-    try:
-        yield
-    finally:
-        _C.set_winograd(previous)

@@ -19,6 +19,7 @@ from dfs_engine import ops, reference
 from dfs_engine.checks import split_choices
 from dfs_engine.partition import partition
 from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import choice
 from dfs_engine.runtime.machine import check_device
 from dfs_engine.runtime.precision import fp32_precision
 from dfs_engine.runtime.progress_bar import progress_bar
@@ -162,7 +163,7 @@ def _validate_problem(
             except Exception as error:
                 report.add(op, name, dtype, label, failure("error", f"{type(error).__name__}: {error}"))
                 continue
-            used = backends.last_used(op) if op in backends.OPS else name
+            used = str(backends.last_used(op)).partition(":")[0] if op in backends.OPS else name
             ran = Comparison("backend", 0.0, 0.0, 0.0, EXACT)
             report.add(op, name, dtype, label, ran if used == name else failure("backend", f"{used} ran"))
             for comparison in case.compare(problem, results, oracle[canonical], TOLERANCES[DTYPES[dtype]]):
@@ -179,7 +180,7 @@ def _winograd_errors(seed: int) -> list[WinogradError]:
     oracle = case.run(reference.partitioned_conv2d, problem, _double(tensors), make_grad)
     found = []
     for enabled in (True, False):
-        with backends.use_winograd(enabled):
+        with choice.use_winograd(enabled):
             results = case.run(_function("partitioned_conv2d", "cpp"), problem, tensors, make_grad)
         found.append([compare(name, results[name], oracle[name]) for name in ("output", "grad_input", "grad_weight")])
     return [WinogradError(fast.name, fast, direct) for fast, direct in zip(*found, strict=True)]
@@ -198,7 +199,7 @@ def _strict_numerics() -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         filler.fill_uninitialized_memory = True
-        with warnings.catch_warnings(), backends.use_winograd(True), fp32_precision("ieee"):
+        with warnings.catch_warnings(), choice.use_winograd(True), fp32_precision("ieee"):
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:

@@ -23,7 +23,7 @@ from dfs_engine.benchmarks.gpu_run import Run
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS
-from dfs_engine.ops import linear
+from dfs_engine.ops import _common
 from dfs_engine.runtime import backend as backends
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
@@ -169,7 +169,9 @@ def test_without_pytest_the_ops_are_compared_with_float64_all_the_same(run, monk
 def test_a_wrong_op_fails_the_stage(run, monkeypatch):
     only(monkeypatch, "partitioned_linear")
     monkeypatch.setattr(gpu_stages, "_run_pytest", lambda run: None)
-    monkeypatch.setattr(linear, "aten_grad_weight", lambda *args: (torch.full((1, 1), float("nan")), torch.zeros(1)))
+    monkeypatch.setitem(
+        _common.ATEN, "linear_grad_weight", lambda *args: (torch.full((1, 1), float("nan")), torch.zeros(1))
+    )
     run.stage("tests", gpu_stages.tests)
     assert run.failed
     assert "partitioned_linear is wrong" in said(run)

@@ -8,7 +8,7 @@ import torch
 from dfs_engine.benchmarks import train, train_step
 from dfs_engine.benchmarks.train import BenchTrainConfig
 from dfs_engine.benchmarks.train_report import BASELINES, Case
-from dfs_engine.ops import conv2d
+from dfs_engine.ops import _common
 from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime import memory
 
@@ -86,7 +86,7 @@ def test_stock_forms_are_those_on_torchs_own_memory(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_nothing_is_timed_when_gradients_disagree(monkeypatch, tiny, dtype):
-    compute = conv2d.aten_grad_weight
+    compute = _common.ATEN["conv2d_grad_weight"]
 
     def broken(grad_output, *args):
         grad_weight, grad_bias = compute(grad_output, *args)
@@ -94,7 +94,7 @@ def test_nothing_is_timed_when_gradients_disagree(monkeypatch, tiny, dtype):
             grad_weight[:, -1] = 0
         return grad_weight, grad_bias
 
-    monkeypatch.setattr(conv2d, "aten_grad_weight", broken)
+    monkeypatch.setitem(_common.ATEN, "conv2d_grad_weight", broken)
     monkeypatch.setattr(train, "time_phases", lambda *args, **kwargs: pytest.fail("was timed"))
     with pytest.raises(
         RuntimeError, match=r"expected dfs/nchw/eager/beta=0.5 in .* of blocks\.\d\.conv\.weight: .*Nothing was timed"

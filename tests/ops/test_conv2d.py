@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dfs_engine.ops import partitioned_conv2d
+from dfs_engine.ops import _common, partitioned_conv2d
 from dfs_engine.runtime import backend as backends
 from dfs_engine.validate.tolerances import assert_close
 
@@ -84,7 +84,7 @@ def test_equals_the_oracle(case, reference, form, backend, check, exact_dtype):
             tensors["input"] = tensors["full"][:, start:stop].clone()
         options = {"start": start, "stop": stop, "reference": reference, "backend": backend, **case.options}
         results = check(partitioned_conv2d, tensors, **options)
-        assert backends.last_used("partitioned_conv2d") == backend
+        assert backends.last_used("partitioned_conv2d").partition(":")[0] == backend
         outside = torch.ones(case.in_channels, dtype=torch.bool)
         outside[start:stop] = False
         if form == "plain":
@@ -175,7 +175,7 @@ def test_few_channels_through_a_strided_1x1(in_channels, size, backend, check):
     }
     grad_output = channels_last(torch.randn(16, 12, (size + 1) // 2, (size + 1) // 2))
     check(partitioned_conv2d, tensors, grad_output, start=1, stop=in_channels, stride=2, backend=backend)
-    assert backends.last_used("partitioned_conv2d") == backend
+    assert backends.last_used("partitioned_conv2d").partition(":")[0] == backend
 
 
 def test_channels_last_comes_back_channels_last(backend, evaluate):
@@ -207,6 +207,12 @@ GEOMETRIES = (
 )
 
 
+def opcheck(op, arguments: tuple) -> None:
+    """Of the overload that picks its kernel, and of the one that is told."""
+    torch.library.opcheck(op.default, arguments)
+    torch.library.opcheck(op.kernel, arguments, {"kernel": "aten"})
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(
     ("layout", "dtype"),
@@ -221,15 +227,13 @@ def test_opcheck(geometry, layout, dtype):
     output = OPS.conv2d(input, weight, None, *geometry)
     grad_output = layout(torch.randn_like(output))
     for bias in (None, torch.randn(8, dtype=dtype)):
-        torch.library.opcheck(OPS.conv2d, (input, weight, bias, *geometry))
+        opcheck(OPS.conv2d, (input, weight, bias, *geometry))
         sizes = (grad_output, input, weight.shape, *geometry, bias is not None)
         for result in ((), (True, torch.float32), (False, torch.bfloat16)):
-            torch.library.opcheck(OPS.conv2d_grad_weight, (*sizes, *result))
+            opcheck(OPS.conv2d_grad_weight, (*sizes, *result))
     for start, stop in ((0, 4), (1, 3), (2, 2)):
         is_last = layout is channels_last
-        torch.library.opcheck(
-            OPS.conv2d_grad_input, (grad_output, weight, input.shape, *geometry, start, stop, is_last)
-        )
+        opcheck(OPS.conv2d_grad_input, (grad_output, weight, input.shape, *geometry, start, stop, is_last))
 
 
 @pytest.mark.parametrize("op", ["conv2d_grad_input", "conv2d_grad_weight"])
@@ -282,11 +286,9 @@ def test_bad_arguments(arguments, error, message, reference, backend):
 
 def test_a_depthwise_slice_costs_its_own_groups_only(monkeypatch):
     """Of 8 groups the slice touches 2: the backend is asked for those two."""
-    from dfs_engine.ops import conv2d
-
     seen = []
-    aten = conv2d.aten_grad_input
-    monkeypatch.setattr(conv2d, "aten_grad_input", lambda *args: seen.append(args[6]) or aten(*args))
+    aten = _common.ATEN["conv2d_grad_input"]
+    monkeypatch.setitem(_common.ATEN, "conv2d_grad_input", lambda *args: seen.append(args[6]) or aten(*args))
     input = torch.randn(1, 16, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, 2, 3, 3, dtype=torch.float64)
     output = partitioned_conv2d(input, weight, groups=8, start=3, stop=5, backend="aten")

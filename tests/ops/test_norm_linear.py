@@ -68,7 +68,7 @@ def test_equals_the_oracle(shape, reference, form, backend, check, exact_dtype):
         if form == "full":
             tensors = live_and_full(tensors, start, stop)
         results = check(partitioned_norm_linear, tensors, start=start, stop=stop, reference=reference, backend=backend)
-        assert backends.last_used("partitioned_norm_linear") == backend
+        assert backends.last_used("partitioned_norm_linear").partition(":")[0] == backend
         if form == "plain":
             outside = torch.ones(channels, dtype=torch.bool)
             outside[start:stop] = False

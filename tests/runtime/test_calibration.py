@@ -1,5 +1,6 @@
 """Which kernels run: known from the table, or measured in two halves that agree and kept, or ATen's."""
 
+import functools
 import json
 import logging
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfs_engine.models import create_model
+from dfs_engine.ops import partitioned_linear
 from dfs_engine.runtime import calibration
 from dfs_engine.runtime.backend import unavailable_reason
 from dfs_engine.runtime.calibration import answers, kept, measure, table, table_entry
@@ -52,9 +54,9 @@ def measured(fresh_calibration, monkeypatch):
     return measurement
 
 
-def settle_as_a_new_process() -> calibration.Wins:
+def ask_as_a_new_process() -> calibration.Wins:
     calibration._current = None
-    return calibration.settle()
+    return calibration.wins()
 
 
 def entry(machine: table.Machine = MACHINE, version: int = measure.VERSION, **speedups: float) -> dict:
@@ -67,8 +69,8 @@ def entry(machine: table.Machine = MACHINE, version: int = measure.VERSION, **sp
 
 
 def test_measured_once_and_kept(measured, tmp_path):
-    assert calibration.settle() == WINS
-    assert settle_as_a_new_process() == WINS
+    assert calibration.wins() == WINS
+    assert ask_as_a_new_process() == WINS
     assert measured.asked == [set(ASKED)]
     (file,) = (tmp_path / "cache").iterdir()
     rows = json.loads(file.read_text())["answers"]
@@ -81,23 +83,23 @@ def test_measured_once_and_kept(measured, tmp_path):
 def test_what_did_not_repeat_is_not_kept_and_atens_kernels_run(measured, tmp_path, caplog):
     measured.failing = set(ASKED)
     with caplog.at_level(logging.INFO):
-        assert calibration.settle() == NONE
+        assert calibration.wins() == NONE
     assert not caplog.records
     assert not (tmp_path / "cache").exists()
     assert set(calibration.settled().origins.values()) == {
         "by default: measured now, not kept, because the halves disagreed"
     }
     measured.failing = set()
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
 
 
 def test_what_repeated_is_kept_and_the_others_are_asked_by_the_next_process(measured):
     measured.failing = {LINEAR[2], STRIDED[0]}
-    assert calibration.settle() == (False, True, False, False)
+    assert calibration.wins() == (False, True, False, False)
     measured.failing = set()
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
     assert measured.asked == [set(ASKED), {LINEAR[2], STRIDED[0]}]
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
     assert len(measured.asked) == 2
 
 
@@ -119,22 +121,22 @@ def test_what_repeated_is_kept_and_the_others_are_asked_by_the_next_process(meas
     ],
 )
 def test_a_broken_or_foreign_file_is_measured_again(measured, tmp_path, change):
-    calibration.settle()
+    calibration.wins()
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(change(file.read_text()))
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
     assert len(measured.asked) == 2
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
     assert len(measured.asked) == 2, "it was not written anew"
 
 
 def test_one_broken_row_costs_no_other(measured, tmp_path):
-    calibration.settle()
+    calibration.wins()
     (file,) = (tmp_path / "cache").iterdir()
     saved = json.loads(file.read_text())
     saved["answers"][3] = None
     file.write_text(json.dumps(saved))
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
     assert measured.asked[1:] == [{list(ASKED)[3]}]
 
 
@@ -142,7 +144,7 @@ def test_an_unwritable_folder_is_no_error(measured, tmp_path, monkeypatch, caplo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DFS_CACHE_DIR", str(tmp_path / "file"))
     with caplog.at_level(logging.INFO):
-        assert calibration.settle() == WINS
+        assert calibration.wins() == WINS
     assert not caplog.records
     assert calibration.settled().origins["linear"].startswith("measured now, not kept: ")
 
@@ -151,16 +153,16 @@ def test_an_unwritable_folder_is_no_error(measured, tmp_path, monkeypatch, caplo
 def test_asking_again_measures_everything_and_is_kept(measured, monkeypatch, known_from):
     if known_from == "table":
         monkeypatch.setattr(table, "entries", lambda: [entry()])
-    assert calibration.settle() == WINS
+    assert calibration.wins() == WINS
     measured.asked.clear()
     measured.speedups = {"gemm": 0.5, "onednn": 0.5, "winograd": 2.0}
     assert calibration.recalibrate().wins == (False, False, False, True)
-    assert settle_as_a_new_process() == (False, False, False, True)
+    assert ask_as_a_new_process() == (False, False, False, True)
     assert measured.asked == [set(ASKED)]
 
 
 def test_asking_again_without_an_answer_forgets_what_was_kept(measured, tmp_path):
-    calibration.settle()
+    calibration.wins()
     measured.failing = set(ASKED)
     assert calibration.recalibrate().wins == NONE
     assert not list((tmp_path / "cache").iterdir())
@@ -180,9 +182,9 @@ def test_asking_again_without_an_answer_leaves_the_table_and_says_so(measured, m
 
 def test_a_new_entry_of_the_table_comes_before_what_was_kept(measured, monkeypatch):
     measured.speedups = dict.fromkeys(SPEEDUPS, 0.5)
-    assert calibration.settle() == NONE
+    assert calibration.wins() == NONE
     monkeypatch.setattr(table, "entries", lambda: [entry()])
-    assert settle_as_a_new_process() == WINS
+    assert ask_as_a_new_process() == WINS
     assert len(measured.asked) == 1
 
 
@@ -203,7 +205,7 @@ def test_a_new_entry_of_the_table_comes_before_what_was_kept(measured, monkeypat
 )
 def test_a_kernel_is_on_where_it_is_clearly_faster_than_what_it_replaces(measured, speedups, expected):
     measured.speedups = speedups
-    assert calibration.settle() == expected
+    assert calibration.wins() == expected
 
 
 def test_the_worst_size_decides_on_the_strided_weight_gradient_and_the_sum_of_the_passes_elsewhere(
@@ -223,7 +225,7 @@ def test_the_worst_size_decides_on_the_strided_weight_gradient_and_the_sum_of_th
 
 def test_what_does_not_apply_is_not_asked(measured, monkeypatch):
     monkeypatch.setattr(answers, "questions", lambda: dict.fromkeys((*LINEAR, *STRIDED), ("gemm",)))
-    assert calibration.settle() == (True, False, True, False)
+    assert calibration.wins() == (True, False, True, False)
     assert measured.asked == [{*LINEAR, *STRIDED}]
     assert calibration.settled().origins["half_conv"].startswith("never: ")
 
@@ -239,7 +241,7 @@ def test_onednns_product_is_asked_for_where_it_can_run(num_threads):
 
 def test_a_machine_that_is_in_the_table_measures_nothing_and_writes_nothing(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(table, "entries", lambda: [entry(gemm=0.9), entry(MACHINE._replace(model=18))])
-    assert calibration.settle() == (False, True, False, False)
+    assert calibration.wins() == (False, True, False, False)
     assert not measured.asked
     assert not (tmp_path / "cache").exists()
     assert calibration.settled().origins["linear"] == "the table of known machines, measured on 2026-01-02"
@@ -258,13 +260,13 @@ def test_a_machine_that_is_in_the_table_measures_nothing_and_writes_nothing(meas
 )
 def test_another_machine_is_measured(measured, monkeypatch, other):
     monkeypatch.setattr(table, "entries", lambda: [entry(MACHINE._replace(**other))])
-    calibration.settle()
+    calibration.wins()
     assert measured.asked == [set(ASKED)]
 
 
 def test_an_entry_of_another_version_of_the_questions_does_not_count(measured, monkeypatch):
     monkeypatch.setattr(table, "entries", lambda: [entry(version=measure.VERSION - 1)])
-    calibration.settle()
+    calibration.wins()
     assert measured.asked == [set(ASKED)]
 
 
@@ -272,7 +274,7 @@ def test_what_an_entry_lacks_is_measured(measured, monkeypatch):
     partial = entry()
     partial["answers"] = partial["answers"][:-1]
     monkeypatch.setattr(table, "entries", lambda: [partial])
-    assert calibration.settle() == WINS
+    assert calibration.wins() == WINS
     assert measured.asked == [{list(ASKED)[-1]}]
 
 
@@ -351,7 +353,7 @@ def test_an_entry_is_written_and_matched(quiet, tmp_path, monkeypatch):
     assert content[0] == other
     quiet.asked.clear()
     monkeypatch.setattr(table, "entries", lambda: content)
-    assert calibration.settle() == WINS
+    assert calibration.wins() == WINS
     assert calibration.settled().answers[STRIDED[0]].speedups == {"gemm": 1.5}
     assert not quiet.asked
 
@@ -383,17 +385,15 @@ class Kernels:
     def __init__(self, monkeypatch):
         self.now = self.cpu = 0.0
         self.cpu_share = 1.0
-        self.kernel = ""
         self.calls: Counter = Counter()
         self.cost = lambda question, kernel, number: {"aten": 3.0, "gemm": 2.0, "onednn": 1.5, "winograd": 4.0}[kernel]
         monkeypatch.setattr(measure, "_clock", lambda: self.now)
         monkeypatch.setattr(measure, "_cpu_clock", lambda: self.cpu)
-        monkeypatch.setattr(measure, "_use", lambda kernel: setattr(self, "kernel", kernel))
-        monkeypatch.setattr(measure, "_calls", lambda question: [lambda: self.run(question)])
+        monkeypatch.setattr(measure, "_calls", lambda question: [functools.partial(self.run, question)])
 
-    def run(self, question):
-        seconds = self.cost(question, self.kernel, self.calls[question, self.kernel])
-        self.calls[question, self.kernel] += 1
+    def run(self, question, kernel):
+        seconds = self.cost(question, kernel, self.calls[question, kernel])
+        self.calls[question, kernel] += 1
         self.now += seconds
         self.cpu += seconds * self.cpu_share
 
@@ -450,16 +450,9 @@ def test_a_measurement_ends(kernels):
     assert kernels.now <= 2 * 66 + 2 * 4
 
 
-@pytest.mark.parametrize("state", [True, False])
-def test_the_real_measurement_answers_or_says_why_not_and_restores_the_switches(state):
-    from dfs_engine import _C
-
-    switches = (_C.set_own_gemm, _C.set_onednn_linear, _C.set_own_grad_weight, _C.set_half_winograd, _C.set_winograd)
-    before = [switch(state) for switch in switches]
+def test_the_real_measurement_answers_or_says_why_not():
     asked = answers.questions()
     speedups, failed = measure.measure(asked, rounds=1, seconds=1.0)
-    after = [switch(value) for switch, value in zip(switches, before, strict=True)]
-    assert after == [state] * len(switches)
     assert speedups.keys() | failed.keys() == asked.keys()
     assert not speedups.keys() & failed.keys()
     assert all(min(ratios.values()) > 0 for ratios in speedups.values())
@@ -467,9 +460,6 @@ def test_the_real_measurement_answers_or_says_why_not_and_restores_the_switches(
 
 @pytest.mark.parametrize("question", ASKED, ids=" ".join)
 def test_a_question_runs_its_kernels_in_its_dtype_whatever_the_defaults_are(question, monkeypatch):
-    from dfs_engine import _C
-
-    switched = dict.fromkeys(("own_gemm", "own_grad_weight", "onednn_linear", "half_winograd"))
     torch.set_default_dtype(torch.float64)
     try:
         calls = measure._calls(question)
@@ -478,48 +468,30 @@ def test_a_question_runs_its_kernels_in_its_dtype_whatever_the_defaults_are(ques
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[question.dtype]
     for call in calls:
         assert all(argument.dtype == expected for argument in call.args if isinstance(argument, torch.Tensor))
-        assert call.func is getattr(torch.ops.dfs_engine, question.op)
-    for name in switched:
-        monkeypatch.setattr(_C, f"set_{name}", lambda value, name=name: switched.update({name: value}))
-    for kernel, on in (
-        ("aten", set()),
-        ("gemm", {"own_gemm", "own_grad_weight"}),
-        ("onednn", {"onednn_linear"}),
-        ("winograd", {"half_winograd"}),
-    ):
-        measure._use(kernel)
-        assert {name for name, value in switched.items() if value} == on
+        assert call.func is getattr(torch.ops.dfs_engine, question.op).kernel
 
 
-# When a process settles.
+# When a process asks.
 
 
-def test_a_model_settles_when_it_is_made_whatever_the_device(measured):
-    """So that a first step that is compiled runs what this machine is fastest with."""
-    options = {"width": 4}
-    create_model("vgg7_64", variant="dense", **options)
+@pytest.mark.skipif(unavailable_reason("cpp") is not None, reason="there is nothing to choose among")
+def test_the_first_op_that_depends_on_it_asks_compiled_or_not(measured):
+    """A compiled one, too, which runs what this machine is fastest with."""
+    weight, x = torch.randn(16, 32), torch.randn(4, 32)
+    create_model("vgg7_64", width=4)
     assert not measured.asked
-    with torch.device("meta"):
-        create_model("vgg7_64", variant="dfs", **options)
+    torch.compile(lambda: partitioned_linear(x, weight, start=0, stop=8), backend="eager")()
     assert len(measured.asked) == 1
-    calibration.settle()
+    partitioned_linear(x, weight, start=0, stop=8)
     assert len(measured.asked) == 1
 
 
 def test_fake_tensors_are_not_measured(measured):
     with FakeTensorMode():
-        assert calibration.settle() == (True, True, True, True)
+        assert calibration.wins() == (True, True, True, True)
     assert not measured.asked
-    assert calibration.settle() == WINS
+    assert calibration.wins() == WINS
     assert len(measured.asked) == 1
-
-
-def test_the_kernels_are_switched(measured):
-    from dfs_engine import _C
-
-    calibration.settle()
-    switches = (_C.set_own_gemm, _C.set_onednn_linear, _C.set_own_grad_weight, _C.set_half_winograd)
-    assert tuple(switch(False) for switch in switches) == WINS
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

@@ -194,7 +194,7 @@ def test_auto_tells_what_a_request_in_force_leads_to(name):
 
 
 def run_doctor(before: str = "", **environment: str) -> str:
-    code = f"{before}\nfrom dfs_engine import doctor\nprint(doctor.format_report(doctor.report()))"
+    code = f"{before}\nfrom dfs_engine.runtime import doctor\nprint(doctor.format_report(doctor.report()))"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import validate
-from dfs_engine.ops import conv2d, linear
+from dfs_engine.ops._common import ATEN
+from dfs_engine.ops.linear import _matrix
 from dfs_engine.partition import fork_gradient
 from dfs_engine.runtime import backend as backends
 from dfs_engine.validate import ValidateConfig
@@ -18,7 +19,7 @@ from dfs_engine.validate.cases import covering_sample
 from dfs_engine.validate.problems import PROBLEMS
 from dfs_engine.validate.tolerances import DTYPES
 
-MODULES = {"partitioned_conv2d": conv2d, "partitioned_linear": linear}
+PASSES = {"partitioned_conv2d": "conv2d", "partitioned_linear": "linear"}
 
 
 def quick(**options) -> validate.ValidateReport:
@@ -98,17 +99,17 @@ def off_by_one(compute):
     return broken
 
 
-@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("op", PASSES)
 def test_an_off_by_one_slice_is_found(monkeypatch, op):
-    module = MODULES[op]
-    monkeypatch.setattr(module, "aten_grad_input", off_by_one(module.aten_grad_input))
+    name = f"{PASSES[op]}_grad_input"
+    monkeypatch.setitem(ATEN, name, off_by_one(ATEN[name]))
     report = quick(ops=op, backends="aten", dtypes="fp64")
     assert not report.ok
     assert breached(report) == {"grad_input"}
     assert f"BREACH: {op} aten fp64 grad_input:" in report.table()
 
 
-@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("op", PASSES)
 def test_a_gradient_outside_the_slice_is_found(monkeypatch, op):
     """The whole input's gradient, as stock autograd gives it."""
     correct = getattr(validate.ops, op)
@@ -125,11 +126,11 @@ def test_a_gradient_outside_the_slice_is_found(monkeypatch, op):
     assert f"BREACH: {op} aten fp32 grad_input outside:" in report.table()
 
 
-@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("op", PASSES)
 @pytest.mark.parametrize("leftover", [0.0, float("nan"), "unwritten"])
 def test_a_missing_column_of_the_weight_gradient_is_found(monkeypatch, op, leftover):
-    module = MODULES[op]
-    compute = module.aten_grad_weight
+    name = f"{PASSES[op]}_grad_weight"
+    compute = ATEN[name]
 
     def broken(*args):
         grad_weight, grad_bias = compute(*args)
@@ -140,7 +141,7 @@ def test_a_missing_column_of_the_weight_gradient_is_found(monkeypatch, op, lefto
         grad_weight[:, -1:] = leftover
         return grad_weight, grad_bias
 
-    monkeypatch.setattr(module, "aten_grad_weight", broken)
+    monkeypatch.setitem(ATEN, name, broken)
     report = quick(ops=op, backends="aten", dtypes="bf16")
     assert not report.ok
     assert breached(report) - {"grad_weight outside"} == {"grad_weight"}
@@ -297,7 +298,8 @@ def test_memory_that_nobody_writes_when_a_reader_is_missing_is_found(monkeypatch
 
 def by_winograd(weight, stride, padding, dilation, groups, start, stop):
     columns = weight[:, start:stop] if groups == 1 else weight
-    return conv2d.winograd_applies(columns.shape, stride, padding, dilation, groups, weight.dtype)
+    is_plain = stride == dilation == (1, 1) and groups == 1 and max(padding) <= 2
+    return weight.dtype == torch.float32 and is_plain and columns.shape[2:] == (3, 3) and min(columns.shape[:2]) >= 16
 
 
 def padding_of_the_other_axis(compute):
@@ -395,12 +397,12 @@ def depth_block_missing(compute):
     """A product of a depth that no block of 320 divides, beyond the first."""
 
     def broken(grad_output, other, *args):
-        rows = linear._matrix(grad_output)
+        rows = _matrix(grad_output)
         if not isinstance(args[0], bool):  # grad_input: the depth is the output's features
             depth = rows.size(1) // 320 * 320 or rows.size(1)
             return compute(grad_output[..., :depth], other[:depth], *args)
         depth = rows.size(0) // 320 * 320 or rows.size(0)
-        return compute(rows[:depth], linear._matrix(other)[:depth], *args)
+        return compute(rows[:depth], _matrix(other)[:depth], *args)
 
     return broken
 
@@ -409,7 +411,7 @@ def summed_in_half_precision(compute):
     """Every term is rounded into the sum."""
 
     def broken(grad_output, input, bias, dtype=None):
-        rows, columns = linear._matrix(grad_output), linear._matrix(input)
+        rows, columns = _matrix(grad_output), _matrix(input)
         total = rows.new_zeros(rows.size(1), columns.size(1))
         for row, column in zip(rows, columns, strict=True):
             total += row[:, None] * column
@@ -421,27 +423,27 @@ def summed_in_half_precision(compute):
 @pytest.mark.parametrize(
     ("op", "dtype", "name", "plant"),
     [
-        ("partitioned_conv2d", "fp32", "aten_grad_input", padding_of_the_other_axis),
-        ("partitioned_conv2d", "fp32", "aten_grad_input", a_row_too_far),
-        ("partitioned_conv2d", "fp64", "aten_grad_input", groups_off_by_one),
-        ("partitioned_conv2d", "fp64", "aten_grad_input", strides_ignored),
-        ("partitioned_conv2d", "bf16", "aten_grad_input", last_channel_missing),
-        ("partitioned_conv2d", "fp64", "aten_grad_weight", dilation_ignored),
-        ("partitioned_conv2d", "fp32", "aten_grad_weight", last_pixels_missing),
-        ("partitioned_linear", "fp64", "aten_grad_input", strides_ignored),
-        ("partitioned_linear", "fp16", "aten_grad_input", last_channel_missing),
-        ("partitioned_linear", "fp32", "aten_grad_input", depth_block_missing),
-        ("partitioned_linear", "fp32", "aten_grad_weight", depth_block_missing),
-        ("partitioned_linear", "bf16", "aten_grad_weight", summed_in_half_precision),
-        ("partitioned_norm_linear", "fp64", "aten_grad_input", depth_block_missing),
-        ("partitioned_norm_linear", "fp64", "aten_grad_weight", depth_block_missing),
+        ("partitioned_conv2d", "fp32", "grad_input", padding_of_the_other_axis),
+        ("partitioned_conv2d", "fp32", "grad_input", a_row_too_far),
+        ("partitioned_conv2d", "fp64", "grad_input", groups_off_by_one),
+        ("partitioned_conv2d", "fp64", "grad_input", strides_ignored),
+        ("partitioned_conv2d", "bf16", "grad_input", last_channel_missing),
+        ("partitioned_conv2d", "fp64", "grad_weight", dilation_ignored),
+        ("partitioned_conv2d", "fp32", "grad_weight", last_pixels_missing),
+        ("partitioned_linear", "fp64", "grad_input", strides_ignored),
+        ("partitioned_linear", "fp16", "grad_input", last_channel_missing),
+        ("partitioned_linear", "fp32", "grad_input", depth_block_missing),
+        ("partitioned_linear", "fp32", "grad_weight", depth_block_missing),
+        ("partitioned_linear", "bf16", "grad_weight", summed_in_half_precision),
+        ("partitioned_norm_linear", "fp64", "grad_input", depth_block_missing),
+        ("partitioned_norm_linear", "fp64", "grad_weight", depth_block_missing),
     ],
 )
 def test_a_broken_gradient_is_found(monkeypatch, op, dtype, name, plant):
-    module = MODULES.get(op, linear)  # whose products norm_linear takes
-    monkeypatch.setattr(module, name, plant(getattr(module, name)))
+    name = f"{PASSES.get(op, 'linear')}_{name}"  # whose products norm_linear takes
+    monkeypatch.setitem(ATEN, name, plant(ATEN[name]))
     found = quick_with_any_seed(op, dtype)
-    sliced = {"grad_input"} if name == "aten_grad_input" else {"grad_weight"}
+    sliced = {"grad_input"} if name.endswith("grad_input") else {"grad_weight"}
     # The last, where a column beside the slice becomes a wrong number rather than zero.
     assert sliced <= found <= sliced | {"grad_norm_weight", "grad_bias", "grad_input outside", "grad_weight outside"}
 
@@ -482,7 +484,7 @@ def test_a_crash_is_a_breach_that_names_its_message(monkeypatch):
     def crash(*args):
         raise IndexError("deep inside")
 
-    monkeypatch.setattr(linear, "aten_grad_weight", crash)
+    monkeypatch.setitem(ATEN, "linear_grad_weight", crash)
     report = quick(ops="partitioned_linear", backends="aten", dtypes="fp64")
     assert not report.ok
     assert "IndexError: deep inside" in report.table()
@@ -512,7 +514,7 @@ def test_settings_of_torch_are_restored():
 
 
 def test_report_is_strict_json_even_with_infinite_errors(monkeypatch):
-    monkeypatch.setattr(linear, "aten_grad_weight", lambda *args: (torch.full((1, 1), float("nan")), torch.zeros(1)))
+    monkeypatch.setitem(ATEN, "linear_grad_weight", lambda *args: (torch.full((1, 1), float("nan")), torch.zeros(1)))
     report = quick(ops="partitioned_linear", backends="aten", dtypes="fp32")
     assert not json.loads(json.dumps(report.to_json(), allow_nan=False))["ok"]
 

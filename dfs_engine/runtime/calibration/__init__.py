@@ -89,11 +89,11 @@ class Calibration:
 _current: Calibration | None = None
 
 
-def settle() -> Wins:
-    """Sets the kernels of the cpp backend for this process; returns which are ours.
+def wins() -> Wins:
+    """Which kernels of the cpp backend are the faster ones here, measured when it is first asked.
 
-    Where nothing can be measured, while torch.compile traces or tensors are fake: all, because the kernels look at what
-    is set when they run. Hence a model settles when it is made.
+    Where nothing can be measured, while torch.compile traces or tensors are fake: all. What is decided then is no more
+    than that the cpp backend serves an op, which asks again when it runs.
     """
     if torch.compiler.is_compiling():
         return Wins(True, True, True, True)
@@ -103,12 +103,12 @@ def settle() -> Wins:
 
 
 def settled() -> Calibration:
-    """As `settle`, with where every answer came from."""
+    """As `wins`, with where every answer came from."""
     return recalibrate(everything=False) if _current is None else _current
 
 
 def recalibrate(everything: bool = True) -> Calibration:
-    """Settles anew.
+    """Decides anew.
 
     Args:
         everything: forget what is kept and measure all, in the table or not. False: measure what is not known.
@@ -132,7 +132,6 @@ def recalibrate(everything: bool = True) -> Calibration:
             error = caught
     sources = {question: _source(question, known, in_file, failed, error) for question in asked}
     _current = _decide(asked, known, failed, sources)
-    _switch(_current.wins)
     for name in Wins._fields:
         logger.debug("%s: %s, %s", name, _current.speedups[name], _current.origins[name])
     return _current
@@ -183,12 +182,3 @@ def _speedup(answer: Answer, kernel: str) -> float:
     """Over the fastest that would run instead."""
     replaced = answer.speedups["gemm"] if kernel == "onednn" else 1.0
     return answer.speedups[kernel] / max(1.0, replaced)
-
-
-def _switch(wins: Wins) -> None:
-    from dfs_engine import _C
-
-    _C.set_own_gemm(wins.linear)
-    _C.set_onednn_linear(wins.onednn_linear)
-    _C.set_own_grad_weight(wins.conv_grad_weight)
-    _C.set_half_winograd(wins.half_conv)

@@ -19,7 +19,7 @@ from dfs_engine.runtime.calibration.answers import Question
 
 VERSION = 6  # of the questions, their shapes below, and the kernels: answers to another version do not count
 
-Call = Callable[[], object]
+Call = Callable[..., object]  # of the kernel's name
 
 _AGREEMENT = 1.10
 _CPU_SHARE = 0.8  # waiting for other threads counts only where they sleep meanwhile; a second process takes half
@@ -83,9 +83,8 @@ def _fastest(question: Question, kernels: Sequence[str], rounds: int, deadline: 
             for kernel in kernels:
                 if _clock() > deadline:
                     return "the machine is slow or busy: there was no time left to measure it"
-                _use(kernel)
                 before = _clock()
-                call()
+                call(kernel=kernel)
                 fastest[kernel] = min(fastest[kernel], _clock() - before)
         for kernel in kernels:
             total[kernel] += fastest[kernel]
@@ -97,7 +96,7 @@ def _fastest(question: Question, kernels: Sequence[str], rounds: int, deadline: 
 
 def _calls(question: Question) -> list[Call]:
     """What is timed: the question's operator on shapes of its class."""
-    op = getattr(torch.ops.dfs_engine, question.op)
+    op = getattr(torch.ops.dfs_engine, question.op).kernel
     if question in answers.LINEAR:
         return [_linear(op, question.op, *sizes) for sizes in _ROWS_INPUTS_OUTPUTS]
     if question in answers.STRIDED:
@@ -134,28 +133,8 @@ def _images(num_images: int, channels: int, size: int) -> torch.Tensor:
     return ones.contiguous(memory_format=torch.channels_last)
 
 
-def _use(kernel: str) -> None:
-    """Switches it on and all others off."""
-    from dfs_engine import _C
-
-    _C.set_own_gemm(kernel == "gemm")
-    _C.set_own_grad_weight(kernel == "gemm")
-    _C.set_onednn_linear(kernel == "onednn")
-    _C.set_half_winograd(kernel == "winograd")
-
-
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Whatever the caller's default device, autocast and switches are; these are as they were afterwards."""
-    from dfs_engine import _C
-
-    switches = (_C.set_own_gemm, _C.set_own_grad_weight, _C.set_onednn_linear, _C.set_half_winograd)
-    before = [switch(False) for switch in switches]
-    winograd_before = _C.set_winograd(True)  # DFS_WINOGRAD=0 says nothing about its speed
-    try:
-        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        _C.set_winograd(winograd_before)
-        for switch, value in zip(switches, before, strict=True):
-            switch(value)
+    """Whatever the caller's default device and autocast are."""
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield
