@@ -6,15 +6,15 @@ Device time alone: the host launches while the GPU is still busy with something 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dfs_engine.benchmarks.gpu_problems import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, problems
-from dfs_engine.benchmarks.measure import Stats
+from dfs_engine.benchmarks import markdown
+from dfs_engine.benchmarks.gpu_contests import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, contests
+from dfs_engine.benchmarks.measure import Stats, case_column, measure, metric_rows
 from dfs_engine.benchmarks.shapes import BlockShape, Shape
-from dfs_engine.benchmarks.train_report import case_column
 from dfs_engine.runtime.precision import fp32_precision
 
 _ROUNDS, _WARMUP = 20, 2
@@ -24,8 +24,11 @@ PRECISIONS = {
     "fp32": (torch.float32, False),
 }  # fmt: skip
 MEASURED = ("bf16", "tf32", "fp32")
-# Cycles that the GPU idles before a call is timed, so that the host is ahead of it: about half a millisecond.
-_HEAD_START = 1_000_000
+_WAYS = (DENSE, COMPILED, ATEN, TRITON)
+_HEADER = (
+    *("op", "metric", "shape", "dtype", "dense", "compiled", "aten", "triton"),
+    *("dense /", "compiled /", "aten /", "TFLOP/s", "copy"),
+)
 # What a shape takes, kernels compiled; with less left none is begun.
 SHAPE_SECONDS = 8.0
 
@@ -51,20 +54,19 @@ class GpuRow:
 
     def csv_rows(self) -> list[dict[str, Any]]:
         """For `append_csv`."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for way, stats in self.timings.items():
             key = {
                 "suite": "gpu_ops", "case": case_column("channels_last", None if way.variant == "dense" else BETA),
                 "model": self.shape.family, "op": self.op, **way._asdict(), "dtype": self.precision,
                 "shape": str(self.shape), "start": 0, "stop": self.num_live,
             }  # fmt: skip
-            rows.append(key | {"metric": self.metric, "unit": "s"} | asdict(stats))
-            extras = {"flops": (self.flops.get(way, 0), "FLOP"), "bytes": (self.num_bytes, "B")}
-            rows += [
-                key | {"metric": f"{name}_{self.metric}", "unit": unit} | asdict(Stats.of([value]))
-                for name, (value, unit) in extras.items()
+            counts = {
+                f"{name}_{self.metric}": (value, unit)
+                for name, value, unit in (("flops", self.flops.get(way, 0), "FLOP"), ("bytes", self.num_bytes, "B"))
                 if value
-            ]
+            }
+            rows += metric_rows(key, {self.metric: stats}, counts)
         return rows
 
 
@@ -76,35 +78,9 @@ def precision(name: str) -> Iterator[torch.dtype]:
         yield dtype
 
 
-def measure_device(calls: Calls, rounds: int, left: Callable[[], float] = lambda: 1.0) -> dict[Any, Stats]:
-    """Seconds of device time of each call, taking turns, the L2 cache flushed before each.
-
-    Args:
-        left: seconds that are left; no further round starts when it is none, but every call has the same n.
-    """
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    for call in calls.values():
-        for _ in range(_WARMUP):
-            call()
-    ways = list(calls)
-    times: dict[Any, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds):
-        pairs = []
-        for offset in range(len(ways)):
-            way = ways[(turn + offset) % len(ways)]
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(_HEAD_START)
-            begin.record()
-            calls[way]()
-            end.record()
-            pairs.append((way, begin, end))
-        torch.cuda.synchronize()
-        for way, begin, end in pairs:
-            times[way].append(begin.elapsed_time(end) / 1000)
-        if left() <= 0:
-            break
-    return {way: Stats.of(values) for way, values in times.items()}
+def measure_device(calls: Calls, rounds: int, max_seconds: float | None = None) -> dict[Any, Stats]:
+    """Seconds of device time of each call, taking turns; no further round starts after `max_seconds`."""
+    return measure(calls, rounds, _WARMUP, device="cuda", head_start=True, max_seconds=max_seconds)
 
 
 def machine_rates() -> dict[str, str]:
@@ -168,40 +144,27 @@ def run(
 def _measure(shape: Shape, name: str, left: Callable[[], float], fail: Callable[[Exception], None]) -> Iterator[GpuRow]:
     """One wrong gradient does not keep the other from being timed."""
     with precision(name) as dtype:
-        for problem in problems(shape, dtype):
+        for contest in contests(shape, dtype):
             try:
-                problem.check()
-                timings = measure_device(problem.calls, _ROUNDS, left)
+                contest.check()
+                timings = measure_device(contest.calls, _ROUNDS, left())
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 fail(error)
                 continue
             yield GpuRow(
-                problem.op, problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops
+                contest.op, contest.metric, shape, name, contest.num_live, timings, contest.num_bytes, contest.flops
             )
 
 
 def table(rows: list[GpuRow]) -> str:
     """Markdown: times in us and triton's ratios; of the fused producer the share of a copy's bandwidth."""
-    ways = (DENSE, COMPILED, ATEN, TRITON)
     lines = [
         "Device time in us, medians; ratios: that time over triton's; copy: share of the bandwidth of a copy as large.",
         "",
-        "| op | metric | shape | dtype | dense | compiled | aten | triton | dense / | compiled / | aten / | TFLOP/s "
-        "| copy |",
-        "|---" * 13 + "|",
+        *markdown.table(_HEADER, map(_cells, rows)),
     ]
-    for row in rows:
-        times = [f"{row.timings[way].median * 1e6:.1f}" if way in row.timings else "-" for way in ways]
-        ratios = [row.ratio(way) for way in ways[:3]]
-        flops = row.flops.get(TRITON, 0)
-        rate = f"{flops / row.timings[TRITON].median / 1e12:.0f}" if flops else "-"
-        share = copy_seconds(row.num_bytes) / row.timings[TRITON].median if row.num_bytes else None
-        cells = [row.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times]
-        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        cells += [rate, "-" if share is None else f"{share:.0%}"]
-        lines.append("| " + " | ".join(cells) + " |")
     for metric, rival in (("grad_input", ATEN), ("grad_weight", ATEN), ("step", DENSE), ("step", COMPILED)):
         found = sorted(ratio for row in rows if row.metric == metric if (ratio := row.ratio(rival)) is not None)
         if found:
@@ -212,3 +175,12 @@ def table(rows: list[GpuRow]) -> str:
                 f"faster on {wins} of {len(found)}"
             )
     return "\n".join(lines)
+
+
+def _cells(row: GpuRow) -> list[str]:
+    times = [f"{row.timings[way].median * 1e6:.1f}" if way in row.timings else "-" for way in _WAYS]
+    ratios = ["-" if (ratio := row.ratio(way)) is None else f"{ratio:.2f}" for way in _WAYS[:-1]]
+    flops = row.flops.get(TRITON, 0)
+    rate = f"{flops / row.timings[TRITON].median / 1e12:.0f}" if flops else "-"
+    share = f"{copy_seconds(row.num_bytes) / row.timings[TRITON].median:.0%}" if row.num_bytes else "-"
+    return [row.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times, *ratios, rate, share]

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from dfs_engine import validate
-from dfs_engine.benchmarks import gpu_expected, gpu_graphs, gpu_ops, gpu_problems, gpu_steps, tune
+from dfs_engine.benchmarks import gpu_contests, gpu_expected, gpu_graphs, gpu_ops, gpu_steps, tune
 from dfs_engine.benchmarks.gpu_run import Run
-from dfs_engine.benchmarks.gpu_steps import FUSED, STOCK, Pair, Plan
+from dfs_engine.benchmarks.gpu_steps import FUSED, UNFUSED, Pair, Plan
 from dfs_engine.benchmarks.measure import append_csv
 from dfs_engine.benchmarks.shapes import Shape
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
@@ -53,7 +53,7 @@ def report_environment(run: Run) -> None:
 def launches_work(run: Run) -> bool:
     """Whether Triton can launch anything at all; says why not."""
     try:
-        ones = torch.ones(16, 16, device=gpu_problems.DEVICE)
+        ones = torch.ones(16, 16, device=gpu_contests.DEVICE)
         torch.ops.dfs_engine.linear_grad_input(ones, ones, 0, 16).cpu()  # which waits for it
     except Exception as error:
         run.fail(
@@ -68,7 +68,7 @@ def tests(run: Run) -> None:
     """Every op against float64; then, where pytest is, the tests marked `gpu`."""
     for index, op in enumerate(PROBLEMS):
         config = validate.ValidateConfig(
-            ops=op, backends=f"{STOCK},{FUSED}", dtypes="bf16,fp32,fp16", device=gpu_problems.DEVICE, quick=True,
+            ops=op, backends=f"{UNFUSED},{FUSED}", dtypes="bf16,fp32,fp16", device=gpu_contests.DEVICE, quick=True,
             max_seconds=run.budget.left() / (len(PROBLEMS) - index + 1), progress=False,
         )  # fmt: skip
         report = validate.run(config)
@@ -119,7 +119,7 @@ def _marked_files(run: Run) -> list[Path]:
 
 
 def _plan_tests() -> list[tuple[str, float]]:
-    compared = [(f"{op} in bf16, fp32, fp16 by {STOCK} and {FUSED} against float64", _OP_SECONDS) for op in PROBLEMS]
+    compared = [(f"{op} in bf16, fp32, fp16 by {UNFUSED} and {FUSED} against float64", _OP_SECONDS) for op in PROBLEMS]
     return [*compared, ("tests/gpu, where pytest is installed", 60.0)]
 
 
@@ -163,7 +163,7 @@ def _plan_ops(shapes: list[Shape], precisions: Iterable[str]) -> list[tuple[str,
 
 def _steps(run: Run, plan: Plan, file: str) -> None:
     if run.stock_only:
-        plan = [(model, pair) for model, pair in plan if pair.backend == STOCK]
+        plan = [(model, pair) for model, pair in plan if pair.backend == UNFUSED]
     try:
         for result in gpu_steps.run(plan, DTYPE, run.stamp, run.budget.left, run.say):
             append_csv(run.output / file, run.stamp, result.csv_rows())
@@ -217,7 +217,7 @@ def tune_launches(run: Run) -> None:
 
 def _tune_config(**options: object) -> tune.BenchTuneConfig:
     # 1: of layers behind the first of a block, which are whole.
-    return tune.BenchTuneConfig(**{"dtypes": DTYPE, "beta": f"{gpu_problems.BETA},1", "progress": False} | options)
+    return tune.BenchTuneConfig(**{"dtypes": DTYPE, "beta": f"{gpu_contests.BETA},1", "progress": False} | options)
 
 
 def _plan_tune() -> list[tuple[str, float]]:

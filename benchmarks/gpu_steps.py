@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 
-from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks import gpu_contests
+from dfs_engine.benchmarks.gpu_contests import BETA
 from dfs_engine.benchmarks.gpu_graphs import capture
 from dfs_engine.benchmarks.gpu_ops import precision
-from dfs_engine.benchmarks.gpu_problems import BETA
 from dfs_engine.benchmarks.gpu_run import device_is_lost
 from dfs_engine.benchmarks.measure import TOTAL, Environment, Phases, Stats, peak_memory, summarise, time_phases
 from dfs_engine.benchmarks.step_models import StepModel
-from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
+from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
+from dfs_engine.benchmarks.train_report import TrainReport, TrainRow
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
 from dfs_engine.evaluation.flops import FlopCount
 
@@ -24,18 +24,19 @@ _ROUNDS, _WARMUP, _GATE_BATCH = 20, 2, 8
 # is begun.
 _TIMING = 15.0
 SECONDS = {"off": 20.0, "captured": 25.0, "on": 75.0, "reduce-overhead": 75.0}
-STOCK, FUSED, AUTO = "aten", "triton", "auto"
+# Backends.
+UNFUSED, FUSED, AUTO = "aten", "triton", "auto"
 
 
 class Pair(NamedTuple):
-    """A variant beside `dense`, both run in one mode (`Case.compile`); `backend` is that of dfs."""
+    """A variant beside `dense`, both run in one mode (`StepCase.compile`); `backend` is that of dfs."""
 
     mode: str
     variant: str = "dfs"
-    backend: str = STOCK
+    backend: str = UNFUSED
 
-    def case(self, variant: str) -> Case:
-        return Case(variant, "channels_last", self.mode, None if variant == "dense" else BETA)
+    def case(self, variant: str) -> StepCase:
+        return StepCase(variant, "channels_last", self.mode, None if variant == "dense" else BETA)
 
     def __str__(self) -> str:
         return f"{self.case(self.variant)}{f' by {self.backend}' if self.variant == 'dfs' else ''}"
@@ -146,7 +147,7 @@ def run(
 class _Built(NamedTuple):
     """A step that has run, so that it is compiled and fits; `step` keeps alive what a graph reads and writes."""
 
-    case: Case
+    case: StepCase
     step: Step
     phases: Phases
     peak_bytes: int
@@ -178,7 +179,7 @@ class _Bench:
             {"dense": dense.phases, "other": other.phases},
             _ROUNDS,
             _WARMUP,
-            device=gpu_problems.DEVICE,
+            device=gpu_contests.DEVICE,
             max_seconds=min(_TIMING, max(left() - 2, 1.0)),
         )
         # Nothing that could fail stands between the measurement and whoever writes it.
@@ -215,7 +216,7 @@ class _Bench:
         if pair.mode == "captured":
             phases, peak_bytes = capture(step)
         else:
-            phases, peak_bytes = step.phases, peak_memory(step.run, gpu_problems.DEVICE)
+            phases, peak_bytes = step.phases, peak_memory(step.run, gpu_contests.DEVICE)
         used = AUTO if pair.variant == "dfs" and pair.backend == AUTO else step.backend_used
         return _Built(case, step, phases, peak_bytes, self._flops[pair.variant], used)
 
@@ -244,9 +245,8 @@ def _dtype(name: str) -> str:
     return "fp32" if name == "tf32" else name
 
 
-def _config(model: StepModel) -> Any:
-    """What `StepBuilder` and `TrainReport` read of a configuration."""
-    return SimpleNamespace(
-        model=model.name, options=model.options, backend=STOCK, variants="", num_classes=model.num_classes,
-        image_size=model.image_size, device=gpu_problems.DEVICE, seed=0,
+def _config(model: StepModel) -> BenchTrainConfig:
+    return BenchTrainConfig(
+        model=model.name, options=model.options, backend=UNFUSED, num_classes=model.num_classes,
+        image_size=model.image_size, device=gpu_contests.DEVICE,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from dfs_engine.ops import norm_act, partitioned_conv2d, partitioned_linear
 from dfs_engine.partition import Partition
 from dfs_engine.reference import live_slice
 
-STOCK = ("dense", "detach")
+STOCK_PATHS = ("dense", "detach")
 # The op's name in `backend.OPS`.
 OP_NAMES = {"conv2d": "partitioned_conv2d", "linear": "partitioned_linear", "norm_act": "norm_act"}
 
@@ -88,7 +88,7 @@ class TimedOp:
         parameters = [tensor for tensor in (operands.weight, operands.bias) if tensor is not None]
         self.parameters = [laid_out(tensor).requires_grad_() for tensor in parameters]
         self.shape = shape
-        is_fused = case.path not in STOCK and not isinstance(shape, BlockShape)
+        is_fused = case.path not in STOCK_PATHS and not isinstance(shape, BlockShape)
         # As in a network: the live part is a view of the full feature.
         self.live = self.input.narrow(_channel_dim(shape), 0, self.num_live) if is_fused else self.input
         self.live = self.live.detach().requires_grad_()
@@ -98,7 +98,7 @@ class TimedOp:
             scale = self.parameters[0].detach()
             self.running = torch.zeros_like(scale), torch.ones_like(scale)
             live = self.num_live
-            if case.path not in STOCK:  # each reader's gradient reaches its own part alone
+            if case.path not in STOCK_PATHS:  # each reader's gradient reaches its own part alone
                 self.grads = [self.grads[0].narrow(1, 0, live), self.grads[1][:, live:].contiguous()]
         self.phases: Phases = {"forward": self.forward, "backward": self.backward}
 
@@ -141,17 +141,17 @@ class TimedOp:
         sliced = {"start": 0, "stop": live, "full": self.input, "backend": path}
         if isinstance(shape, ConvShape):
             geometry = (shape.stride, shape.kernel // 2, 1, shape.groups)
-            if path in STOCK:
+            if path in STOCK_PATHS:
                 return [F.conv2d(input, weight, bias, *geometry)]
             return [partitioned_conv2d(input, weight, bias, *geometry, **sliced)]  # type: ignore[arg-type]
-        if path in STOCK:
+        if path in STOCK_PATHS:
             return [F.linear(input, weight, bias)]
         return [partitioned_linear(input, weight, bias, **sliced)]  # type: ignore[arg-type]
 
     def _block(self) -> list[Tensor]:
         assert isinstance(self.shape, BlockShape)
         weight, bias, live = *self.parameters, self.num_live
-        if self.case.path not in STOCK:
+        if self.case.path not in STOCK_PATHS:
             made = norm_act(
                 self.live, weight, bias, *self.running, pool=self.shape.pool, num_shared=live, exit_start=live,
                 backend=self.case.path,

@@ -1,20 +1,22 @@
 """What `dfs bench ops` found: ratios against stock, where the automatic choice loses, CSV rows, JSON."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats
-from dfs_engine.benchmarks.op_cases import STOCK, OpCase
+from dfs_engine.benchmarks import markdown
+from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats, case_column, metric_rows
+from dfs_engine.benchmarks.op_cases import STOCK_PATHS, OpCase
+from dfs_engine.benchmarks.ops_config import BenchOpsConfig
 from dfs_engine.benchmarks.shapes import Shape
-from dfs_engine.benchmarks.train_report import case_column
 from dfs_engine.validate.tolerances import DTYPES
 
-if TYPE_CHECKING:
-    from dfs_engine.benchmarks.ops import BenchOpsConfig
-
 _PHASES = ("forward", "backward", TOTAL)
+_HEADER = ("op", "shape", "dtype", "path", "layout", "beta", "n", "forward", "backward", "both")
+_SUMMARY_HEADER = (
+    *("op", "shape", "dtype", "beta", "backend"),
+    *("dense: forward", "backward", "both", "detach: backward", "both"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class OpRow:
     def flops(self) -> dict[str, int]:
         """Of each phase: stock computes the gradient of all input channels, and drops what nobody asked for."""
         full = self.shape.flops
-        grad_input = full if self.case.path in STOCK else full * self.num_live // self.shape.channels
+        grad_input = full if self.case.path in STOCK_PATHS else full * self.num_live // self.shape.channels
         backward = full + grad_input
         return {
             "forward": full,
@@ -47,7 +49,7 @@ class OpRow:
 class OpsReport:
     """All rows of a run, slower ones included. Peaks in FLOP/s, bandwidth in B/s."""
 
-    config: "BenchOpsConfig"
+    config: BenchOpsConfig
     stamp: Environment
     rows: list[OpRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -55,16 +57,12 @@ class OpsReport:
     bandwidth: float = 0.0
     loadavg_end: float = 0.0
 
-    def finish(self) -> None:
-        """Records the load after the last measurement."""
-        self.loadavg_end = round(os.getloadavg()[0], 2)
-
     def summary(self) -> Iterator[tuple[OpRow, OpRow, OpRow | None]]:
         """(fastest automatic case, fastest dense, fastest detach) of each shape, dtype and beta, in any layout."""
         for row in self._groups():
             rivals = self._rivals(row)
             own = self._fastest([rival for rival in rivals if rival.case.path == rival.automatic])
-            dense, detach = (self._fastest([rival for rival in rivals if rival.case.path == path]) for path in STOCK)
+            dense, detach = (self._fastest([one for one in rivals if one.case.path == path]) for path in STOCK_PATHS)
             if own and dense:
                 yield own, dense, detach
 
@@ -106,27 +104,24 @@ class OpsReport:
             f"Load average at the end {self.loadavg_end:.2f}. Best stock matrix product {peaks}; copy "
             f"{self.bandwidth / 1e9:.0f} GB/s. Times in ms, median / minimum of n; in brackets GFLOP/s of the median.",
             "",
-            "| op | shape | dtype | path | layout | beta | n | forward | backward | both |",
-            "|" + "---|" * 10,
-        ]
-        lines += [self._cells(row) for row in self.rows]
-        lines += [
+            *markdown.table(_HEADER, map(self._cells, self.rows)),
             "",
             "Automatic backend against stock, each in its best layout: stock's time over ours, medians / minima "
             "(and what FLOPs alone imply).",
             "",
-            "| op | shape | dtype | beta | backend | dense: forward | backward | both | detach: backward | both |",
-            "|" + "---|" * 10,
+            *markdown.table(_SUMMARY_HEADER, self._summary_cells()),
         ]
-        for own, dense, detach in self.summary():
-            ratios = [_ratio(dense, own, phase) for phase in _PHASES]
-            ratios += [_ratio(detach, own, phase) if detach else "-" for phase in _PHASES[1:]]
-            cells = [own.shape.op, f"{own.shape.family} {own.shape}", own.dtype, f"{own.case.beta:g}", own.case.path]
-            lines.append("| " + " | ".join(cells + ratios) + " |")
-        for heading, paths in (("aten", ("aten",)), ("stock", STOCK)):
+        for heading, paths in (("aten", ("aten",)), ("stock", STOCK_PATHS)):
             lines += ["", f"The automatic backend loses to {heading} in one layout beyond noise (its p20 above p80):"]
             lines += self._loss_lines(paths) or ["- nowhere"]
         return "\n".join(lines)
+
+    def _summary_cells(self) -> Iterator[list[str]]:
+        for own, dense, detach in self.summary():
+            ratios = [_ratio(dense, own, phase) for phase in _PHASES]
+            ratios += [_ratio(detach, own, phase) if detach else "-" for phase in _PHASES[1:]]
+            shape = f"{own.shape.family} {own.shape}"
+            yield [own.shape.op, shape, own.dtype, f"{own.case.beta:g}", own.case.path, *ratios]
 
     def _loss_lines(self, paths: tuple[str, ...]) -> list[str]:
         phases: dict[str, list[str]] = {}
@@ -137,18 +132,18 @@ class OpsReport:
                 phases.setdefault(where, []).append(f"{phase} {ours:.3f} against {theirs:.3f} ms")
         return [where + ", ".join(texts) for where, texts in phases.items()]
 
-    def _cells(self, row: OpRow) -> str:
+    @staticmethod
+    def _cells(row: OpRow) -> list[str]:
         times = []
         for phase in _PHASES:
             stats = row.timings[phase]
             rate = f" ({row.flops[phase] / stats.median / 1e9:.0f})" if row.shape.flops else ""
             times.append(f"{stats.median * 1e3:.3f} / {stats.min * 1e3:.3f}{rate}")
         beta = "-" if row.case.beta is None else f"{row.case.beta:g}"
-        cells = [
+        return [
             row.shape.op, f"{row.shape.family} {row.shape}", row.dtype, row.case.path, row.case.layout, beta,
             str(row.timings[TOTAL].n), *times,
         ]  # fmt: skip
-        return "| " + " | ".join(cells) + " |"
 
     def machine_csv_rows(self) -> list[dict[str, Any]]:
         """The machine's peaks, for `append_csv`."""
@@ -167,19 +162,14 @@ class OpsReport:
             path = row.case.path
             key = {
                 "suite": "ops", "case": case_column(row.case.layout, row.case.beta), "model": row.shape.family,
-                "op": row.shape.op, "mode": "eager", "variant": path if path in STOCK else "dfs",
-                "backend_used": "stock" if path in STOCK else path, "dtype": row.dtype, "shape": str(row.shape),
+                "op": row.shape.op, "mode": "eager", "variant": path if path in STOCK_PATHS else "dfs",
+                "backend_used": "stock" if path in STOCK_PATHS else path, "dtype": row.dtype, "shape": str(row.shape),
                 "start": 0, "stop": row.num_live,
             }  # fmt: skip
-            rows += [key | {"metric": phase, "unit": "s"} | asdict(stats) for phase, stats in row.timings.items()]
-            num_bytes = row.shape.elements * DTYPES[row.dtype].itemsize
-            extras = {f"flops_{phase}": (row.flops[phase], "FLOP") for phase in row.timings if row.shape.flops}
-            extras["bytes"] = (num_bytes, "B")
-            extras["automatic"] = (int(path == row.automatic), "bool")
-            rows += [
-                key | {"metric": name, "unit": unit} | asdict(Stats.of([value]))
-                for name, (value, unit) in extras.items()
-            ]
+            counts = {f"flops_{phase}": (row.flops[phase], "FLOP") for phase in row.timings if row.shape.flops}
+            counts["bytes"] = (row.shape.elements * DTYPES[row.dtype].itemsize, "B")
+            counts["automatic"] = (int(path == row.automatic), "bool")
+            rows += metric_rows(key, row.timings, counts)
         return rows
 
     def to_json(self) -> dict[str, Any]:

@@ -1,16 +1,13 @@
 """Measurements of `dfs bench train` and `dfs bench ops`, read back from their CSV files."""
 
-import csv
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats
+from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats, read_csv
+from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
-# Multi-exit training in stock PyTorch: without surgery, and two formulations of it.
-STOCK = ("dense", "detach", "split")
 _BETA = re.compile(r"beta=([\d.]+)/")
 _KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mode")
 _STAMP = ("timestamp_utc", "git_sha", "dirty", "device_name", "num_threads", "loadavg", "torch")
@@ -86,9 +83,12 @@ class Measurements(list[Measurement]):
 
     @classmethod
     def read(cls, path: Path) -> "Measurements":
-        """Raises ValueError where `path` is no file of measurements."""
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        """Empty where there is no file.
+
+        Raises:
+            ValueError: it is no file of measurements.
+        """
+        rows = read_csv(path)
         try:
             newest: dict[tuple[str, str], str] = {}
             for row in rows:
@@ -164,7 +164,7 @@ class StepRatio(NamedTuple):
     """As `median`, with the rivals on the memory of `ours`."""
 
 
-def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK) -> StepRatio | None:
+def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK_VARIANTS) -> StepRatio | None:
     """None where one of the steps compared is missing."""
     ours = found.of(variant="dfs").fastest()
     rivals_on_stock = found.of(variant=rivals, allocator="stock").ranked()
@@ -182,29 +182,17 @@ def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK) -> StepR
     )
 
 
-def csv_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among `paths`, and the files of measurements in the folders among them.
+def csv_files(path: Path) -> list[Path]:
+    """A file, or the files of measurements in a folder, which may hold the metrics of training runs too.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    paths = list(paths)
-    files = [file for path in paths for file in (_measurements_in(path) if path.is_dir() else [path])]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing or not files:
-        places = ", ".join(missing or map(str, paths))
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] * path.is_file()
+    files = [file for file in files if file == path or [*CSV_COLUMNS] in map(list, read_csv(file)[:1])]
+    if not files:
         raise FileNotFoundError(
-            f"results: expected CSV files, got none at {places}. "
+            f"results: expected CSV files, got none at {path}. "
             "Write one with `dfs bench train --output FILE` or `dfs bench ops --output FILE`."
         )
     return files
-
-
-def _measurements_in(folder: Path) -> list[Path]:
-    """A folder of results may hold the metrics of training runs too."""
-
-    def header(file: Path) -> list[str]:
-        with file.open(newline="") as lines:
-            return next(csv.reader(lines), [])
-
-    return [file for file in sorted(folder.glob("*.csv")) if header(file) == list(CSV_COLUMNS)]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from dfs_engine.benchmarks.markdown import link, table
 from dfs_engine.benchmarks.measure import TOTAL
-from dfs_engine.benchmarks.results import STOCK, Measurement, Measurements, compare_steps
+from dfs_engine.benchmarks.results import Measurement, Measurements, compare_steps
 from dfs_engine.benchmarks.results_targets import command
+from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
 _STEP_HEADER = (
     *("variant", "layout", "mode", "forward ms", "backward ms", "step ms, median (min)"),
@@ -29,12 +30,12 @@ def milliseconds(one: Measurement | None, metric: str = TOTAL) -> str:
 
 def _step_rows(found: Measurements) -> Iterator[tuple[str, ...]]:
     """Every case, its ratios to the best `dense` and the best stock one, and the ceiling that FLOPs allow."""
-    stock = found.of(variant=STOCK, allocator="stock")
+    stock = found.of(variant=STOCK_VARIANTS, allocator="stock")
     dense, best = stock.of(variant="dense").fastest(), stock.fastest()
     if dense is None or best is None:
         raise ValueError("results: expected dense on stock memory among the training steps of a table.")
     for one in found.ranked():
-        same = found.of(variant=STOCK, allocator=one.allocator).fastest() or best
+        same = found.of(variant=STOCK_VARIANTS, allocator=one.allocator).fastest() or best
         step = one[TOTAL]
         yield (
             f"**dfs** ({one.backend_used})" if one.variant == "dfs" else one.variant,

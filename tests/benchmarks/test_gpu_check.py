@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfs_engine.benchmarks import gpu_check, gpu_expected, gpu_ops, gpu_problems, gpu_run, gpu_stages, tune
-from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
+from dfs_engine.benchmarks import gpu_check, gpu_contests, gpu_expected, gpu_ops, gpu_run, gpu_stages, tune
+from dfs_engine.benchmarks.gpu_contests import ATEN, COMPILED, DENSE, TRITON
 from dfs_engine.benchmarks.gpu_run import Run
-from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
+from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment, read_csv
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS
 from dfs_engine.ops import linear
@@ -56,7 +56,7 @@ def test_where_a_kernel_loses_the_gpu_the_stage_begins_again_without_kernels(tmp
         started.append(words)
         raise ReplacedError
 
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_check, "report_environment", lambda run: None)
     monkeypatch.setattr(gpu_check, "launches_work", lambda run: True)
     monkeypatch.setattr(gpu_check, "device_is_lost", lambda: done[-1] == "ops")
@@ -151,7 +151,7 @@ def test_commands_leave_a_log_and_are_stopped(run):
 
 def only(monkeypatch, op: str) -> None:
     """The stage `tests` compares this op alone, on the CPU."""
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_stages, "FUSED", "reference")
     monkeypatch.setattr(gpu_stages, "PROBLEMS", [op])
 
@@ -280,7 +280,7 @@ def test_the_whole_script_walks_through(interpreted, tmp_path):
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    return gpu_expected._rows(path)
+    return read_csv(path)
 
 
 def speedups(path: Path) -> int:
@@ -333,24 +333,24 @@ def test_the_listing_needs_no_gpu(capsys, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_computes_the_same(shape, monkeypatch):
     """The dispatcher's CPU kernels stand in for Triton's."""
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
-    problems = list(gpu_problems.problems(shape, torch.float32))
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
+    contests = list(gpu_contests.contests(shape, torch.float32))
     normed = [("norm_linear", "grad_input")] * (shape.family == "vit_tiny")
-    named = [(problem.op, problem.metric) for problem in problems]
+    named = [(contest.op, contest.metric) for contest in contests]
     assert named == [(shape.op, "grad_input"), (shape.op, "grad_weight"), *normed]
-    assert set(gpu_problems.launches(shape)) == (set(named) if getattr(shape, "groups", 1) == 1 else set())
-    for problem in problems:
-        problem.check()
-        assert problem.flops[TRITON] <= shape.flops
+    assert set(gpu_contests.launches(shape)) == (set(named) if getattr(shape, "groups", 1) == 1 else set())
+    for contest in contests:
+        contest.check()
+        assert contest.flops[TRITON] <= shape.flops
 
 
 def test_a_wrong_result_is_refused(monkeypatch):
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
-    problem = next(gpu_problems.problems(SHAPES[0], torch.float32))
-    correct = problem.calls[TRITON]
-    problem.calls[TRITON] = lambda: correct() * 1.01
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
+    contest = next(gpu_contests.contests(SHAPES[0], torch.float32))
+    correct = contest.calls[TRITON]
+    contest.calls[TRITON] = lambda: correct() * 1.01
     with pytest.raises(RuntimeError, match="triton"):
-        problem.check()
+        contest.check()
 
 
 def rows() -> list[gpu_ops.GpuRow]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dfs_engine.benchmarks import gpu_graphs, gpu_problems, gpu_steps, step_models, train_step
+from dfs_engine.benchmarks import gpu_contests, gpu_graphs, gpu_steps, step_models, train_step
 from dfs_engine.benchmarks.gpu_steps import Pair
 from dfs_engine.benchmarks.measure import append_csv, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
@@ -36,7 +36,7 @@ MODES = ("off", "on", "reduce-overhead", "captured")
 def machine(monkeypatch):
     """A GPU that is the CPU: nothing is compiled, a graph is the call that was recorded."""
     compiled = []
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options["mode"]) or model)
     monkeypatch.setattr(gpu_graphs, "record", lambda call: call() or call)
     for name, value in {"_ROUNDS": 1, "_WARMUP": 0, "_GATE_BATCH": 2}.items():

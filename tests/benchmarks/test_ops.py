@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from dfs_engine.benchmarks import machine, ops
+from dfs_engine.benchmarks import machine, ops, ops_config
 from dfs_engine.benchmarks.measure import Stats
 from dfs_engine.benchmarks.op_cases import OpCase, Operands, TimedOp
-from dfs_engine.benchmarks.ops import BenchOpsConfig
+from dfs_engine.benchmarks.ops_config import BenchOpsConfig
 from dfs_engine.benchmarks.ops_report import OpRow, OpsReport
 from dfs_engine.benchmarks.shapes import SHAPES, BlockShape, ConvShape, LinearShape
 from dfs_engine.ops import conv2d, linear
@@ -26,7 +26,7 @@ TINY = (
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(ops, "SHAPES", TINY)
+    monkeypatch.setattr(ops_config, "SHAPES", TINY)
     monkeypatch.setattr(ops, "matmul_peak", lambda dtype: machine.matmul_peak(dtype, seconds=0.01, size=64))
     monkeypatch.setattr(ops, "copy_bandwidth", lambda: machine.copy_bandwidth(seconds=0.01, size=2**10))
 

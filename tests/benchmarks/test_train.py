@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dfs_engine.benchmarks import train, train_step
-from dfs_engine.benchmarks.train import BenchTrainConfig
-from dfs_engine.benchmarks.train_report import BASELINES, Case
+from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
+from dfs_engine.benchmarks.train_report import BASELINES
 from dfs_engine.ops import conv2d
 from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime import memory
@@ -191,7 +191,7 @@ def test_the_caching_allocator_is_refused_where_it_is_not(monkeypatch):
 
 def test_a_step_moves_the_weights_and_results_do_not():
     config = BenchTrainConfig(image_size=16)
-    step = train_step.StepBuilder(config, 2).build(Case("dfs", "nchw", "off", 0.5), "fp32")
+    step = train_step.StepBuilder(config, 2).build(StepCase("dfs", "nchw", "off", 0.5), "fp32")
     weight = step.parameters["blocks.0.conv.weight"]
     before = weight.detach().clone()
     step.results()
