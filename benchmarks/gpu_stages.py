@@ -3,12 +3,9 @@
 import functools
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,63 +120,59 @@ def _plan_tests() -> list[tuple[str, float]]:
     return [*compared, ("tests/gpu, where pytest is installed", 60.0)]
 
 
-def _models() -> list[StepModel]:
-    return list(STEP_MODELS.values())
-
-
 @functools.cache
 def step_shapes() -> list[Shape]:
     """Of all steps that can be built here."""
-    return [shape for model in _models() if model.missing() is None for shape in model.shapes()]
+    return [shape for model in STEP_MODELS.values() if model.missing() is None for shape in model.shapes()]
 
 
-def _ops(run: Run, shapes: list[Shape], precisions: Iterable[str]) -> None:
-    rows = []
-    try:
-        for row in gpu_ops.run(shapes, precisions, run.budget.left, run.say):
-            rows.append(row)
-            append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
-    finally:
-        run.say(gpu_ops.table(rows))
+def _ops(choose: Callable[[list[Shape]], list[Shape]], precisions: Callable[[], Sequence[str]], weight: float) -> Stage:
+    """Single ops, on the shapes that `choose` takes of the steps'."""
+
+    def work(run: Run) -> None:
+        rows = []
+        try:
+            for row in gpu_ops.run(choose(step_shapes()), precisions(), run.budget.left, run.say):
+                rows.append(row)
+                append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
+        finally:
+            run.say(gpu_ops.table(rows))
+
+    def plan() -> list[tuple[str, float]]:
+        shapes = choose(step_shapes())
+        named = [f"{shape.op} {shape.family} {shape} in {name}" for name in precisions() for shape in shapes]
+        return [(what, gpu_ops.SHAPE_SECONDS) for what in named]
+
+    return Stage(work, plan, weight)
 
 
-def ops(run: Run) -> None:
-    """Single ops on the largest shapes."""
-    _ops(run, gpu_ops.first_shapes(step_shapes()), [DTYPE])
+def _steps(list_pairs: Callable[[list[StepModel]], Plan], file: str, weight: float) -> Stage:
+    """Training steps, each beside `dense` in the same mode."""
+
+    def pairs() -> Plan:
+        return list_pairs(list(STEP_MODELS.values()))
+
+    def work(run: Run) -> None:
+        chosen = [(model, pair) for model, pair in pairs() if not run.stock_only or pair.backend == UNFUSED]
+        try:
+            for result in gpu_steps.run(chosen, DTYPE, run.stamp, run.budget.left, run.say):
+                append_csv(run.output / file, run.stamp, result.csv_rows())
+                run.say(str(result))
+        finally:
+            run.say(gpu_expected.table(run.output))
+
+    def plan() -> list[tuple[str, float]]:
+        lines = []
+        for model, pair in pairs():
+            what, reason = f"{model.name}, batch {model.batch}, {DTYPE}: {pair} beside dense", model.missing()
+            seconds = gpu_steps.SECONDS[pair.mode]
+            lines.append((what, seconds) if reason is None else (f"{what}: left out, {reason}", 0.0))
+        return lines
+
+    return Stage(work, plan, weight)
 
 
-def all_ops(run: Run) -> None:
-    """Single ops on every shape in every precision."""
-    _ops(run, step_shapes(), gpu_ops.MEASURED)
-
-
-def _plan_ops(shapes: list[Shape], precisions: Iterable[str]) -> list[tuple[str, float]]:
-    return [
-        (f"{shape.op} {shape.family} {shape} in {name}", gpu_ops.SHAPE_SECONDS)
-        for name in precisions
-        for shape in shapes
-    ]
-
-
-def _steps(run: Run, plan: Plan, file: str) -> None:
-    if run.stock_only:
-        plan = [(model, pair) for model, pair in plan if pair.backend == UNFUSED]
-    try:
-        for result in gpu_steps.run(plan, DTYPE, run.stamp, run.budget.left, run.say):
-            append_csv(run.output / file, run.stamp, result.csv_rows())
-            run.say(str(result))
-    finally:
-        run.say(gpu_expected.table(run.output))
-
-
-def steps(run: Run) -> None:
-    """Training steps, each beside `dense`, eager and compiled."""
-    _steps(run, gpu_steps.plan(_models()), "steps.csv")
-
-
-def graphs(run: Run) -> None:
-    """The same with CUDA graphs: a whole step as one, and torch.compile's."""
-    _steps(run, gpu_steps.graphs_plan(_models()), "graphs.csv")
+_TUNED = _steps(gpu_steps.tuned_plan, "steps_tuned.csv", 3.0)
 
 
 def tuned_steps(run: Run) -> None:
@@ -190,16 +183,7 @@ def tuned_steps(run: Run) -> None:
     elif gpu not in kernels.read_tables():
         run.say(f"skipped: there is no table of {gpu}; the stage `tune` writes one")
         return
-    _steps(run, gpu_steps.tuned_plan(_models()), "steps_tuned.csv")
-
-
-def _plan_steps(plan: Plan) -> list[tuple[str, float]]:
-    lines = []
-    for model, pair in plan:
-        what = f"{model.name}, batch {model.batch}, {DTYPE}: {pair} beside dense"
-        reason = model.missing()
-        lines.append((what, gpu_steps.SECONDS[pair.mode]) if reason is None else (f"{what}: left out, {reason}", 0.0))
-    return lines
+    _TUNED.work(run)
 
 
 def _table_path(run: Run) -> Path:
@@ -233,33 +217,6 @@ def profile(run: Run) -> None:
         del step
 
 
-def _cannot_build() -> str | None:
-    """What the C++ extension's build lacks here, or None."""
-    if importlib.util.find_spec("setuptools") is None:
-        return "setuptools is missing"
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        return "there is no C++ compiler"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python's headers are missing"
-    return None
-
-
-def build(run: Run) -> None:
-    """The C++ extension, in place."""
-    reason = _cannot_build()
-    if reason is not None:
-        run.say(f"skipped: {reason}; the CPU's cpp backend is not part of this run")
-        return
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status, output = run.command("build.log", command, run.budget.left() - 5, ROOT, MAX_JOBS=str(os.cpu_count()))
-    loads = subprocess.run([sys.executable, "-c", "import dfs_engine._C"], cwd=ROOT, capture_output=True, text=True)
-    if loads.returncode == 0:
-        run.say("built, and it loads")
-    else:
-        reason = "its time was used up" if status is None else (output + loads.stderr).strip()[-600:]
-        run.fail(f"the extension was not built, or does not load: {reason}")
-
-
 def sanitizer(run: Run) -> None:
     """compute-sanitizer's memcheck over one pass of every kernel."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -283,16 +240,15 @@ def sanitizer(run: Run) -> None:
 
 STAGES = {
     "tests": Stage(tests, _plan_tests, 2.0),
-    "ops": Stage(ops, lambda: _plan_ops(gpu_ops.first_shapes(step_shapes()), [DTYPE]), 1.5),
-    "steps": Stage(steps, lambda: _plan_steps(gpu_steps.plan(_models())), 6.0),
+    "ops": _ops(gpu_ops.first_shapes, lambda: [DTYPE], 1.5),
+    "steps": _steps(gpu_steps.plan, "steps.csv", 6.0),
     "tune": Stage(tune_launches, _plan_tune, 3.5),
-    "tuned": Stage(tuned_steps, lambda: _plan_steps(gpu_steps.tuned_plan(_models())), 3.0),
-    "graphs": Stage(graphs, lambda: _plan_steps(gpu_steps.graphs_plan(_models())), 3.0),
+    "tuned": _TUNED._replace(work=tuned_steps),
+    "graphs": _steps(gpu_steps.graphs_plan, "graphs.csv", 3.0),
     "profile": Stage(profile, lambda: [(f"{_PROFILED}, {variant}", 12.0) for variant in ("dfs", "dense")], 0.7),
-    "all_ops": Stage(all_ops, lambda: _plan_ops(step_shapes(), gpu_ops.MEASURED), 6.0),
-    "build": Stage(build, lambda: [("the C++ extension", 100.0)], 2.0),
+    "all_ops": _ops(list, lambda: gpu_ops.MEASURED, 6.0),
     "sanitizer": Stage(sanitizer, lambda: [("compute-sanitizer's memcheck over one pass of every kernel", 60.0)], 1.0),
 }
-ON_REQUEST = ("all_ops", "build", "sanitizer")
+ON_REQUEST = ("all_ops", "sanitizer")
 # What is left of them without this project's kernels.
-STOCK_ONLY = ("steps", "graphs", "build")
+STOCK_ONLY = ("steps", "graphs")

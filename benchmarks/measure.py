@@ -180,10 +180,10 @@ def time_phases(
         raise ValueError(
             f"measure: expected rounds >= 1 and at least one variant, got rounds={rounds}, {len(variants)} variants."
         )
-    clock = _CudaClock(head_start) if torch.device(device).type == "cuda" else _CpuClock()
+    run = _CudaClock(head_start).run if torch.device(device).type == "cuda" else _run_on_cpu
     for _ in range(warmup):
         for phases in variants.values():
-            clock.run(phases)
+            run(phases)
         on_round()
     names = list(variants)
     times: Times = {name: {} for name in names}
@@ -191,7 +191,7 @@ def time_phases(
     for turn in range(rounds):
         for offset in range(len(names)):
             name = names[(turn + offset) % len(names)]
-            for phase, seconds in clock.run(variants[name]).items():
+            for phase, seconds in run(variants[name]).items():
                 times[name].setdefault(phase, []).append(seconds)
         on_round()
         if max_seconds is not None and time.perf_counter() - begin > max_seconds:
@@ -199,13 +199,12 @@ def time_phases(
     return times
 
 
-class _CpuClock:
-    def run(self, phases: Phases) -> dict[str, float]:
-        marks = [time.perf_counter()]
-        for call in phases.values():
-            call()
-            marks.append(time.perf_counter())
-        return _differences(phases, marks)
+def _run_on_cpu(phases: Phases) -> dict[str, float]:
+    marks = [time.perf_counter()]
+    for call in phases.values():
+        call()
+        marks.append(time.perf_counter())
+    return _differences(phases, marks)
 
 
 class _CudaClock:

@@ -1,11 +1,10 @@
 """What `dfs bench ops` times: the shapes, the cases of one interleaving, and the flags that choose them."""
 
-import fnmatch
 from dataclasses import dataclass
 
 from dfs_engine.benchmarks.op_cases import OP_NAMES, STOCK_PATHS, OpCase
 from dfs_engine.benchmarks.options import LAYOUTS, check_least
-from dfs_engine.benchmarks.shapes import SHAPES, LinearShape, Shape
+from dfs_engine.benchmarks.shapes import SHAPES, LinearShape, Shape, matching
 from dfs_engine.checks import split_betas, split_choices
 from dfs_engine.runtime import backend as backends
 from dfs_engine.validate.tolerances import DTYPES
@@ -67,12 +66,7 @@ class BenchOpsConfig:
     def chosen_shapes(self) -> list[Shape]:
         """What is timed."""
         ops = split_choices("ops", self.ops, OP_NAMES)
-        patterns = [pattern.strip() for pattern in self.shapes.split(",")]
-        shapes = [
-            shape
-            for shape in SHAPES
-            if shape.op in ops and any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns)
-        ]
+        shapes = [shape for shape in matching(SHAPES, self.shapes) if shape.op in ops]
         firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
         return [shape for shape in shapes if shape in firsts.values()] if self.quick else shapes
 

@@ -182,6 +182,18 @@ def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK_VARIANTS)
     )
 
 
+def compare_file(path: Path) -> StepRatio:
+    """Of a file of steps in one dtype.
+
+    Raises:
+        ValueError: one of the steps compared is missing.
+    """
+    ratio = compare_steps(Measurements.read(path))
+    if ratio is None:
+        raise ValueError(f"results: expected dfs, and stock forms on both allocators, in {path}.")
+    return ratio
+
+
 def csv_files(path: Path) -> list[Path]:
     """A file, or the files of measurements in a folder, which may hold the metrics of training runs too.
 

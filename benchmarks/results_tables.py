@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dfs_engine.benchmarks.markdown import link, table
 from dfs_engine.benchmarks.measure import TOTAL
-from dfs_engine.benchmarks.results import Measurement, Measurements, compare_steps
+from dfs_engine.benchmarks.results import Measurement, Measurements, compare_file
 from dfs_engine.benchmarks.results_targets import command
 from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
@@ -50,8 +50,6 @@ def _step_rows(found: Measurements) -> Iterator[tuple[str, ...]]:
 
 def train_section(path: Path) -> Iterator[str]:
     """The table of one file of training steps, and where the time of one step goes."""
-    if not path.exists():
-        return
     every = Measurements.read(path)
     for dtype in every.distinct("dtype"):
         found = every.of(dtype=dtype)
@@ -64,9 +62,7 @@ def train_section(path: Path) -> Iterator[str]:
         yield from table(_STEP_HEADER, _step_rows(found))
         yield ""
         # A run of its own, where the long one was disturbed at its end.
-        profiled = path.with_name(f"{path.stem}_breakdown.csv")
-        if profiled.exists():
-            yield from _breakdown(profiled, dtype)
+        yield from _breakdown(path.with_name(f"{path.stem}_breakdown.csv"), dtype)
 
 
 def _breakdown(path: Path, dtype: str) -> Iterator[str]:
@@ -82,10 +78,7 @@ def families_section(paths: list[Path]) -> Iterator[str]:
     """One line per family: every formulation in its best form."""
     rows, notes = [], []
     for path in filter(Path.exists, paths):
-        found = Measurements.read(path)
-        ratio = compare_steps(found)
-        if ratio is None:
-            raise ValueError(f"results: expected dfs, and stock forms on both allocators, in {path}.")
+        found, ratio = Measurements.read(path), compare_file(path)
         ours = ratio.ours
         forms = (found.of(variant=variants, allocator=allocator).fastest() for variants, allocator in _FORMS.values())
         rows.append(

@@ -3,7 +3,6 @@
 Written as a table that `kernels.config` reads: what `auto` decides by on CUDA. Runs once, never while training.
 """
 
-import fnmatch
 import importlib
 import json
 import os
@@ -18,7 +17,7 @@ from dfs_engine.benchmarks.gpu_contests import ATEN, TRITON, Calls, Contest, Lau
 from dfs_engine.benchmarks.gpu_ops import PRECISIONS, measure_device, precision
 from dfs_engine.benchmarks.measure import Environment, environment
 from dfs_engine.benchmarks.options import check_least, split_ints
-from dfs_engine.benchmarks.shapes import Shape
+from dfs_engine.benchmarks.shapes import Shape, matching
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
 from dfs_engine.checks import split_betas, split_choices
 from dfs_engine.kernels import config as kernels
@@ -77,12 +76,9 @@ class BenchTuneConfig:
 
     def chosen_shapes(self) -> Iterator[Shape]:
         """Of every model at every batch size, those that take longest first."""
-        patterns = [pattern.strip() for pattern in self.shapes.split(",")]
         for model in self._chosen_models():
             for size in split_ints("batch_size", self.batch_size) if self.batch_size else [model.batch]:
-                for shape in replace(model, batch=size).shapes():
-                    if any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns):
-                        yield shape
+                yield from matching(replace(model, batch=size).shapes(), self.shapes)
 
     def _chosen_models(self) -> list[StepModel]:
         """Of "all" those whose packages are here; one that is named raises by itself where its package is not."""
@@ -197,8 +193,11 @@ def run(config: BenchTuneConfig) -> TuneReport:
     report = TuneReport(config, path, tasks, {task.key: finished[task.key] for task in tasks if task.key in finished})
     if gpu is None or config.dry_run:
         return report
-    report.stamp = environment(gpu_contests.DEVICE)
-    table = {"gpu": gpu, **_conditions(report.stamp), "entries": _read(path, gpu) | finished}
+    report.stamp = stamp = environment(gpu_contests.DEVICE)
+    table = {
+        "gpu": gpu, "torch": stamp.torch, "triton": stamp.triton, "revision": stamp.git_sha,
+        "date": stamp.timestamp_utc, "entries": _read(path, gpu) | finished,
+    }  # fmt: skip
     with progress_bar(len(tasks), "class", config.progress) as bar:
         bar.update(len(report.finished))
         for task in report.missing:
@@ -265,10 +264,6 @@ def _forced(op: str, chosen: Config, contest: Contest) -> Callable[[], Any]:
             return contest.calls[TRITON]()
 
     return call
-
-
-def _conditions(stamp: Environment) -> dict[str, str]:
-    return {"torch": stamp.torch, "triton": stamp.triton, "revision": stamp.git_sha, "date": stamp.timestamp_utc}
 
 
 def _read(path: Path, gpu: str | None) -> Entries:
