@@ -13,7 +13,8 @@ import torch
 
 from dfs_engine.benchmarks import markdown
 from dfs_engine.benchmarks.gpu_contests import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, contests
-from dfs_engine.benchmarks.measure import Stats, case_column, measure, metric_rows
+from dfs_engine.benchmarks.measure import Stats, measure
+from dfs_engine.benchmarks.results import Measurement, Measurements
 from dfs_engine.benchmarks.shapes import BlockShape, Shape
 from dfs_engine.runtime.precision import fp32_precision
 
@@ -52,22 +53,27 @@ class GpuRow:
             return None
         return self.timings[rival].median / self.timings[TRITON].median
 
-    def csv_rows(self) -> list[dict[str, Any]]:
-        """For `append_csv`."""
-        rows: list[dict[str, Any]] = []
+    def measurements(self) -> Measurements:
+        """Of each way."""
+        found = Measurements()
         for way, stats in self.timings.items():
-            key = {
-                "suite": "gpu_ops", "case": case_column("channels_last", None if way.variant == "dense" else BETA),
-                "model": self.shape.family, "op": self.op, **way._asdict(), "dtype": self.precision,
-                "shape": str(self.shape), "start": 0, "stop": self.num_live,
-            }  # fmt: skip
-            counts = {
-                f"{name}_{self.metric}": (value, unit)
-                for name, value, unit in (("flops", self.flops.get(way, 0), "FLOP"), ("bytes", self.num_bytes, "B"))
-                if value
-            }
-            rows += metric_rows(key, {self.metric: stats}, counts)
-        return rows
+            counts = {"flops": self.flops.get(way, 0), "bytes": self.num_bytes}
+            extras = {f"{name}_{self.metric}": Stats.of([count]) for name, count in counts.items() if count}
+            found.append(
+                Measurement(
+                    suite="gpu_ops",
+                    model=self.shape.family,
+                    op=self.op,
+                    **way._asdict(),
+                    dtype=self.precision,
+                    shape=str(self.shape),
+                    layout="channels_last",
+                    beta=None if way.variant == "dense" else BETA,
+                    num_live=self.num_live,
+                    metrics={self.metric: stats} | extras,
+                )
+            )
+        return found
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from dfs_engine.benchmarks import gpu_contests, gpu_expected, gpu_graphs, gpu_op
 from dfs_engine.benchmarks.gpu_run import Run
 from dfs_engine.benchmarks.gpu_steps import FUSED, UNFUSED, Pair, Plan
 from dfs_engine.benchmarks.measure import append_csv
+from dfs_engine.benchmarks.results import Measurements
 from dfs_engine.benchmarks.shapes import Shape
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
 from dfs_engine.kernels import config as kernels
@@ -134,7 +135,7 @@ def _ops(choose: Callable[[list[Shape]], list[Shape]], precisions: Callable[[], 
         try:
             for row in gpu_ops.run(choose(step_shapes()), precisions(), run.budget.left, run.say):
                 rows.append(row)
-                append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
+                append_csv(run.output / "ops.csv", run.stamp, row.measurements().csv_rows())
         finally:
             run.say(gpu_ops.table(rows))
 
@@ -155,8 +156,8 @@ def _steps(list_pairs: Callable[[list[StepModel]], Plan], file: str, weight: flo
     def work(run: Run) -> None:
         chosen = [(model, pair) for model, pair in pairs() if not run.stock_only or pair.backend == UNFUSED]
         try:
-            for result in gpu_steps.run(chosen, DTYPE, run.stamp, run.budget.left, run.say):
-                append_csv(run.output / file, run.stamp, result.csv_rows())
+            for result in gpu_steps.run(chosen, DTYPE, run.budget.left, run.say):
+                append_csv(run.output / file, run.stamp, Measurements(result).csv_rows())
                 run.say(str(result))
         finally:
             run.say(gpu_expected.table(run.output))

@@ -1,8 +1,7 @@
 """Whole training steps on the GPU, pair by pair: a step, and `dense` in the same mode, taking turns."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch._dynamo
@@ -12,10 +11,10 @@ from dfs_engine.benchmarks.gpu_contests import BETA
 from dfs_engine.benchmarks.gpu_graphs import capture
 from dfs_engine.benchmarks.gpu_ops import precision
 from dfs_engine.benchmarks.gpu_run import device_is_lost
-from dfs_engine.benchmarks.measure import TOTAL, Environment, Phases, Stats, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.measure import TOTAL, Phases, Stats, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.results import Measurement
 from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
-from dfs_engine.benchmarks.train_report import TrainReport, TrainRow
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
 from dfs_engine.evaluation.flops import FlopCount
 
@@ -77,36 +76,27 @@ def _each(pairs: Sequence[Pair], models: list[StepModel]) -> Plan:
     return [(model, pair) for mode in modes for model in models for pair in pairs if pair.mode == mode]
 
 
-@dataclass(frozen=True, slots=True)
-class PairResult:
-    """Two steps that took turns; `speedup`: dense's time over the other's, round by round."""
+class PairResult(NamedTuple):
+    """Two steps that took turns. The other's "speedup" is dense's time over its own, round by round."""
 
-    report: TrainReport
-    dense: TrainRow
-    other: TrainRow
-    speedup: Stats
-
-    def csv_rows(self) -> list[dict[str, Any]]:
-        """For `append_csv`."""
-        rows = self.report.csv_rows([self.dense, self.other])
-        return [*rows, rows[-1] | {"metric": "speedup", "unit": "x"} | asdict(self.speedup)]
+    dense: Measurement
+    other: Measurement
 
     def __str__(self) -> str:
         """One line."""
-        times = [f"{row.timings[TOTAL].median * 1e3:.2f} ms" for row in (self.dense, self.other)]
-        peaks = [f"{row.peak_bytes / 2**30:.1f}" for row in (self.dense, self.other)]
-        ceiling = self.dense.flops.total / self.other.flops.total
-        speedup, model = self.speedup, self.report.config.model
+        dense, other = self
+        by_flops, speedup = dense.flops / other.flops, other["speedup"]
+        peaks = [one["peak_memory"].median / 2**30 for one in self]
+        beta = "" if other.beta is None else f"/beta={other.beta:g}"
         return (
-            f"{model} {self.other.dtype} {self.other.case} by {self.other.backend_used}: {times[1]}, dense {times[0]}: "
-            f"{speedup.median:.3f} x ({speedup.p20:.3f} to {speedup.p80:.3f}, n = {speedup.n}; FLOPs alone "
-            f"{ceiling:.2f}); peak {peaks[1]} GiB, dense {peaks[0]}"
+            f"{other.model} {other.dtype} {other.variant}/{other.layout}/{other.mode}{beta} by {other.backend_used}: "
+            f"{other[TOTAL].median * 1e3:.2f} ms, dense {dense[TOTAL].median * 1e3:.2f} ms: {speedup.median:.3f} x "
+            f"({speedup.p20:.3f} to {speedup.p80:.3f}, n = {speedup.n}; FLOPs alone {by_flops:.2f}); "
+            f"peak {peaks[1]:.1f} GiB, dense {peaks[0]:.1f}"
         )
 
 
-def run(
-    plan: Plan, name: str, stamp: Environment, left: Callable[[], float], say: Callable[[str], None]
-) -> Iterator[PairResult]:
+def run(plan: Plan, name: str, left: Callable[[], float], say: Callable[[str], None]) -> Iterator[PairResult]:
     """Every pair of the plan in precision `name`, until no time is left.
 
     Raises:
@@ -128,7 +118,7 @@ def run(
             # Compiled cases share the models' code; past dynamo's default limit it would refuse the ninth.
             with precision(name), torch._dynamo.config.patch(recompile_limit=64):
                 if model.name not in benches:
-                    benches[model.name] = _Bench(model, name, stamp)
+                    benches[model.name] = _Bench(model, name)
                 result = benches[model.name].time(pair, left)
         except torch.OutOfMemoryError:
             say(f"{what}: does not fit the GPU's memory")
@@ -158,11 +148,10 @@ class _Built(NamedTuple):
 class _Bench:
     """One model in one precision: checks each formulation once, on few images, and keeps the `dense` step of a mode."""
 
-    def __init__(self, model: StepModel, name: str, stamp: Environment) -> None:
+    def __init__(self, model: StepModel, name: str) -> None:
         config = _config(model)
         self.name, self.dtype = name, _dtype(name)
         self.builder, self.small = StepBuilder(config, model.batch), StepBuilder(config, _GATE_BATCH)
-        self.report = TrainReport(config=config, stamp=stamp)
         self._checked: set[Pair] = set()
         self._flops: dict[str, FlopCount] = {}
         self._dense: tuple[Pair, _Built] | None = None
@@ -185,12 +174,8 @@ class _Bench:
         # Nothing that could fail stands between the measurement and whoever writes it.
         rounds = zip(times["dense"][TOTAL], times["other"][TOTAL], strict=True)
         timings = summarise(times)
-        return PairResult(
-            self.report,
-            self._row(dense, timings["dense"]),
-            self._row(other, timings["other"]),
-            Stats.of([first / second for first, second in rounds]),
-        )
+        timings["other"]["speedup"] = Stats.of([first / second for first, second in rounds])
+        return PairResult(self._measurement(dense, timings["dense"]), self._measurement(other, timings["other"]))
 
     def free(self) -> None:
         """Gives up the step that is kept, and what was compiled for it."""
@@ -220,15 +205,9 @@ class _Bench:
         used = AUTO if pair.variant == "dfs" and pair.backend == AUTO else step.backend_used
         return _Built(case, step, phases, peak_bytes, self._flops[pair.variant], used)
 
-    def _row(self, built: _Built, timings: dict[str, Stats]) -> TrainRow:
-        return TrainRow(
-            dtype=self.name,
-            case=built.case,
-            shape=tuple(self.builder.inputs.shape),
-            backend_used=built.backend_used,
-            timings=timings,
-            peak_bytes=built.peak_bytes,
-            flops=built.flops,
+    def _measurement(self, built: _Built, metrics: dict[str, Stats]) -> Measurement:
+        return self.builder.measurement(
+            built.case, self.name, built.backend_used, metrics, built.peak_bytes, built.flops
         )
 
 

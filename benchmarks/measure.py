@@ -282,17 +282,3 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if None not in row.values()]
-
-
-def case_column(layout: str, beta: float | None) -> str:
-    """The CSV's `case`: what distinguishes measurements of one variant; `results.Measurement` reads it back."""
-    return layout if beta is None else f"beta={beta:g}/{layout}"
-
-
-def metric_rows(
-    key: dict[str, Any], timings: dict[str, Stats], counts: dict[str, tuple[float, str]] | None = None
-) -> list[dict[str, Any]]:
-    """Rows for `append_csv` of one case, whose columns are in `key`: its times, and single values with their units."""
-    values = [(name, stats, "s") for name, stats in timings.items()]
-    values += [(name, Stats.of([value]), unit) for name, (value, unit) in (counts or {}).items()]
-    return [key | {"metric": name, "unit": unit} | asdict(stats) for name, stats, unit in values]

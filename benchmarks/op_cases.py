@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfs_engine.benchmarks.measure import Phases
+from dfs_engine.benchmarks.measure import TOTAL, Phases
 from dfs_engine.benchmarks.options import LAYOUTS
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, Shape
 from dfs_engine.ops import norm_act, partitioned_conv2d, partitioned_linear
@@ -101,6 +101,20 @@ class TimedOp:
             if case.path not in STOCK_PATHS:  # each reader's gradient reaches its own part alone
                 self.grads = [self.grads[0].narrow(1, 0, live), self.grads[1][:, live:].contiguous()]
         self.phases: Phases = {"forward": self.forward, "backward": self.backward}
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Of each phase: stock computes the gradient of all input channels, and drops what nobody asked for."""
+        full = self.shape.flops
+        grad_input = full if self.case.path in STOCK_PATHS else full * self.num_live // self.shape.channels
+        backward = full + grad_input
+        return {
+            "forward": full,
+            "backward": backward,
+            TOTAL: full + backward,
+            "grad_input": grad_input,
+            "grad_weight": full,
+        }
 
     def detailed(self) -> Phases:
         """The two gradients one after the other."""

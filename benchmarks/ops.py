@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from dfs_engine.benchmarks.machine import copy_bandwidth, matmul_peak
-from dfs_engine.benchmarks.measure import append_csv, cpu_threads, environment, load_average, measure_phases
-from dfs_engine.benchmarks.op_cases import OP_NAMES, OpCase, Operands, TimedOp
+from dfs_engine.benchmarks.measure import Stats, append_csv, cpu_threads, environment, load_average, measure_phases
+from dfs_engine.benchmarks.op_cases import OP_NAMES, STOCK_PATHS, OpCase, Operands, TimedOp
 from dfs_engine.benchmarks.ops_config import BenchOpsConfig, reason_unmeasured
-from dfs_engine.benchmarks.ops_report import OpRow, OpsReport
+from dfs_engine.benchmarks.ops_report import OpsReport
+from dfs_engine.benchmarks.results import Measurement, Measurements
 from dfs_engine.benchmarks.shapes import LinearShape, Shape
 from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime.progress_bar import progress_bar
@@ -44,7 +45,7 @@ def _run(config: BenchOpsConfig) -> OpsReport:
                 bar.set_description(f"{shape.op} {shape.family} {shape} {dtype}")
                 timed = _time_shape(config, shape, dtype)
                 report.rows += timed
-                _append(config, report, report.csv_rows(timed))
+                _append(config, report, timed.csv_rows())
                 bar.update()
     report.loadavg_end = load_average()
     return report
@@ -55,7 +56,7 @@ def _append(config: BenchOpsConfig, report: OpsReport, rows: list[dict[str, Any]
         append_csv(Path(config.output), report.stamp, rows)
 
 
-def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]:
+def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> Measurements:
     """One interleaving: compares, then times."""
     operands = Operands(shape, DTYPES[dtype], config.seed)
     timed = [TimedOp(case, operands) for case in config.cases(shape, dtype)]
@@ -65,13 +66,35 @@ def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]
         variants |= {f"{one.case} detailed": one.detailed() for one in timed}
     rounds = min(config.rounds, _QUICK_ROUNDS) if config.quick else config.rounds
     timings = measure_phases(variants, rounds, config.warmup, max_seconds=config.max_seconds)
-    rows = []
+    found = Measurements()
     for one in timed:
         details = timings.get(f"{one.case} detailed", {})
         parts = {name: stats for name, stats in details.items() if name.startswith("grad")}
-        automatic = _automatic(one.case, operands)
-        rows.append(OpRow(dtype, shape, one.case, one.num_live, timings[str(one.case)] | parts, automatic))
-    return rows
+        found.append(measurement(one, dtype, timings[str(one.case)] | parts, _automatic(one.case, operands)))
+    return found
+
+
+def measurement(timed: TimedOp, dtype: str, timings: dict[str, Stats], automatic: str) -> Measurement:
+    """All that is told of one case; `automatic` is the backend that `auto` takes there."""
+    case, shape = timed.case, timed.shape
+    is_stock = case.path in STOCK_PATHS
+    counts = {f"flops_{phase}": timed.flops[phase] for phase in timings if shape.flops}
+    counts["bytes"] = shape.elements * DTYPES[dtype].itemsize
+    counts["automatic"] = int(case.path == automatic)
+    return Measurement(
+        suite="ops",
+        model=shape.family,
+        op=shape.op,
+        variant=case.path if is_stock else "dfs",
+        backend_used="stock" if is_stock else case.path,
+        dtype=dtype,
+        shape=str(shape),
+        mode="eager",
+        layout=case.layout,
+        beta=case.beta,
+        num_live=timed.num_live,
+        metrics=timings | {name: Stats.of([count]) for name, count in counts.items()},
+    )
 
 
 def _automatic(case: OpCase, operands: Operands) -> str:

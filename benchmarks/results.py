@@ -1,32 +1,40 @@
-"""Measurements of `dfs bench train` and `dfs bench ops`, read back from their CSV files."""
+"""What the benchmarks measure: as they report it, and as it is written to CSV files and read back."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats, read_csv
 from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
 _BETA = re.compile(r"beta=([\d.]+)/")
 _KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mode")
+# Of what is not in seconds, as metrics' names begin.
+_UNITS = {"flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x"}
 _STAMP = ("timestamp_utc", "git_sha", "dirty", "device_name", "num_threads", "loadavg", "torch")
 
 
-@dataclass(frozen=True, slots=True)
+def _unit(metric: str) -> str:
+    return next((unit for start, unit in _UNITS.items() if metric.startswith(start)), "s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One case on one shape, and all that was measured of it.
 
     Attributes:
         beta: None where nothing is split.
-        stamp: the run's machine and versions, by the names of the columns.
         metrics: seconds of each phase, FLOPs, bytes, ...
         kernels: seconds by kind of kernel, where a step was profiled.
+        num_live: input channels with gradient, of a single op.
+        stamp: of what was read: the run's machine and versions, by the names of the columns.
     """
 
     suite: str
     model: str
-    op: str
+    op: str = ""
     variant: str
     backend_used: str
     dtype: str
@@ -34,9 +42,10 @@ class Measurement:
     mode: str
     layout: str
     beta: float | None
-    stamp: dict[str, str]
-    metrics: dict[str, Stats]
-    kernels: dict[str, float]
+    metrics: dict[str, Stats] = field(default_factory=dict)
+    kernels: dict[str, float] = field(default_factory=dict)
+    num_live: int | None = None
+    stamp: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, metric: str) -> Stats:
         return self.metrics[metric]
@@ -63,9 +72,29 @@ class Measurement:
         return "automatic" in self and self["automatic"].median == 1
 
     @property
+    def timings(self) -> dict[str, Stats]:
+        """The metrics in seconds."""
+        return {metric: stats for metric, stats in self.metrics.items() if _unit(metric) == "s"}
+
+    def flops_of(self, phase: str) -> float:
+        """0 where nothing counts as arithmetic."""
+        return self[f"flops_{phase}"].median if f"flops_{phase}" in self else 0
+
+    @property
     def flops(self) -> float:
         """Of a training step."""
-        return self["flops_forward"].median + self["flops_backward"].median
+        return self.flops_of("forward") + self.flops_of("backward")
+
+    def csv_rows(self) -> Iterator[dict[str, Any]]:
+        """One row per metric and kind of kernel, for `append_csv`."""
+        case = self.layout if self.beta is None else f"beta={self.beta:g}/{self.layout}"
+        key: dict[str, Any] = {name: getattr(self, name) for name in _KEY} | {"case": case}
+        if self.num_live is not None:
+            key |= {"start": 0, "stop": self.num_live}
+        for metric, stats in self.metrics.items():
+            yield key | {"metric": metric, "unit": _unit(metric)} | asdict(stats)
+        for kind, seconds in self.kernels.items():
+            yield key | {"op": kind, "metric": "breakdown", "unit": "s"} | asdict(Stats.of([seconds]))
 
     @property
     def conditions(self) -> str:
@@ -79,11 +108,13 @@ class Measurement:
 
 
 class Measurements(list[Measurement]):
-    """What a file holds: of each dtype and shape the newest run, because only what was interleaved may be compared."""
+    """Some of them, in order."""
 
     @classmethod
     def read(cls, path: Path) -> "Measurements":
-        """Empty where there is no file.
+        """Of each dtype and shape in a file the newest run, because only what was interleaved may be compared.
+
+        Empty where there is no file.
 
         Raises:
             ValueError: it is no file of measurements.
@@ -123,6 +154,10 @@ class Measurements(list[Measurement]):
         """The one with the smallest median of `metric`: each method in its best form."""
         return next(iter(self.ranked(metric)), None)
 
+    def csv_rows(self) -> list[dict[str, Any]]:
+        """For `append_csv`."""
+        return [row for one in self for row in one.csv_rows()]
+
     def distinct(self, name: str) -> list:
         """Values of one attribute, sorted, None left out."""
         return sorted({getattr(one, name) for one in self} - {None, ""})
@@ -131,7 +166,7 @@ class Measurements(list[Measurement]):
 def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None:
     profiled = row["metric"] == "breakdown"
     # The kinds of a breakdown belong to one step.
-    values = {name: "" if profiled and name == "op" else row[name] for name in _KEY}
+    values: dict[str, Any] = {name: "" if profiled and name == "op" else row[name] for name in _KEY}
     key = (*values.values(), row["case"])
     if key not in found:
         beta = _BETA.match(row["case"])
@@ -140,8 +175,7 @@ def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None
             layout=row["case"].split("/")[-1],
             beta=float(beta[1]) if beta else None,
             stamp={name: row[name] for name in _STAMP},
-            metrics={},
-            kernels={},
+            num_live=int(row["stop"]) if row["stop"] else None,
         )
     median = float(row["median"])
     if profiled:
@@ -149,6 +183,18 @@ def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None
     else:
         low, p20, p80 = (float(row[name] or median) for name in ("min", "p20", "p80"))
         found[key].metrics[row["metric"]] = Stats(median, low, p20, p80, n=int(row["n"] or 1))
+
+
+def losses(
+    found: Measurements, rivals: tuple[str, ...], phases: Iterable[str] = (TOTAL,)
+) -> Iterator[tuple[Measurement, Measurement, str]]:
+    """(automatic choice, what beat it, phase) where it is slower beyond noise (p20 above p80) in the same layout."""
+    for own in found.of(is_automatic=True):
+        same = found.of(dtype=own.dtype, op=own.op, model=own.model, shape=own.shape, layout=own.layout)
+        for rival in same.of(path=rivals, beta=(None, own.beta)):
+            for phase in phases:
+                if rival.path != own.path and own[phase].p20 > rival[phase].p80:
+                    yield own, rival, phase
 
 
 class StepRatio(NamedTuple):

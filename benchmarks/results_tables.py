@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dfs_engine.benchmarks.markdown import link, table
 from dfs_engine.benchmarks.measure import TOTAL
-from dfs_engine.benchmarks.results import Measurement, Measurements, compare_file
+from dfs_engine.benchmarks.results import Measurement, Measurements, compare_file, losses
 from dfs_engine.benchmarks.results_targets import command
 from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
@@ -131,16 +131,8 @@ def losses_section(path: Path) -> Iterator[str]:
             f"combinations of shape and layout in {link(path, path.parents[1])}: {'none.' if not lost else ''}".rstrip()
         )
         yield ""
-        yield from (f"- {text}" for text in lost)
+        for own, rival, _ in lost:
+            ours, theirs = own[TOTAL].median * 1e3, rival[TOTAL].median * 1e3
+            where = f"{own.op} {own.model} {own.shape} {own.layout} ({own.path})"
+            yield f"- {where}: {ours:.2f} ms against {rival.path}'s {theirs:.2f}"
         yield ""
-
-
-def losses(found: Measurements, rivals: tuple[str, ...]) -> Iterator[str]:
-    """Where the automatic choice's forward + backward is slower beyond noise (p20 above p80), in the same layout."""
-    for own in found.of(is_automatic=True):
-        same = found.of(op=own.op, model=own.model, shape=own.shape, layout=own.layout, beta=(None, own.beta))
-        for rival in same.of(path=rivals):
-            if rival.path != own.path and own[TOTAL].p20 > rival[TOTAL].p80:
-                ours, theirs = own[TOTAL].median * 1e3, rival[TOTAL].median * 1e3
-                where = f"{own.op} {own.model} {own.shape} {own.layout} ({own.path})"
-                yield f"{where}: {ours:.2f} ms against {rival.path}'s {theirs:.2f}"

@@ -18,8 +18,9 @@ from dfs_engine.benchmarks.measure import (
     time_phases,
 )
 from dfs_engine.benchmarks.options import split_ints
+from dfs_engine.benchmarks.results import Measurements
 from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
-from dfs_engine.benchmarks.train_report import TrainReport, TrainRow
+from dfs_engine.benchmarks.train_report import TrainReport
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
 from dfs_engine.checks import split_choices
 from dfs_engine.runtime import memory
@@ -55,7 +56,7 @@ def _run(config: BenchTrainConfig) -> TrainReport:
             rows = _time_cases(config, [StepBuilder(config, size) for size in batch_sizes], dtype, laps, bar)
             report.rows += rows
             if config.output:
-                append_csv(Path(config.output), report.stamp, report.csv_rows(rows))
+                append_csv(Path(config.output), report.stamp, rows.csv_rows())
             # Compiled graphs of this interleaving are not needed again, and guards are checked one after another.
             torch.compiler.reset()
             if "caching" in config.chosen_allocators:
@@ -81,7 +82,7 @@ def _laps(config: BenchTrainConfig) -> list[tuple[int, int]]:
 
 def _time_cases(
     config: BenchTrainConfig, builders: list[StepBuilder], dtype: str, laps: list[tuple[int, int]], bar: Any
-) -> list[TrainRow]:
+) -> Measurements:
     """One interleaving: compares, then times, then looks at memory and kernels."""
     built: list[tuple[StepBuilder, dict[StepCase, Step], Times]] = []
     for builder in builders:
@@ -106,18 +107,13 @@ def _time_cases(
             for name, phases in in_lap.items():
                 for phase, seconds in phases.items():
                     times.setdefault(name, {}).setdefault(phase, []).extend(seconds)
-    return [
-        TrainRow(
-            dtype=dtype,
-            case=case,
-            shape=tuple(builder.inputs.shape),
-            backend_used=step.backend_used,
-            timings=timings[str(case)],
-            peak_bytes=peak_memory(step.run, config.device),
-            flops=builder.count_flops(case),
-            kernels=profile_step(step.phases) if config.breakdown and case.compile == "off" else {},
-        )
-        for builder, steps, times in built
-        for timings in [summarise(times)]
-        for case, step in steps.items()
-    ]
+    found = Measurements()
+    for builder, steps, times in built:
+        timings = summarise(times)
+        for case, step in steps.items():
+            peak_bytes, flops = peak_memory(step.run, config.device), builder.count_flops(case)
+            kernels = profile_step(step.phases) if config.breakdown and case.compile == "off" else {}
+            found.append(
+                builder.measurement(case, dtype, step.backend_used, timings[str(case)], peak_bytes, flops, kernels)
+            )
+    return found

@@ -18,6 +18,7 @@ UNSPLIT = ("dense", "byot")
 _MODES = {
     "off": "eager", "on": "compile", "reduce-overhead": "compile, reduce-overhead", "captured": "eager, captured",
 }  # fmt: skip
+COMPILE_OF_MODE = {mode: name for name, mode in _MODES.items()}
 
 
 class StepCase(NamedTuple):

@@ -1,4 +1,4 @@
-"""What `dfs bench train` found: as a table, as CSV rows, as JSON."""
+"""What `dfs bench train` found: as a table, as JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from dfs_engine.benchmarks import markdown
 from dfs_engine.benchmarks.breakdown import KINDS
-from dfs_engine.benchmarks.measure import TOTAL, Environment, Stats, case_column, metric_rows
-from dfs_engine.benchmarks.train_config import STOCK_VARIANTS, BenchTrainConfig, StepCase
-from dfs_engine.evaluation.flops import FlopCount
+from dfs_engine.benchmarks.measure import TOTAL, Environment
+from dfs_engine.benchmarks.results import Measurement, Measurements
+from dfs_engine.benchmarks.train_config import COMPILE_OF_MODE, STOCK_VARIANTS, BenchTrainConfig, StepCase
 
 
 class Baseline(NamedTuple):
@@ -33,28 +33,6 @@ _HEADER = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRow:
-    """One case in one dtype on batches of one shape.
-
-    `peak_bytes` is beyond weights and optimizer state; FLOPs are of one step; `kernels` are seconds by kind of kernel.
-    """
-
-    dtype: str
-    case: StepCase
-    shape: tuple[int, ...]
-    backend_used: str
-    timings: dict[str, Stats]
-    peak_bytes: int
-    flops: FlopCount
-    kernels: dict[str, float] = field(default_factory=dict)
-
-    def is_comparable(self, other: "TrainRow") -> bool:
-        """Timed in the same interleaving, and neither of them with another beta."""
-        betas = {self.case.beta, other.case.beta} - {None}
-        return (self.dtype, self.shape) == (other.dtype, other.shape) and len(betas) <= 1
-
-
 class Ratio(NamedTuple):
     """How much faster a row's step is than a baseline's, and how much its FLOPs alone would make it."""
 
@@ -73,26 +51,23 @@ class TrainReport:
 
     config: BenchTrainConfig
     stamp: Environment
-    rows: list[TrainRow] = field(default_factory=list)
+    rows: Measurements = field(default_factory=Measurements)
     loadavg_end: float = 0.0
 
-    def ratios(self, row: TrainRow) -> list[Ratio | None]:
+    def ratios(self, row: Measurement) -> list[Ratio | None]:
         """Against each of `BASELINES`; None where this run has no case of it."""
+        same = self.rows.of(dtype=row.dtype, shape=row.shape)
+        if row.beta is not None:
+            same = same.of(beta=(None, row.beta))
         result: list[Ratio | None] = []
         for variants, same_allocator in BASELINES.values():
-            allocator = row.case.allocator if same_allocator else "stock"
-            rivals = [
-                rival
-                for rival in self.rows
-                if row.is_comparable(rival) and rival.case.variant in variants and rival.case.allocator == allocator
-            ]
+            rivals = same.of(variant=variants, allocator=row.allocator if same_allocator else "stock").ranked()
             if not rivals:
                 result.append(None)
                 continue
-            best = min(rivals, key=lambda rival: rival.timings[TOTAL].median)
-            step, fastest = row.timings[TOTAL], min(rival.timings[TOTAL].min for rival in rivals)
-            ceiling = best.flops.total / row.flops.total
-            result.append(Ratio(str(best.case), best.timings[TOTAL].median / step.median, fastest / step.min, ceiling))
+            best, step = rivals[0], row[TOTAL]
+            median, least = best[TOTAL].median / step.median, min(one[TOTAL].min for one in rivals) / step.min
+            result.append(Ratio(str(_case(best)), median, least, best.flops / row.flops))
         return result
 
     def table(self) -> str:
@@ -112,13 +87,13 @@ class TrainReport:
         ]
         return "\n".join(lines)
 
-    def _cells(self, row: TrainRow) -> list[object]:
-        beta = "-" if row.case.beta is None else f"{row.case.beta:g}"
-        times = [f"{row.timings[phase].median * 1e3:.1f} / {row.timings[phase].min * 1e3:.1f}" for phase in _PHASES]
+    def _cells(self, row: Measurement) -> list[object]:
+        beta = "-" if row.beta is None else f"{row.beta:g}"
+        times = [f"{row[phase].median * 1e3:.1f} / {row[phase].min * 1e3:.1f}" for phase in _PHASES]
         ratios = ["-" if ratio is None else ratio for ratio in self.ratios(row)]
         return [
-            row.dtype, _by(row.shape), row.case.variant, beta, row.backend_used, row.case.layout, row.case.mode,
-            row.timings[TOTAL].n, *times, f"{row.peak_bytes / 2**20:.0f}", f"{row.flops.total / 1e9:.1f}", *ratios,
+            row.dtype, row.shape, row.variant, beta, row.backend_used, row.layout, row.mode, row[TOTAL].n, *times,
+            f"{row['peak_memory'].median / 2**20:.0f}", f"{row.flops / 1e9:.1f}", *ratios,
         ]  # fmt: skip
 
     def _breakdown(self) -> Iterator[str]:
@@ -130,48 +105,27 @@ class TrainReport:
         yield "One step by kind of kernel, in ms and % of what the profiler saw (which slows a step a little)."
         yield ""
         totals = [sum(row.kernels.values()) for row in rows]
-        parts = {
-            kind: [row.kernels.get(kind, 0.0) for row in rows]
-            for kind in KINDS
-            if any(kind in row.kernels for row in rows)
-        }
-        cells = [
-            (kind, *(f"{part * 1e3:.2f} ({part / total:.0%})" for part, total in zip(seconds, totals, strict=True)))
-            for kind, seconds in parts.items()
-        ]
-        names = (f"{row.case}, {row.dtype}, {_by(row.shape)}" for row in rows)
-        yield from markdown.table(("kernels", *names), [*cells, ("all", *(f"{total * 1e3:.2f}" for total in totals))])
-
-    def csv_rows(self, timed: list[TrainRow]) -> list[dict[str, Any]]:
-        """One row per measurement, for `append_csv`."""
-        rows = []
-        for row in timed:
-            key = {
-                "suite": "train", "case": case_column(row.case.layout, row.case.beta), "model": self.config.model,
-                "mode": row.case.mode, "variant": row.case.variant, "backend_used": row.backend_used,
-                "dtype": row.dtype, "shape": _by(row.shape),
-            }  # fmt: skip
-            counts = {
-                "peak_memory": (row.peak_bytes, "B"),
-                "flops_forward": (row.flops.forward, "FLOP"),
-                "flops_backward": (row.flops.backward, "FLOP"),
-            }
-            rows += metric_rows(key, row.timings, counts)
-            for kind, seconds in row.kernels.items():
-                rows += metric_rows(key | {"op": kind}, {"breakdown": Stats.of([seconds])})
-        return rows
+        cells: list[list[str]] = []
+        for kind in KINDS:
+            if any(kind in row.kernels for row in rows):
+                seconds = [row.kernels.get(kind, 0.0) for row in rows]
+                parts = (f"{part * 1e3:.2f} ({part / total:.0%})" for part, total in zip(seconds, totals, strict=True))
+                cells.append([kind, *parts])
+        cells.append(["all", *(f"{total * 1e3:.2f}" for total in totals)])
+        names = (f"{_case(row)}, {row.dtype}, {row.shape}" for row in rows)
+        yield from markdown.table(("kernels", *names), cells)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values."""
         rows = [
             {
                 "dtype": row.dtype,
-                **row.case._asdict(),
-                "shape": row.shape,
+                **_case(row)._asdict(),
+                "shape": [int(size) for size in row.shape.split("x")],
                 "backend_used": row.backend_used,
                 "seconds": {phase: asdict(stats) for phase, stats in row.timings.items()},
-                "peak_bytes": row.peak_bytes,
-                "flops": asdict(row.flops),
+                "peak_bytes": row["peak_memory"].median,
+                "flops": {phase: row.flops_of(phase) for phase in ("forward", "backward")},
                 "kernels": row.kernels,
                 "ratios": {
                     name: None if ratio is None else ratio._asdict()
@@ -189,5 +143,6 @@ class TrainReport:
         }
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+def _case(row: Measurement) -> StepCase:
+    compile = COMPILE_OF_MODE[row.mode.removesuffix(", caching")]
+    return StepCase(row.variant, row.layout, compile, row.beta, row.allocator)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfs_engine.benchmarks.measure import Phases
+from dfs_engine.benchmarks.measure import Phases, Stats
 from dfs_engine.benchmarks.options import LAYOUTS
+from dfs_engine.benchmarks.results import Measurement
 from dfs_engine.benchmarks.train_config import UNSPLIT, BenchTrainConfig, StepCase
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.methods import Joint, Method, create_method
@@ -178,6 +179,32 @@ class StepBuilder:
         two = count_flops(model, self.inputs[:1].repeat(2, *[1] * (self.inputs.dim() - 1)).to(self.config.device))
         per_two = self.batch_size / 2
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
+
+    def measurement(
+        self,
+        case: StepCase,
+        dtype: str,
+        backend_used: str,
+        timings: dict[str, Stats],
+        peak_bytes: int,
+        flops: FlopCount,
+        kernels: dict[str, float] | None = None,
+    ) -> Measurement:
+        """All that is told of a step; `peak_bytes` is beyond weights and optimizer state."""
+        counts = {"peak_memory": peak_bytes, "flops_forward": flops.forward, "flops_backward": flops.backward}
+        return Measurement(
+            suite="train",
+            model=self.config.model,
+            variant=case.variant,
+            backend_used=backend_used,
+            dtype=dtype,
+            shape="x".join(map(str, self.inputs.shape)),
+            mode=case.mode,
+            layout=case.layout,
+            beta=case.beta,
+            metrics=timings | {name: Stats.of([count]) for name, count in counts.items()},
+            kernels=kernels or {},
+        )
 
     def check_formulation(self, cases: Iterable[StepCase]) -> None:
         """In float64, where rounding hides nothing, every variant computes what its plain formulation computes.

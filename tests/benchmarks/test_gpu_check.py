@@ -347,7 +347,7 @@ def rows() -> list[gpu_ops.GpuRow]:
 
 def test_rows_go_into_the_results_format(tmp_path):
     for row in rows():
-        append_csv(tmp_path / "ops.csv", environment(), row.csv_rows())
+        append_csv(tmp_path / "ops.csv", environment(), row.measurements().csv_rows())
     with (tmp_path / "ops.csv").open() as file:
         written = list(csv.DictReader(file))
     assert tuple(written[0]) == CSV_COLUMNS
