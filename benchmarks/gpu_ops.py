@@ -6,13 +6,12 @@ Device time alone: the host launches while the GPU is still busy with something 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dfs_engine.benchmarks import markdown
-from dfs_engine.benchmarks.gpu_contests import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, contests
+from dfs_engine.benchmarks.gpu_contests import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Contest, Way, contests
 from dfs_engine.benchmarks.measure import Stats, measure
 from dfs_engine.benchmarks.results import Measurement, Measurements
 from dfs_engine.benchmarks.shapes import BlockShape, Shape
@@ -32,48 +31,6 @@ _HEADER = (
 )
 # What a shape takes, kernels compiled; with less left none is begun.
 SHAPE_SECONDS = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class GpuRow:
-    """One metric of one op on one shape, all ways in one interleaving. `num_bytes`: what it must move, or 0."""
-
-    op: str
-    metric: str
-    shape: Shape
-    precision: str
-    num_live: int
-    timings: dict[Way, Stats]
-    num_bytes: int = 0
-    flops: dict[Way, int] = field(default_factory=dict)
-
-    def ratio(self, rival: Way) -> float | None:
-        """How much faster triton is than `rival`, by medians."""
-        if rival not in self.timings or TRITON not in self.timings:
-            return None
-        return self.timings[rival].median / self.timings[TRITON].median
-
-    def measurements(self) -> Measurements:
-        """Of each way."""
-        found = Measurements()
-        for way, stats in self.timings.items():
-            counts = {"flops": self.flops.get(way, 0), "bytes": self.num_bytes}
-            extras = {f"{name}_{self.metric}": Stats.of([count]) for name, count in counts.items() if count}
-            found.append(
-                Measurement(
-                    suite="gpu_ops",
-                    model=self.shape.family,
-                    op=self.op,
-                    **way._asdict(),
-                    dtype=self.precision,
-                    shape=str(self.shape),
-                    layout="channels_last",
-                    beta=None if way.variant == "dense" else BETA,
-                    num_live=self.num_live,
-                    metrics={self.metric: stats} | extras,
-                )
-            )
-        return found
 
 
 @contextlib.contextmanager
@@ -118,7 +75,7 @@ def first_shapes(shapes: list[Shape]) -> list[Shape]:
 
 def run(
     shapes: list[Shape], precisions: Iterable[str], left: Callable[[], float], say: Callable[[str], None]
-) -> Iterator[GpuRow]:
+) -> Iterator[Measurements]:
     """Compares with float64, then times, one shape after another, until no time is left.
 
     Raises:
@@ -147,7 +104,9 @@ def run(
         raise RuntimeError(f"{len(failed)} failed, see above")
 
 
-def _measure(shape: Shape, name: str, left: Callable[[], float], fail: Callable[[Exception], None]) -> Iterator[GpuRow]:
+def _measure(
+    shape: Shape, name: str, left: Callable[[], float], fail: Callable[[Exception], None]
+) -> Iterator[Measurements]:
     """One wrong gradient does not keep the other from being timed."""
     with precision(name) as dtype:
         for contest in contests(shape, dtype):
@@ -159,23 +118,46 @@ def _measure(shape: Shape, name: str, left: Callable[[], float], fail: Callable[
             except Exception as error:
                 fail(error)
                 continue
-            yield GpuRow(
-                contest.op, contest.metric, shape, name, contest.num_live, timings, contest.num_bytes, contest.flops
+            yield measurements(contest, shape, name, timings)
+
+
+def measurements(contest: Contest, shape: Shape, name: str, timings: dict[Way, Stats]) -> Measurements:
+    """Of each way of a contest, all in one interleaving."""
+    found = Measurements()
+    for way, stats in timings.items():
+        counts = {"flops": contest.flops.get(way, 0), "bytes": contest.num_bytes}
+        extras = {f"{count}_{contest.metric}": Stats.of([value]) for count, value in counts.items() if value}
+        found.append(
+            Measurement(
+                suite="gpu_ops",
+                model=shape.family,
+                op=contest.op,
+                **way._asdict(),
+                dtype=name,
+                shape=str(shape),
+                layout="channels_last",
+                beta=None if way.variant == "dense" else BETA,
+                num_live=contest.num_live,
+                metrics={contest.metric: stats} | extras,
             )
+        )
+    return found
 
 
-def table(rows: list[GpuRow]) -> str:
+def table(rows: list[Measurements]) -> str:
     """Markdown: times in us and triton's ratios; of the fused producer the share of a copy's bandwidth."""
     lines = [
         "Device time in us, medians; ratios: that time over triton's; copy: share of the bandwidth of a copy as large.",
         "",
         *markdown.table(_HEADER, map(_cells, rows)),
     ]
-    for metric, rival in (("grad_input", ATEN), ("grad_weight", ATEN), ("step", DENSE), ("step", COMPILED)):
-        found = sorted(ratio for row in rows if row.metric == metric if (ratio := row.ratio(rival)) is not None)
+    for wanted, rival in (("grad_input", ATEN), ("grad_weight", ATEN), ("step", DENSE), ("step", COMPILED)):
+        found = sorted(
+            times[rival] / times[TRITON] for metric, times in map(_medians, rows) if metric == wanted and rival in times
+        )
         if found:
             wins = sum(ratio > 1 for ratio in found)
-            name = "norm_act forward + backward" if metric == "step" else metric
+            name = "norm_act forward + backward" if wanted == "step" else wanted
             lines.append(
                 f"- {name} against {' '.join(rival)}: at least {found[0]:.2f}, median {found[len(found) // 2]:.2f}, "
                 f"faster on {wins} of {len(found)}"
@@ -183,10 +165,18 @@ def table(rows: list[GpuRow]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: GpuRow) -> list[str]:
-    times = [f"{row.timings[way].median * 1e6:.1f}" if way in row.timings else "-" for way in _WAYS]
-    ratios = ["-" if (ratio := row.ratio(way)) is None else f"{ratio:.2f}" for way in _WAYS[:-1]]
-    flops = row.flops.get(TRITON, 0)
-    rate = f"{flops / row.timings[TRITON].median / 1e12:.0f}" if flops else "-"
-    share = f"{copy_seconds(row.num_bytes) / row.timings[TRITON].median:.0%}" if row.num_bytes else "-"
-    return [row.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times, *ratios, rate, share]
+def _medians(row: Measurements) -> tuple[str, dict[Way, float]]:
+    """A contest's metric, and the seconds of each way."""
+    (metric,) = row[0].timings
+    return metric, {Way(one.variant, one.backend_used, one.mode): one[metric].median for one in row}
+
+
+def _cells(row: Measurements) -> list[str]:
+    metric, times = _medians(row)
+    first, (ours,) = row[0], row.of(backend_used="triton")
+    seconds = [f"{times[way] * 1e6:.1f}" if way in times else "-" for way in _WAYS]
+    ratios = [f"{times[way] / times[TRITON]:.2f}" if way in times else "-" for way in _WAYS[:-1]]
+    rate = f"{ours.flops_of(metric) / times[TRITON] / 1e12:.0f}" if ours.flops_of(metric) else "-"
+    num_bytes = f"bytes_{metric}"
+    share = f"{copy_seconds(int(ours[num_bytes].median)) / times[TRITON]:.0%}" if num_bytes in ours else "-"
+    return [first.op, metric, f"{first.model} {first.shape}", first.dtype, *seconds, *ratios, rate, share]

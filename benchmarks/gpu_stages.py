@@ -135,7 +135,7 @@ def _ops(choose: Callable[[list[Shape]], list[Shape]], precisions: Callable[[], 
         try:
             for row in gpu_ops.run(choose(step_shapes()), precisions(), run.budget.left, run.say):
                 rows.append(row)
-                append_csv(run.output / "ops.csv", run.stamp, row.measurements().csv_rows())
+                append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
         finally:
             run.say(gpu_ops.table(rows))
 

@@ -20,6 +20,7 @@ from dfs_engine.benchmarks import gpu_check, gpu_contests, gpu_expected, gpu_ops
 from dfs_engine.benchmarks.gpu_contests import ATEN, COMPILED, DENSE, TRITON
 from dfs_engine.benchmarks.gpu_run import Run
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment, read_csv
+from dfs_engine.benchmarks.results import Measurements
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS
 from dfs_engine.ops import linear
@@ -336,18 +337,24 @@ def test_a_wrong_result_is_refused(monkeypatch):
         contest.check()
 
 
-def rows() -> list[gpu_ops.GpuRow]:
-    timings = {way: Stats.of([seconds]) for way, seconds in ((DENSE, 4e-3), (ATEN, 2e-3), (TRITON, 1e-3))}
-    conv = gpu_ops.GpuRow("conv2d", "grad_input", SHAPES[0], "bf16", 3, timings, flops=dict.fromkeys(timings, 10**9))
+def rows() -> list[Measurements]:
+    def row(op: str, metric: str, shape, seconds: dict, **options) -> Measurements:
+        contest = gpu_contests.Contest(op, metric, 3, {}, **options)
+        timings = {way: Stats.of([value]) for way, value in seconds.items()}
+        return gpu_ops.measurements(contest, shape, "bf16", timings)
+
+    seconds = {DENSE: 4e-3, ATEN: 2e-3, TRITON: 1e-3}
     block = BlockShape("vgg7", 2, 8, 4, True)
-    step = gpu_ops.GpuRow("norm_act", "step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
-    alone = {TRITON: Stats.of([1e-3])}
-    return [conv, step, gpu_ops.GpuRow("norm_act", "forward", block, "bf16", 4, alone, num_bytes=1000)]
+    return [
+        row("conv2d", "grad_input", SHAPES[0], seconds, flops=dict.fromkeys(seconds, 10**9)),
+        row("norm_act", "step", block, seconds | {COMPILED: 3e-3}),
+        row("norm_act", "forward", block, {TRITON: 1e-3}, num_bytes=1000),
+    ]
 
 
 def test_rows_go_into_the_results_format(tmp_path):
     for row in rows():
-        append_csv(tmp_path / "ops.csv", environment(), row.measurements().csv_rows())
+        append_csv(tmp_path / "ops.csv", environment(), row.csv_rows())
     with (tmp_path / "ops.csv").open() as file:
         written = list(csv.DictReader(file))
     assert tuple(written[0]) == CSV_COLUMNS
