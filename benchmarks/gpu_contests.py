@@ -1,7 +1,7 @@
 """What gpu_ops.py and tune.py measure: every op's calls on one shape, and what they must give."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine import reference
+from dfs_engine.benchmarks.op_cases import stock_block
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape, Shape
 from dfs_engine.kernels import config
 from dfs_engine.ops import norm_act, norm_linear
@@ -234,30 +235,19 @@ def _norm_linear_contest(shape: LinearShape, dtype: torch.dtype, live: int) -> C
         saved = (input, [shape.channels], mean, rstd, gain, shift)
         return torch.ops.aten.native_layer_norm_backward(wide, *saved, [True, False, False])[0]
 
-    def sliced(compute: Any, wide: bool = False) -> Tensor:
+    def sliced(compute: Any, stop: int, wide: bool = False) -> Tensor:
         given = (grad, output, input, mean, rstd, gain, shift, weight)
-        return compute(*(tensor.double() if wide else tensor for tensor in given), None, 0, live)
+        return compute(*(tensor.double() if wide else tensor for tensor in given), None, 0, stop)
 
-    return Contest(
-        "norm_linear",
-        "grad_input",
-        live,
-        {
-            DENSE: dense,
-            ATEN: lambda: sliced(norm_linear.aten_grad_input),
-            TRITON: lambda: sliced(_OPS.norm_linear_grad_input),
-        },
-        lambda: [sliced(norm_linear.aten_grad_input, wide=True)],
-        lambda result: [result[..., :live]],
-        # What it multiplies in is as rounded as the dtype, whatever the result's.
-        least=TOLERANCES[dtype].rms_ratio,
-        flops=_flops(shape, live),
-    )
+    kernels = norm_linear.aten_grad_input, _OPS.norm_linear_grad_input
+    contest = _grad_input_contest(shape, live, *kernels, sliced, -1)
+    # What it multiplies in is as rounded as the dtype, whatever the result's.
+    least = TOLERANCES[dtype].rms_ratio
+    return replace(contest, op="norm_linear", calls=contest.calls | {DENSE: dense}, least=least)
 
 
 def _dense_block(z: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> list[Tensor]:
-    feature = F.batch_norm(F.relu(z), None, None, weight, bias, training=True)
-    feature = F.max_pool2d(feature, 2) if pool else feature
+    feature = stock_block(z, weight, bias, pool, None, None)
     return [feature, feature.mean((2, 3))]
 
 

@@ -1,6 +1,7 @@
 """One op on one shape, in every formulation: what `dfs bench ops` times and compares."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,46 +32,48 @@ class OpCase(NamedTuple):
         return f"{self.path}/{self.layout}{beta}"
 
 
+@dataclass(frozen=True, slots=True)
 class Operands:
-    """Random tensors of one shape, the same for every case; gradients of a size that keeps bf16 in range."""
+    """Tensors of one shape, the same for every case; `parameters`: the weight, and the bias where there is one."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int) -> None:
+    shape: Shape
+    input: Tensor
+    parameters: list[Tensor]
+    grads: list[Tensor]
+
+    @classmethod
+    def random(cls, shape: Shape, dtype: torch.dtype, seed: int) -> "Operands":
+        """Gradients are of a size that keeps bf16 in range."""
         generator = torch.Generator().manual_seed(seed)
-        self.shape = shape
 
         def random(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(size, generator=generator) * scale).to(dtype)
 
-        self.weight = self.bias = None
         if isinstance(shape, ConvShape):
             fan_in = shape.channels // shape.groups
-            self.input = random(shape.batch, shape.channels, shape.size, shape.size)
-            self.weight = random(
-                shape.out_channels, fan_in, shape.kernel, shape.kernel, scale=(fan_in * shape.kernel**2) ** -0.5
-            )
-            self.grads = [random(shape.batch, shape.out_channels, shape.out_size, shape.out_size)]
+            input = random(shape.batch, shape.channels, shape.size, shape.size)
+            scale = (fan_in * shape.kernel**2) ** -0.5
+            parameters = [random(shape.out_channels, fan_in, shape.kernel, shape.kernel, scale=scale)]
+            grads = [random(shape.batch, shape.out_channels, shape.out_size, shape.out_size)]
         elif isinstance(shape, BlockShape):
             size = shape.size // 2 if shape.pool else shape.size
-            self.input = random(shape.batch, shape.channels, shape.size, shape.size)
+            input = random(shape.batch, shape.channels, shape.size, shape.size)
             # Batch normalisation keeps its parameters in float32, as autocast does.
             held = torch.float64 if dtype == torch.float64 else torch.float32
-            self.weight, self.bias = random(shape.channels).to(held), random(shape.channels).to(held)
+            parameters = [random(shape.channels).to(held) for _ in range(2)]
             # Of the feature, and of its average, whose gradient is as large as that of all its pixels together.
-            self.grads = [random(shape.batch, shape.channels, size, size), random(shape.batch, shape.channels) * size]
+            grads = [random(shape.batch, shape.channels, size, size), random(shape.batch, shape.channels) * size]
         else:
-            self.input = random(shape.batch, shape.tokens, shape.channels)
-            self.weight = random(shape.out_channels, shape.channels, scale=shape.channels**-0.5)
-            self.bias = random(shape.out_channels)
-            self.grads = [random(shape.batch, shape.tokens, shape.out_channels)]
+            input = random(shape.batch, shape.tokens, shape.channels)
+            weight = random(shape.out_channels, shape.channels, scale=shape.channels**-0.5)
+            parameters = [weight, random(shape.out_channels)]
+            grads = [random(shape.batch, shape.tokens, shape.out_channels)]
+        return cls(shape, input, parameters, grads)
 
     def double(self) -> "Operands":
         """The same values in float64."""
-        copy = object.__new__(Operands)
-        copy.shape, copy.grads = self.shape, [grad.double() for grad in self.grads]
-        copy.input = self.input.double()
-        copy.weight = None if self.weight is None else self.weight.double()
-        copy.bias = None if self.bias is None else self.bias.double()
-        return copy
+        parameters, grads = ([tensor.double() for tensor in tensors] for tensors in (self.parameters, self.grads))
+        return Operands(self.shape, self.input.double(), parameters, grads)
 
 
 class TimedOp:
@@ -85,8 +88,7 @@ class TimedOp:
             return tensor.to(memory_format=layout if tensor.dim() == 4 else torch.contiguous_format).detach()
 
         self.input, self.grads = laid_out(operands.input), [laid_out(grad) for grad in operands.grads]
-        parameters = [tensor for tensor in (operands.weight, operands.bias) if tensor is not None]
-        self.parameters = [laid_out(tensor).requires_grad_() for tensor in parameters]
+        self.parameters = [laid_out(tensor).requires_grad_() for tensor in operands.parameters]
         self.shape = shape
         is_fused = case.path not in STOCK_PATHS and not isinstance(shape, BlockShape)
         # As in a network: the live part is a view of the full feature.
@@ -171,13 +173,19 @@ class TimedOp:
                 backend=self.case.path,
             )  # fmt: skip
             return [made.shared, made.exit]
-        mean, variance = self.running
-        feature = F.batch_norm(F.relu(self.live), mean, variance, weight, bias, training=True)
-        feature = F.max_pool2d(feature, 2) if self.shape.pool else feature
+        feature = stock_block(self.live, weight, bias, self.shape.pool, *self.running)
         if self.case.path == "dense":
             return [feature, feature.mean((2, 3))]
         exit = live_slice(feature, live, self.shape.channels, True, 1)
         return [live_slice(feature, 0, live, True, 1), exit.mean((2, 3))]
+
+
+def stock_block(
+    input: Tensor, weight: Tensor, bias: Tensor, pool: bool, mean: Tensor | None, variance: Tensor | None
+) -> Tensor:
+    """What stock PyTorch makes of a convolution's output; `mean` and `variance`: running ones, to update."""
+    feature = F.batch_norm(F.relu(input), mean, variance, weight, bias, training=True)
+    return F.max_pool2d(feature, 2) if pool else feature
 
 
 def _channel_dim(shape: Shape) -> int:

@@ -58,7 +58,7 @@ def _append(config: BenchOpsConfig, report: OpsReport, rows: list[dict[str, Any]
 
 def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> Measurements:
     """One interleaving: compares, then times."""
-    operands = Operands(shape, DTYPES[dtype], config.seed)
+    operands = Operands.random(shape, DTYPES[dtype], config.seed)
     timed = [TimedOp(case, operands) for case in config.cases(shape, dtype)]
     check(timed, operands)
     variants = {str(one.case): one.phases for one in timed}

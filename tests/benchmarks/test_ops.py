@@ -87,7 +87,7 @@ def test_wrong_gradients_are_not_timed(tiny, monkeypatch, module, name, op, spoi
 def test_flops_are_those_that_the_dispatcher_counts(shape):
     from torch.utils.flop_counter import FlopCounterMode
 
-    operands = Operands(shape, torch.float32, 0)
+    operands = Operands.random(shape, torch.float32, 0)
     for path in ("dense", "detach", "aten"):
         case = OpCase(path, "nchw" if shape.op == "conv2d" else "-", None if path == "dense" else 0.5)
         timed = TimedOp(case, operands)
@@ -98,7 +98,7 @@ def test_flops_are_those_that_the_dispatcher_counts(shape):
 
 
 def test_losses_are_those_beyond_noise():
-    operands = Operands(TINY[0], torch.float32, 0)
+    operands = Operands.random(TINY[0], torch.float32, 0)
 
     def row(path, layout, p20, p80) -> Measurement:
         stats = Stats(median=(p20 + p80) / 2, min=p20, p20=p20, p80=p80, n=9)
