@@ -1,6 +1,7 @@
 """Whole training steps on the GPU, pair by pair: a step, and `dense` in the same mode, taking turns."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from dfs_engine.benchmarks.measure import TOTAL, Phases, Stats, peak_memory, sum
 from dfs_engine.benchmarks.results import Measurement
 from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
+from dfs_engine.benchmarks.train_report import case_of
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
 from dfs_engine.evaluation.flops import FlopCount
 
@@ -87,9 +89,8 @@ class PairResult(NamedTuple):
         dense, other = self
         by_flops, speedup = dense.flops / other.flops, other["speedup"]
         peaks = [one["peak_memory"].median / 2**30 for one in self]
-        beta = "" if other.beta is None else f"/beta={other.beta:g}"
         return (
-            f"{other.model} {other.dtype} {other.variant}/{other.layout}/{other.mode}{beta} by {other.backend_used}: "
+            f"{other.model} {other.dtype} {case_of(other)} by {other.backend_used}: "
             f"{other[TOTAL].median * 1e3:.2f} ms, dense {dense[TOTAL].median * 1e3:.2f} ms: {speedup.median:.3f} x "
             f"({speedup.p20:.3f} to {speedup.p80:.3f}, n = {speedup.n}; FLOPs alone {by_flops:.2f}); "
             f"peak {peaks[1]:.1f} GiB, dense {peaks[0]:.1f}"
@@ -137,12 +138,12 @@ def run(plan: Plan, name: str, left: Callable[[], float], say: Callable[[str], N
 class _Built(NamedTuple):
     """A step that has run, so that it is compiled and fits; `step` keeps alive what a graph reads and writes."""
 
-    case: StepCase
     step: Step
     phases: Phases
-    peak_bytes: int
-    flops: FlopCount
-    backend_used: str
+    untimed: Measurement
+
+    def measurement(self, metrics: dict[str, Stats]) -> Measurement:
+        return replace(self.untimed, metrics=metrics | self.untimed.metrics)
 
 
 class _Bench:
@@ -175,7 +176,7 @@ class _Bench:
         rounds = zip(times["dense"][TOTAL], times["other"][TOTAL], strict=True)
         timings = summarise(times)
         timings["other"]["speedup"] = Stats.of([first / second for first, second in rounds])
-        return PairResult(self._measurement(dense, timings["dense"]), self._measurement(other, timings["other"]))
+        return PairResult(dense.measurement(timings["dense"]), other.measurement(timings["other"]))
 
     def free(self) -> None:
         """Gives up the step that is kept, and what was compiled for it."""
@@ -203,12 +204,8 @@ class _Bench:
         else:
             phases, peak_bytes = step.phases, peak_memory(step.run, gpu_contests.DEVICE)
         used = AUTO if pair.variant == "dfs" and pair.backend == AUTO else step.backend_used
-        return _Built(case, step, phases, peak_bytes, self._flops[pair.variant], used)
-
-    def _measurement(self, built: _Built, metrics: dict[str, Stats]) -> Measurement:
-        return self.builder.measurement(
-            built.case, self.name, built.backend_used, metrics, built.peak_bytes, built.flops
-        )
+        untimed = self.builder.measurement(case, self.name, used, {}, peak_bytes, self._flops[pair.variant])
+        return _Built(step, phases, untimed)
 
 
 def build(model: StepModel, name: str, pair: Pair) -> Step:

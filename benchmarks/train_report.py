@@ -67,7 +67,7 @@ class TrainReport:
                 continue
             best, step = rivals[0], row[TOTAL]
             median, least = best[TOTAL].median / step.median, min(one[TOTAL].min for one in rivals) / step.min
-            result.append(Ratio(str(_case(best)), median, least, best.flops / row.flops))
+            result.append(Ratio(str(case_of(best)), median, least, best.flops / row.flops))
         return result
 
     def table(self) -> str:
@@ -112,7 +112,7 @@ class TrainReport:
                 parts = (f"{part * 1e3:.2f} ({part / total:.0%})" for part, total in zip(seconds, totals, strict=True))
                 cells.append([kind, *parts])
         cells.append(["all", *(f"{total * 1e3:.2f}" for total in totals)])
-        names = (f"{_case(row)}, {row.dtype}, {row.shape}" for row in rows)
+        names = (f"{case_of(row)}, {row.dtype}, {row.shape}" for row in rows)
         yield from markdown.table(("kernels", *names), cells)
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class TrainReport:
         rows = [
             {
                 "dtype": row.dtype,
-                **_case(row)._asdict(),
+                **case_of(row)._asdict(),
                 "shape": [int(size) for size in row.shape.split("x")],
                 "backend_used": row.backend_used,
                 "seconds": {phase: asdict(stats) for phase, stats in row.timings.items()},
@@ -143,6 +143,7 @@ class TrainReport:
         }
 
 
-def _case(row: Measurement) -> StepCase:
+def case_of(row: Measurement) -> StepCase:
+    """What was measured there."""
     compile = COMPILE_OF_MODE[row.mode.removesuffix(", caching")]
     return StepCase(row.variant, row.layout, compile, row.beta, row.allocator)
