@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from dfs_engine.benchmarks import gpu_problems  # noqa: E402
+from dfs_engine.benchmarks import gpu_contests  # noqa: E402
 from dfs_engine.benchmarks.gpu_run import Run, device_is_lost  # noqa: E402
 from dfs_engine.benchmarks.gpu_stages import (  # noqa: E402
     ON_REQUEST,
@@ -92,14 +92,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(listing(stages, options.seconds))
         return 0
     try:
-        check_device("gpu_check", gpu_problems.DEVICE)
+        check_device("gpu_check", gpu_contests.DEVICE)
     except RuntimeError as error:
         print(f"{error} --dry-run lists what it would do.", file=sys.stderr)
         return 1
     if options.one_pass:
-        print(f"one pass: {gpu_problems.one_pass()} results, all finite")
+        print(f"one pass: {gpu_contests.one_pass()} results, all finite")
         return 0
-    run = Run(options.output, options.seconds, environment(gpu_problems.DEVICE), _BEGIN)
+    run = Run(options.output, options.seconds, environment(gpu_contests.DEVICE), _BEGIN)
     run.stage("environment", report_environment, _ENVIRONMENT)
     run.stock_only = options.stock_only or not launches_work(run)
     if run.stock_only:

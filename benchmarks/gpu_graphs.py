@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks import gpu_contests
 from dfs_engine.benchmarks.measure import TOTAL, Phases, peak_memory
 from dfs_engine.benchmarks.train_step import Step
 
@@ -21,7 +21,7 @@ def capture(step: Step) -> tuple[Phases, int]:
     `step` has to outlive the graph, which reads and writes its tensors.
     """
     replays: list[Callable[[], object]] = []
-    peak_bytes = peak_memory(lambda: replays.append(record(step.run)), gpu_problems.DEVICE)
+    peak_bytes = peak_memory(lambda: replays.append(record(step.run)), gpu_contests.DEVICE)
     return {TOTAL: replays[0]}, peak_bytes
 
 
@@ -44,7 +44,7 @@ def write_profile(step: Step, path: Path) -> str:
 
     A trace for chrome://tracing or Perfetto lies beside it unless it is large.
     """
-    on_gpu = gpu_problems.DEVICE == "cuda"
+    on_gpu = gpu_contests.DEVICE == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as recorded:
         for _ in range(_PROFILED):
             step.run()

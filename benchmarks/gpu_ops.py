@@ -6,15 +6,15 @@ Device time alone: the host launches while the GPU is still busy with something 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from dfs_engine.benchmarks.gpu_problems import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Way, problems
-from dfs_engine.benchmarks.measure import Stats
+from dfs_engine.benchmarks import markdown
+from dfs_engine.benchmarks.gpu_contests import ATEN, BETA, COMPILED, DENSE, TRITON, Calls, Contest, Way, contests
+from dfs_engine.benchmarks.measure import Stats, measure
+from dfs_engine.benchmarks.results import Measurement, Measurements
 from dfs_engine.benchmarks.shapes import BlockShape, Shape
-from dfs_engine.benchmarks.train_report import case_column
 from dfs_engine.runtime.precision import fp32_precision
 
 _ROUNDS, _WARMUP = 20, 2
@@ -24,48 +24,13 @@ PRECISIONS = {
     "fp32": (torch.float32, False),
 }  # fmt: skip
 MEASURED = ("bf16", "tf32", "fp32")
-# Cycles that the GPU idles before a call is timed, so that the host is ahead of it: about half a millisecond.
-_HEAD_START = 1_000_000
+_WAYS = (DENSE, COMPILED, ATEN, TRITON)
+_HEADER = (
+    *("op", "metric", "shape", "dtype", "dense", "compiled", "aten", "triton"),
+    *("dense /", "compiled /", "aten /", "TFLOP/s", "copy"),
+)
 # What a shape takes, kernels compiled; with less left none is begun.
 SHAPE_SECONDS = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class GpuRow:
-    """One metric of one op on one shape, all ways in one interleaving. `num_bytes`: what it must move, or 0."""
-
-    op: str
-    metric: str
-    shape: Shape
-    precision: str
-    num_live: int
-    timings: dict[Way, Stats]
-    num_bytes: int = 0
-    flops: dict[Way, int] = field(default_factory=dict)
-
-    def ratio(self, rival: Way) -> float | None:
-        """How much faster triton is than `rival`, by medians."""
-        if rival not in self.timings or TRITON not in self.timings:
-            return None
-        return self.timings[rival].median / self.timings[TRITON].median
-
-    def csv_rows(self) -> list[dict[str, Any]]:
-        """For `append_csv`."""
-        rows = []
-        for way, stats in self.timings.items():
-            key = {
-                "suite": "gpu_ops", "case": case_column("channels_last", None if way.variant == "dense" else BETA),
-                "model": self.shape.family, "op": self.op, **way._asdict(), "dtype": self.precision,
-                "shape": str(self.shape), "start": 0, "stop": self.num_live,
-            }  # fmt: skip
-            rows.append(key | {"metric": self.metric, "unit": "s"} | asdict(stats))
-            extras = {"flops": (self.flops.get(way, 0), "FLOP"), "bytes": (self.num_bytes, "B")}
-            rows += [
-                key | {"metric": f"{name}_{self.metric}", "unit": unit} | asdict(Stats.of([value]))
-                for name, (value, unit) in extras.items()
-                if value
-            ]
-        return rows
 
 
 @contextlib.contextmanager
@@ -76,35 +41,9 @@ def precision(name: str) -> Iterator[torch.dtype]:
         yield dtype
 
 
-def measure_device(calls: Calls, rounds: int, left: Callable[[], float] = lambda: 1.0) -> dict[Any, Stats]:
-    """Seconds of device time of each call, taking turns, the L2 cache flushed before each.
-
-    Args:
-        left: seconds that are left; no further round starts when it is none, but every call has the same n.
-    """
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    for call in calls.values():
-        for _ in range(_WARMUP):
-            call()
-    ways = list(calls)
-    times: dict[Any, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds):
-        pairs = []
-        for offset in range(len(ways)):
-            way = ways[(turn + offset) % len(ways)]
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(_HEAD_START)
-            begin.record()
-            calls[way]()
-            end.record()
-            pairs.append((way, begin, end))
-        torch.cuda.synchronize()
-        for way, begin, end in pairs:
-            times[way].append(begin.elapsed_time(end) / 1000)
-        if left() <= 0:
-            break
-    return {way: Stats.of(values) for way, values in times.items()}
+def measure_device(calls: Calls, rounds: int, max_seconds: float | None = None) -> dict[Any, Stats]:
+    """Seconds of device time of each call, taking turns; no further round starts after `max_seconds`."""
+    return measure(calls, rounds, _WARMUP, device="cuda", head_start=True, max_seconds=max_seconds)
 
 
 def machine_rates() -> dict[str, str]:
@@ -136,7 +75,7 @@ def first_shapes(shapes: list[Shape]) -> list[Shape]:
 
 def run(
     shapes: list[Shape], precisions: Iterable[str], left: Callable[[], float], say: Callable[[str], None]
-) -> Iterator[GpuRow]:
+) -> Iterator[Measurements]:
     """Compares with float64, then times, one shape after another, until no time is left.
 
     Raises:
@@ -165,50 +104,79 @@ def run(
         raise RuntimeError(f"{len(failed)} failed, see above")
 
 
-def _measure(shape: Shape, name: str, left: Callable[[], float], fail: Callable[[Exception], None]) -> Iterator[GpuRow]:
+def _measure(
+    shape: Shape, name: str, left: Callable[[], float], fail: Callable[[Exception], None]
+) -> Iterator[Measurements]:
     """One wrong gradient does not keep the other from being timed."""
     with precision(name) as dtype:
-        for problem in problems(shape, dtype):
+        for contest in contests(shape, dtype):
             try:
-                problem.check()
-                timings = measure_device(problem.calls, _ROUNDS, left)
+                contest.check()
+                timings = measure_device(contest.calls, _ROUNDS, left())
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 fail(error)
                 continue
-            yield GpuRow(
-                problem.op, problem.metric, shape, name, problem.num_live, timings, problem.num_bytes, problem.flops
+            yield measurements(contest, shape, name, timings)
+
+
+def measurements(contest: Contest, shape: Shape, name: str, timings: dict[Way, Stats]) -> Measurements:
+    """Of each way of a contest, all in one interleaving."""
+    found = Measurements()
+    for way, stats in timings.items():
+        counts = {"flops": contest.flops.get(way, 0), "bytes": contest.num_bytes}
+        extras = {f"{count}_{contest.metric}": Stats.of([value]) for count, value in counts.items() if value}
+        found.append(
+            Measurement(
+                suite="gpu_ops",
+                model=shape.family,
+                op=contest.op,
+                **way._asdict(),
+                dtype=name,
+                shape=str(shape),
+                layout="channels_last",
+                beta=None if way.variant == "dense" else BETA,
+                num_live=contest.num_live,
+                metrics={contest.metric: stats} | extras,
             )
+        )
+    return found
 
 
-def table(rows: list[GpuRow]) -> str:
+def table(rows: list[Measurements]) -> str:
     """Markdown: times in us and triton's ratios; of the fused producer the share of a copy's bandwidth."""
-    ways = (DENSE, COMPILED, ATEN, TRITON)
     lines = [
         "Device time in us, medians; ratios: that time over triton's; copy: share of the bandwidth of a copy as large.",
         "",
-        "| op | metric | shape | dtype | dense | compiled | aten | triton | dense / | compiled / | aten / | TFLOP/s "
-        "| copy |",
-        "|---" * 13 + "|",
+        *markdown.table(_HEADER, map(_cells, rows)),
     ]
-    for row in rows:
-        times = [f"{row.timings[way].median * 1e6:.1f}" if way in row.timings else "-" for way in ways]
-        ratios = [row.ratio(way) for way in ways[:3]]
-        flops = row.flops.get(TRITON, 0)
-        rate = f"{flops / row.timings[TRITON].median / 1e12:.0f}" if flops else "-"
-        share = copy_seconds(row.num_bytes) / row.timings[TRITON].median if row.num_bytes else None
-        cells = [row.op, row.metric, f"{row.shape.family} {row.shape}", row.precision, *times]
-        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        cells += [rate, "-" if share is None else f"{share:.0%}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    for metric, rival in (("grad_input", ATEN), ("grad_weight", ATEN), ("step", DENSE), ("step", COMPILED)):
-        found = sorted(ratio for row in rows if row.metric == metric if (ratio := row.ratio(rival)) is not None)
+    for wanted, rival in (("grad_input", ATEN), ("grad_weight", ATEN), ("step", DENSE), ("step", COMPILED)):
+        found = sorted(
+            times[rival] / times[TRITON] for metric, times in map(_medians, rows) if metric == wanted and rival in times
+        )
         if found:
             wins = sum(ratio > 1 for ratio in found)
-            name = "norm_act forward + backward" if metric == "step" else metric
+            name = "norm_act forward + backward" if wanted == "step" else wanted
             lines.append(
                 f"- {name} against {' '.join(rival)}: at least {found[0]:.2f}, median {found[len(found) // 2]:.2f}, "
                 f"faster on {wins} of {len(found)}"
             )
     return "\n".join(lines)
+
+
+def _medians(row: Measurements) -> tuple[str, dict[Way, float]]:
+    """A contest's metric, and the seconds of each way."""
+    (metric,) = row[0].timings
+    return metric, {Way(one.variant, one.backend_used, one.mode): one[metric].median for one in row}
+
+
+def _cells(row: Measurements) -> list[str]:
+    metric, times = _medians(row)
+    first, (ours,) = row[0], row.of(backend_used="triton")
+    seconds = [f"{times[way] * 1e6:.1f}" if way in times else "-" for way in _WAYS]
+    ratios = [f"{times[way] / times[TRITON]:.2f}" if way in times else "-" for way in _WAYS[:-1]]
+    rate = f"{ours.flops_of(metric) / times[TRITON] / 1e12:.0f}" if ours.flops_of(metric) else "-"
+    num_bytes = f"bytes_{metric}"
+    share = f"{copy_seconds(int(ours[num_bytes].median)) / times[TRITON]:.0%}" if num_bytes in ours else "-"
+    return [first.op, metric, f"{first.model} {first.shape}", first.dtype, *seconds, *ratios, rate, share]

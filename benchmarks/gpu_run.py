@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks import gpu_contests
 from dfs_engine.benchmarks.measure import Environment
 
 # A stage with less time than this does not start.
@@ -60,7 +60,7 @@ class Budget:
 
 def device_is_lost() -> bool:
     """Whether this process can no longer use the GPU: after a kernel's illegal access every call fails."""
-    if gpu_problems.DEVICE != "cuda":
+    if gpu_contests.DEVICE != "cuda":
         return False
     try:
         torch.cuda.synchronize()

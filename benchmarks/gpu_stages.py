@@ -3,22 +3,20 @@
 import functools
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from dfs_engine import validate
-from dfs_engine.benchmarks import gpu_expected, gpu_graphs, gpu_ops, gpu_problems, gpu_steps, tune
+from dfs_engine.benchmarks import gpu_contests, gpu_expected, gpu_graphs, gpu_ops, gpu_steps, tune
 from dfs_engine.benchmarks.gpu_run import Run
-from dfs_engine.benchmarks.gpu_steps import FUSED, STOCK, Pair, Plan
+from dfs_engine.benchmarks.gpu_steps import FUSED, UNFUSED, Pair, Plan
 from dfs_engine.benchmarks.measure import append_csv
+from dfs_engine.benchmarks.results import Measurements
 from dfs_engine.benchmarks.shapes import Shape
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
 from dfs_engine.kernels import config as kernels
@@ -53,7 +51,7 @@ def report_environment(run: Run) -> None:
 def launches_work(run: Run) -> bool:
     """Whether Triton can launch anything at all; says why not."""
     try:
-        ones = torch.ones(16, 16, device=gpu_problems.DEVICE)
+        ones = torch.ones(16, 16, device=gpu_contests.DEVICE)
         torch.ops.dfs_engine.linear_grad_input(ones, ones, 0, 16).cpu()  # which waits for it
     except Exception as error:
         run.fail(
@@ -68,7 +66,7 @@ def tests(run: Run) -> None:
     """Every op against float64; then, where pytest is, the tests marked `gpu`."""
     for index, op in enumerate(PROBLEMS):
         config = validate.ValidateConfig(
-            ops=op, backends=f"{STOCK},{FUSED}", dtypes="bf16,fp32,fp16", device=gpu_problems.DEVICE, quick=True,
+            ops=op, backends=f"{UNFUSED},{FUSED}", dtypes="bf16,fp32,fp16", device=gpu_contests.DEVICE, quick=True,
             max_seconds=run.budget.left() / (len(PROBLEMS) - index + 1), progress=False,
         )  # fmt: skip
         report = validate.run(config)
@@ -119,67 +117,63 @@ def _marked_files(run: Run) -> list[Path]:
 
 
 def _plan_tests() -> list[tuple[str, float]]:
-    compared = [(f"{op} in bf16, fp32, fp16 by {STOCK} and {FUSED} against float64", _OP_SECONDS) for op in PROBLEMS]
+    compared = [(f"{op} in bf16, fp32, fp16 by {UNFUSED} and {FUSED} against float64", _OP_SECONDS) for op in PROBLEMS]
     return [*compared, ("tests/gpu, where pytest is installed", 60.0)]
-
-
-def _models() -> list[StepModel]:
-    return list(STEP_MODELS.values())
 
 
 @functools.cache
 def step_shapes() -> list[Shape]:
     """Of all steps that can be built here."""
-    return [shape for model in _models() if model.missing() is None for shape in model.shapes()]
+    return [shape for model in STEP_MODELS.values() if model.missing() is None for shape in model.shapes()]
 
 
-def _ops(run: Run, shapes: list[Shape], precisions: Iterable[str]) -> None:
-    rows = []
-    try:
-        for row in gpu_ops.run(shapes, precisions, run.budget.left, run.say):
-            rows.append(row)
-            append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
-    finally:
-        run.say(gpu_ops.table(rows))
+def _ops(choose: Callable[[list[Shape]], list[Shape]], precisions: Callable[[], Sequence[str]], weight: float) -> Stage:
+    """Single ops, on the shapes that `choose` takes of the steps'."""
+
+    def work(run: Run) -> None:
+        rows = []
+        try:
+            for row in gpu_ops.run(choose(step_shapes()), precisions(), run.budget.left, run.say):
+                rows.append(row)
+                append_csv(run.output / "ops.csv", run.stamp, row.csv_rows())
+        finally:
+            run.say(gpu_ops.table(rows))
+
+    def plan() -> list[tuple[str, float]]:
+        shapes = choose(step_shapes())
+        named = [f"{shape.op} {shape.family} {shape} in {name}" for name in precisions() for shape in shapes]
+        return [(what, gpu_ops.SHAPE_SECONDS) for what in named]
+
+    return Stage(work, plan, weight)
 
 
-def ops(run: Run) -> None:
-    """Single ops on the largest shapes."""
-    _ops(run, gpu_ops.first_shapes(step_shapes()), [DTYPE])
+def _steps(list_pairs: Callable[[list[StepModel]], Plan], file: str, weight: float) -> Stage:
+    """Training steps, each beside `dense` in the same mode."""
+
+    def pairs() -> Plan:
+        return list_pairs(list(STEP_MODELS.values()))
+
+    def work(run: Run) -> None:
+        chosen = [(model, pair) for model, pair in pairs() if not run.stock_only or pair.backend == UNFUSED]
+        try:
+            for result in gpu_steps.run(chosen, DTYPE, run.budget.left, run.say):
+                append_csv(run.output / file, run.stamp, Measurements(result).csv_rows())
+                run.say(str(result))
+        finally:
+            run.say(gpu_expected.table(run.output))
+
+    def plan() -> list[tuple[str, float]]:
+        lines = []
+        for model, pair in pairs():
+            what, reason = f"{model.name}, batch {model.batch}, {DTYPE}: {pair} beside dense", model.missing()
+            seconds = gpu_steps.SECONDS[pair.mode]
+            lines.append((what, seconds) if reason is None else (f"{what}: left out, {reason}", 0.0))
+        return lines
+
+    return Stage(work, plan, weight)
 
 
-def all_ops(run: Run) -> None:
-    """Single ops on every shape in every precision."""
-    _ops(run, step_shapes(), gpu_ops.MEASURED)
-
-
-def _plan_ops(shapes: list[Shape], precisions: Iterable[str]) -> list[tuple[str, float]]:
-    return [
-        (f"{shape.op} {shape.family} {shape} in {name}", gpu_ops.SHAPE_SECONDS)
-        for name in precisions
-        for shape in shapes
-    ]
-
-
-def _steps(run: Run, plan: Plan, file: str) -> None:
-    if run.stock_only:
-        plan = [(model, pair) for model, pair in plan if pair.backend == STOCK]
-    try:
-        for result in gpu_steps.run(plan, DTYPE, run.stamp, run.budget.left, run.say):
-            append_csv(run.output / file, run.stamp, result.csv_rows())
-            run.say(str(result))
-    finally:
-        run.say(gpu_expected.table(run.output))
-
-
-def steps(run: Run) -> None:
-    """Training steps, each beside `dense`, eager and compiled."""
-    _steps(run, gpu_steps.plan(_models()), "steps.csv")
-
-
-def graphs(run: Run) -> None:
-    """The same with CUDA graphs: a whole step as one, and torch.compile's."""
-    _steps(run, gpu_steps.graphs_plan(_models()), "graphs.csv")
+_TUNED = _steps(gpu_steps.tuned_plan, "steps_tuned.csv", 3.0)
 
 
 def tuned_steps(run: Run) -> None:
@@ -190,16 +184,7 @@ def tuned_steps(run: Run) -> None:
     elif gpu not in kernels.read_tables():
         run.say(f"skipped: there is no table of {gpu}; the stage `tune` writes one")
         return
-    _steps(run, gpu_steps.tuned_plan(_models()), "steps_tuned.csv")
-
-
-def _plan_steps(plan: Plan) -> list[tuple[str, float]]:
-    lines = []
-    for model, pair in plan:
-        what = f"{model.name}, batch {model.batch}, {DTYPE}: {pair} beside dense"
-        reason = model.missing()
-        lines.append((what, gpu_steps.SECONDS[pair.mode]) if reason is None else (f"{what}: left out, {reason}", 0.0))
-    return lines
+    _TUNED.work(run)
 
 
 def _table_path(run: Run) -> Path:
@@ -217,7 +202,7 @@ def tune_launches(run: Run) -> None:
 
 def _tune_config(**options: object) -> tune.BenchTuneConfig:
     # 1: of layers behind the first of a block, which are whole.
-    return tune.BenchTuneConfig(**{"dtypes": DTYPE, "beta": f"{gpu_problems.BETA},1", "progress": False} | options)
+    return tune.BenchTuneConfig(**{"dtypes": DTYPE, "beta": f"{gpu_contests.BETA},1", "progress": False} | options)
 
 
 def _plan_tune() -> list[tuple[str, float]]:
@@ -231,33 +216,6 @@ def profile(run: Run) -> None:
         table = gpu_graphs.write_profile(step, run.output / f"profile_{_PROFILED}_{variant}")
         run.say(f"{_PROFILED} {variant}, eager:\n{table}")
         del step
-
-
-def _cannot_build() -> str | None:
-    """What the C++ extension's build lacks here, or None."""
-    if importlib.util.find_spec("setuptools") is None:
-        return "setuptools is missing"
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        return "there is no C++ compiler"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python's headers are missing"
-    return None
-
-
-def build(run: Run) -> None:
-    """The C++ extension, in place."""
-    reason = _cannot_build()
-    if reason is not None:
-        run.say(f"skipped: {reason}; the CPU's cpp backend is not part of this run")
-        return
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status, output = run.command("build.log", command, run.budget.left() - 5, ROOT, MAX_JOBS=str(os.cpu_count()))
-    loads = subprocess.run([sys.executable, "-c", "import dfs_engine._C"], cwd=ROOT, capture_output=True, text=True)
-    if loads.returncode == 0:
-        run.say("built, and it loads")
-    else:
-        reason = "its time was used up" if status is None else (output + loads.stderr).strip()[-600:]
-        run.fail(f"the extension was not built, or does not load: {reason}")
 
 
 def sanitizer(run: Run) -> None:
@@ -283,16 +241,15 @@ def sanitizer(run: Run) -> None:
 
 STAGES = {
     "tests": Stage(tests, _plan_tests, 2.0),
-    "ops": Stage(ops, lambda: _plan_ops(gpu_ops.first_shapes(step_shapes()), [DTYPE]), 1.5),
-    "steps": Stage(steps, lambda: _plan_steps(gpu_steps.plan(_models())), 6.0),
+    "ops": _ops(gpu_ops.first_shapes, lambda: [DTYPE], 1.5),
+    "steps": _steps(gpu_steps.plan, "steps.csv", 6.0),
     "tune": Stage(tune_launches, _plan_tune, 3.5),
-    "tuned": Stage(tuned_steps, lambda: _plan_steps(gpu_steps.tuned_plan(_models())), 3.0),
-    "graphs": Stage(graphs, lambda: _plan_steps(gpu_steps.graphs_plan(_models())), 3.0),
+    "tuned": _TUNED._replace(work=tuned_steps),
+    "graphs": _steps(gpu_steps.graphs_plan, "graphs.csv", 3.0),
     "profile": Stage(profile, lambda: [(f"{_PROFILED}, {variant}", 12.0) for variant in ("dfs", "dense")], 0.7),
-    "all_ops": Stage(all_ops, lambda: _plan_ops(step_shapes(), gpu_ops.MEASURED), 6.0),
-    "build": Stage(build, lambda: [("the C++ extension", 100.0)], 2.0),
+    "all_ops": _ops(list, lambda: gpu_ops.MEASURED, 6.0),
     "sanitizer": Stage(sanitizer, lambda: [("compute-sanitizer's memcheck over one pass of every kernel", 60.0)], 1.0),
 }
-ON_REQUEST = ("all_ops", "build", "sanitizer")
+ON_REQUEST = ("all_ops", "sanitizer")
 # What is left of them without this project's kernels.
-STOCK_ONLY = ("steps", "graphs", "build")
+STOCK_ONLY = ("steps", "graphs")

@@ -1,21 +1,22 @@
 """Whole training steps on the GPU, pair by pair: a step, and `dense` in the same mode, taking turns."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch._dynamo
 
-from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks import gpu_contests
+from dfs_engine.benchmarks.gpu_contests import BETA
 from dfs_engine.benchmarks.gpu_graphs import capture
 from dfs_engine.benchmarks.gpu_ops import precision
-from dfs_engine.benchmarks.gpu_problems import BETA
 from dfs_engine.benchmarks.gpu_run import device_is_lost
-from dfs_engine.benchmarks.measure import TOTAL, Environment, Phases, Stats, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.measure import TOTAL, Phases, Stats, peak_memory, summarise, time_phases
+from dfs_engine.benchmarks.results import Measurement
 from dfs_engine.benchmarks.step_models import StepModel
-from dfs_engine.benchmarks.train_report import Case, TrainReport, TrainRow
+from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
+from dfs_engine.benchmarks.train_report import case_of
 from dfs_engine.benchmarks.train_step import Step, StepBuilder
 from dfs_engine.evaluation.flops import FlopCount
 
@@ -24,18 +25,19 @@ _ROUNDS, _WARMUP, _GATE_BATCH = 20, 2, 8
 # is begun.
 _TIMING = 15.0
 SECONDS = {"off": 20.0, "captured": 25.0, "on": 75.0, "reduce-overhead": 75.0}
-STOCK, FUSED, AUTO = "aten", "triton", "auto"
+# Backends.
+UNFUSED, FUSED, AUTO = "aten", "triton", "auto"
 
 
 class Pair(NamedTuple):
-    """A variant beside `dense`, both run in one mode (`Case.compile`); `backend` is that of dfs."""
+    """A variant beside `dense`, both run in one mode (`StepCase.compile`); `backend` is that of dfs."""
 
     mode: str
     variant: str = "dfs"
-    backend: str = STOCK
+    backend: str = UNFUSED
 
-    def case(self, variant: str) -> Case:
-        return Case(variant, "channels_last", self.mode, None if variant == "dense" else BETA)
+    def case(self, variant: str) -> StepCase:
+        return StepCase(variant, "channels_last", self.mode, None if variant == "dense" else BETA)
 
     def __str__(self) -> str:
         return f"{self.case(self.variant)}{f' by {self.backend}' if self.variant == 'dfs' else ''}"
@@ -76,36 +78,26 @@ def _each(pairs: Sequence[Pair], models: list[StepModel]) -> Plan:
     return [(model, pair) for mode in modes for model in models for pair in pairs if pair.mode == mode]
 
 
-@dataclass(frozen=True, slots=True)
-class PairResult:
-    """Two steps that took turns; `speedup`: dense's time over the other's, round by round."""
+class PairResult(NamedTuple):
+    """Two steps that took turns. The other's "speedup" is dense's time over its own, round by round."""
 
-    report: TrainReport
-    dense: TrainRow
-    other: TrainRow
-    speedup: Stats
-
-    def csv_rows(self) -> list[dict[str, Any]]:
-        """For `append_csv`."""
-        rows = self.report.csv_rows([self.dense, self.other])
-        return [*rows, rows[-1] | {"metric": "speedup", "unit": "x"} | asdict(self.speedup)]
+    dense: Measurement
+    other: Measurement
 
     def __str__(self) -> str:
         """One line."""
-        times = [f"{row.timings[TOTAL].median * 1e3:.2f} ms" for row in (self.dense, self.other)]
-        peaks = [f"{row.peak_bytes / 2**30:.1f}" for row in (self.dense, self.other)]
-        ceiling = self.dense.flops.total / self.other.flops.total
-        speedup, model = self.speedup, self.report.config.model
+        dense, other = self
+        by_flops, speedup = dense.flops / other.flops, other["speedup"]
+        peaks = [one["peak_memory"].median / 2**30 for one in self]
         return (
-            f"{model} {self.other.dtype} {self.other.case} by {self.other.backend_used}: {times[1]}, dense {times[0]}: "
-            f"{speedup.median:.3f} x ({speedup.p20:.3f} to {speedup.p80:.3f}, n = {speedup.n}; FLOPs alone "
-            f"{ceiling:.2f}); peak {peaks[1]} GiB, dense {peaks[0]}"
+            f"{other.model} {other.dtype} {case_of(other)} by {other.backend_used}: "
+            f"{other[TOTAL].median * 1e3:.2f} ms, dense {dense[TOTAL].median * 1e3:.2f} ms: {speedup.median:.3f} x "
+            f"({speedup.p20:.3f} to {speedup.p80:.3f}, n = {speedup.n}; FLOPs alone {by_flops:.2f}); "
+            f"peak {peaks[1]:.1f} GiB, dense {peaks[0]:.1f}"
         )
 
 
-def run(
-    plan: Plan, name: str, stamp: Environment, left: Callable[[], float], say: Callable[[str], None]
-) -> Iterator[PairResult]:
+def run(plan: Plan, name: str, left: Callable[[], float], say: Callable[[str], None]) -> Iterator[PairResult]:
     """Every pair of the plan in precision `name`, until no time is left.
 
     Raises:
@@ -127,7 +119,7 @@ def run(
             # Compiled cases share the models' code; past dynamo's default limit it would refuse the ninth.
             with precision(name), torch._dynamo.config.patch(recompile_limit=64):
                 if model.name not in benches:
-                    benches[model.name] = _Bench(model, name, stamp)
+                    benches[model.name] = _Bench(model, name)
                 result = benches[model.name].time(pair, left)
         except torch.OutOfMemoryError:
             say(f"{what}: does not fit the GPU's memory")
@@ -146,22 +138,21 @@ def run(
 class _Built(NamedTuple):
     """A step that has run, so that it is compiled and fits; `step` keeps alive what a graph reads and writes."""
 
-    case: Case
     step: Step
     phases: Phases
-    peak_bytes: int
-    flops: FlopCount
-    backend_used: str
+    untimed: Measurement
+
+    def measurement(self, metrics: dict[str, Stats]) -> Measurement:
+        return replace(self.untimed, metrics=metrics | self.untimed.metrics)
 
 
 class _Bench:
     """One model in one precision: checks each formulation once, on few images, and keeps the `dense` step of a mode."""
 
-    def __init__(self, model: StepModel, name: str, stamp: Environment) -> None:
+    def __init__(self, model: StepModel, name: str) -> None:
         config = _config(model)
         self.name, self.dtype = name, _dtype(name)
         self.builder, self.small = StepBuilder(config, model.batch), StepBuilder(config, _GATE_BATCH)
-        self.report = TrainReport(config=config, stamp=stamp)
         self._checked: set[Pair] = set()
         self._flops: dict[str, FlopCount] = {}
         self._dense: tuple[Pair, _Built] | None = None
@@ -178,18 +169,14 @@ class _Bench:
             {"dense": dense.phases, "other": other.phases},
             _ROUNDS,
             _WARMUP,
-            device=gpu_problems.DEVICE,
+            device=gpu_contests.DEVICE,
             max_seconds=min(_TIMING, max(left() - 2, 1.0)),
         )
         # Nothing that could fail stands between the measurement and whoever writes it.
         rounds = zip(times["dense"][TOTAL], times["other"][TOTAL], strict=True)
         timings = summarise(times)
-        return PairResult(
-            self.report,
-            self._row(dense, timings["dense"]),
-            self._row(other, timings["other"]),
-            Stats.of([first / second for first, second in rounds]),
-        )
+        timings["other"]["speedup"] = Stats.of([first / second for first, second in rounds])
+        return PairResult(dense.measurement(timings["dense"]), other.measurement(timings["other"]))
 
     def free(self) -> None:
         """Gives up the step that is kept, and what was compiled for it."""
@@ -215,20 +202,10 @@ class _Bench:
         if pair.mode == "captured":
             phases, peak_bytes = capture(step)
         else:
-            phases, peak_bytes = step.phases, peak_memory(step.run, gpu_problems.DEVICE)
+            phases, peak_bytes = step.phases, peak_memory(step.run, gpu_contests.DEVICE)
         used = AUTO if pair.variant == "dfs" and pair.backend == AUTO else step.backend_used
-        return _Built(case, step, phases, peak_bytes, self._flops[pair.variant], used)
-
-    def _row(self, built: _Built, timings: dict[str, Stats]) -> TrainRow:
-        return TrainRow(
-            dtype=self.name,
-            case=built.case,
-            shape=tuple(self.builder.inputs.shape),
-            backend_used=built.backend_used,
-            timings=timings,
-            peak_bytes=built.peak_bytes,
-            flops=built.flops,
-        )
+        untimed = self.builder.measurement(case, self.name, used, {}, peak_bytes, self._flops[pair.variant])
+        return _Built(step, phases, untimed)
 
 
 def build(model: StepModel, name: str, pair: Pair) -> Step:
@@ -244,9 +221,8 @@ def _dtype(name: str) -> str:
     return "fp32" if name == "tf32" else name
 
 
-def _config(model: StepModel) -> Any:
-    """What `StepBuilder` and `TrainReport` read of a configuration."""
-    return SimpleNamespace(
-        model=model.name, options=model.options, backend=STOCK, variants="", num_classes=model.num_classes,
-        image_size=model.image_size, device=gpu_problems.DEVICE, seed=0,
+def _config(model: StepModel) -> BenchTrainConfig:
+    return BenchTrainConfig(
+        model=model.name, options=model.options, backend=UNFUSED, num_classes=model.num_classes,
+        image_size=model.image_size, device=gpu_contests.DEVICE,
     )  # fmt: skip

@@ -4,13 +4,14 @@ Timed one after another, two variants meet two different machines: what else run
 turns, they meet the same one.
 """
 
+import contextlib
 import csv
 import io
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +31,9 @@ CSV_COLUMNS = (
 
 # Or every profile would announce itself; read when the first one starts.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+# Cycles that a GPU idles for a head start: about half a millisecond.
+_HEAD_START = 1_000_000
 
 Phases = dict[str, Callable[[], object]]
 # Name of a variant -> phase -> seconds of every round.
@@ -84,7 +88,7 @@ class Environment:
 
 def environment(device: str = "cpu") -> Environment:
     """Stamps the conditions; call it before the first work."""
-    load = os.getloadavg()[0]
+    load = load_average()
     return Environment(
         timestamp_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         git_sha=_git("rev-parse", "--short=12", "HEAD") or "unknown",
@@ -92,11 +96,27 @@ def environment(device: str = "cpu") -> Environment:
         device_name=cpu_and_instructions() if device == "cpu" else torch.cuda.get_device_name(device),
         num_threads=torch.get_num_threads(),
         num_cores=num_cores(),
-        loadavg=round(load, 2),
+        loadavg=load,
         busy=load > num_cores(),
         torch=str(torch.__version__),
         triton=version_of("triton") or "",
     )
+
+
+def load_average() -> float:
+    """Of the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+@contextlib.contextmanager
+def cpu_threads(num_threads: int | None) -> Iterator[None]:
+    """Sets torch's number of threads for a block; None: leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _git(*arguments: str) -> str:
@@ -139,6 +159,7 @@ def time_phases(
     warmup: int,
     *,
     device: str = "cpu",
+    head_start: bool = False,
     max_seconds: float | None = None,
     on_round: Callable[[], object] = lambda: None,
 ) -> Times:
@@ -150,6 +171,8 @@ def time_phases(
             predecessor in the caches.
         warmup: turns before that, not timed: compilation, memory pools, oneDNN's primitive cache.
         device: on "cuda", device events are read after a synchronisation, and the L2 cache is flushed before each turn.
+        head_start: on "cuda", the device idles before each turn, not timed, so that what the host takes to launch a few
+            kernels is not timed either.
         max_seconds: start no further round after this time, but finish the one that runs: every variant has the same n.
         on_round: called after every round, warm-up included.
     """
@@ -157,10 +180,10 @@ def time_phases(
         raise ValueError(
             f"measure: expected rounds >= 1 and at least one variant, got rounds={rounds}, {len(variants)} variants."
         )
-    clock = _CudaClock() if torch.device(device).type == "cuda" else _CpuClock()
+    run = _CudaClock(head_start).run if torch.device(device).type == "cuda" else _run_on_cpu
     for _ in range(warmup):
         for phases in variants.values():
-            clock.run(phases)
+            run(phases)
         on_round()
     names = list(variants)
     times: Times = {name: {} for name in names}
@@ -168,7 +191,7 @@ def time_phases(
     for turn in range(rounds):
         for offset in range(len(names)):
             name = names[(turn + offset) % len(names)]
-            for phase, seconds in clock.run(variants[name]).items():
+            for phase, seconds in run(variants[name]).items():
                 times[name].setdefault(phase, []).append(seconds)
         on_round()
         if max_seconds is not None and time.perf_counter() - begin > max_seconds:
@@ -176,17 +199,17 @@ def time_phases(
     return times
 
 
-class _CpuClock:
-    def run(self, phases: Phases) -> dict[str, float]:
-        marks = [time.perf_counter()]
-        for call in phases.values():
-            call()
-            marks.append(time.perf_counter())
-        return _differences(phases, marks)
+def _run_on_cpu(phases: Phases) -> dict[str, float]:
+    marks = [time.perf_counter()]
+    for call in phases.values():
+        call()
+        marks.append(time.perf_counter())
+    return _differences(phases, marks)
 
 
 class _CudaClock:
-    def __init__(self) -> None:
+    def __init__(self, head_start: bool) -> None:
+        self.head_start = head_start
         # Larger than any L2 cache.
         self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
@@ -194,6 +217,8 @@ class _CudaClock:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(phases) + 1)]
         self.flush.zero_()
         torch.cuda.synchronize()
+        if self.head_start:
+            torch.cuda._sleep(_HEAD_START)
         events[0].record()
         for call, event in zip(phases.values(), events[1:], strict=True):
             call()
@@ -246,3 +271,14 @@ def append_csv(path: Path, stamp: Environment, rows: Sequence[dict[str, Any]]) -
     writer.writerows(shared | row for row in rows)
     with path.open("ab") as file:
         file.write(text.getvalue().encode())  # at once, so that a run that is killed leaves whole measurements
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The whole lines of a file, by the names of its columns; none where it is not there.
+
+    A run that was killed while it wrote may have left a part of one.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]

@@ -1,19 +1,15 @@
 """`dfs bench ops`: forward and backward of every op on the models' shapes, each formulation in turn."""
 
-import fnmatch
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dfs_engine.benchmarks.machine import copy_bandwidth, matmul_peak
-from dfs_engine.benchmarks.measure import append_csv, environment, measure_phases
-from dfs_engine.benchmarks.op_cases import OP_NAMES, STOCK, OpCase, Operands, TimedOp
-from dfs_engine.benchmarks.ops_report import OpRow, OpsReport
-from dfs_engine.benchmarks.options import LAYOUTS, check_least
-from dfs_engine.benchmarks.shapes import SHAPES, LinearShape, Shape
-from dfs_engine.checks import split_betas, split_choices
+from dfs_engine.benchmarks.measure import Stats, append_csv, cpu_threads, environment, load_average, measure_phases
+from dfs_engine.benchmarks.op_cases import OP_NAMES, STOCK_PATHS, OpCase, Operands, TimedOp
+from dfs_engine.benchmarks.ops_config import BenchOpsConfig, reason_unmeasured
+from dfs_engine.benchmarks.ops_report import OpsReport
+from dfs_engine.benchmarks.results import Measurement, Measurements
+from dfs_engine.benchmarks.shapes import LinearShape, Shape
 from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime.progress_bar import progress_bar
 from dfs_engine.validate.tolerances import DTYPES, Comparison, Tolerance, compare
@@ -24,117 +20,21 @@ _NOISE_MARGIN = 16
 _QUICK_ROUNDS = 5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchOpsConfig:
-    """What `dfs bench ops` times. Lists are comma-separated.
-
-    Attributes:
-        ops: Some of conv2d, linear, norm_act.
-        shapes: Which shapes: patterns of family/shape, for example "vgg7/*,bert/*".
-        backends: Some of dense (stock, full gradient), detach (stock, published cat + detach), aten, cpp.
-        layouts: Some of nchw, channels_last; linear layers have one.
-        dtypes: Some of fp32, bf16, fp16, fp64. Each is a measurement of its own.
-        beta: Shares of channels with gradient, timed in turns with each other.
-        rounds: How often every case is timed; at least 20 for numbers to publish.
-        warmup: How often it runs before that, not timed.
-        max_seconds: Start no further round of a shape and dtype after this time. Default: no limit.
-        num_threads: CPU threads. Default: torch's.
-        seed: Of the random data.
-        detail: Time the two gradients of convolutions and linears one by one too.
-        quick: One shape of each family and op, fp32, 5 rounds: to see that it works.
-        output: CSV file to append the measurements to. Default: none.
-        progress: Show a progress bar in a terminal.
-    """
-
-    ops: str = "conv2d,linear,norm_act"
-    shapes: str = "*"
-    backends: str = "dense,detach,aten,cpp"
-    layouts: str = "nchw,channels_last"
-    dtypes: str = "fp32"
-    beta: str = "0.5"
-    rounds: int = 20
-    warmup: int = 2
-    max_seconds: float | None = None
-    num_threads: int | None = None
-    seed: int = 0
-    detail: bool = False
-    quick: bool = False
-    output: str = ""
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        split_choices("ops", self.ops, OP_NAMES)
-        split_choices("backends", self.backends, (*STOCK, "aten", "cpp"))
-        split_choices("layouts", self.layouts, LAYOUTS)
-        split_choices("dtypes", self.dtypes, DTYPES)
-        split_betas("beta", self.beta)
-        check_least(self, dict.fromkeys(("rounds", "warmup", "num_threads"), 1))
-        if not self.chosen_shapes:
-            families = ", ".join(dict.fromkeys(shape.family for shape in SHAPES))
-            raise ValueError(
-                f"shapes: expected patterns that match some of the shapes of {families}, got {self.shapes!r}. "
-                'Write family/shape with wildcards, e.g. "vgg7/*".'
-            )
-
-    @property
-    def chosen_shapes(self) -> list[Shape]:
-        """What is timed."""
-        ops = split_choices("ops", self.ops, OP_NAMES)
-        patterns = [pattern.strip() for pattern in self.shapes.split(",")]
-        shapes = [
-            shape
-            for shape in SHAPES
-            if shape.op in ops and any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns)
-        ]
-        firsts = {(shape.family, shape.op): shape for shape in reversed(shapes)}
-        return [shape for shape in shapes if shape in firsts.values()] if self.quick else shapes
-
-    @property
-    def chosen_dtypes(self) -> list[str]:
-        return ["fp32"] if self.quick else split_choices("dtypes", self.dtypes, DTYPES)
-
-    @property
-    def paths(self) -> list[str]:
-        return split_choices("backends", self.backends, (*STOCK, "aten", "cpp"))
-
-    def cases(self, shape: Shape, dtype: str) -> list[OpCase]:
-        """One interleaving, without the backends that are not there."""
-        return [
-            OpCase(path, layout, beta)
-            for path in self.paths
-            if _unmeasured(path, shape.op, dtype) is None
-            for beta in ([None] if path == "dense" else split_betas("beta", self.beta))
-            for layout in (["-"] if isinstance(shape, LinearShape) else split_choices("layouts", self.layouts, LAYOUTS))
-        ]
-
-
-def _unmeasured(path: str, op: str, dtype: str) -> str | None:
-    """Why a way of computing cannot be timed, or None."""
-    if path in STOCK:
-        return None
-    refused = backends.unsupported_dtype(OP_NAMES[op], path, DTYPES[dtype])
-    return backends.unavailable_reason(path) or (refused and f"{op} in {dtype}: {refused}")
-
-
 def run(config: BenchOpsConfig) -> OpsReport:
     """Times everything that `config` asks for.
 
     Raises:
         RuntimeError: a case's results are wrong; nothing of that shape was timed then.
     """
-    num_threads_before = torch.get_num_threads()
-    torch.set_num_threads(config.num_threads or num_threads_before)
-    try:
+    with cpu_threads(config.num_threads):
         return _run(config)
-    finally:
-        torch.set_num_threads(num_threads_before)
 
 
 def _run(config: BenchOpsConfig) -> OpsReport:
     shapes, dtypes = config.chosen_shapes, config.chosen_dtypes
     report = OpsReport(config=config, stamp=environment())
     for path in config.paths:
-        reasons = (_unmeasured(path, shape.op, dtype) for shape in shapes for dtype in dtypes)
+        reasons = (reason_unmeasured(path, shape.op, dtype) for shape in shapes for dtype in dtypes)
         report.notes += [f"{path} was not measured: {reason}." for reason in dict.fromkeys(reasons) if reason]
     report.bandwidth = copy_bandwidth()
     report.peaks = {dtype: matmul_peak(DTYPES[dtype]) for dtype in dtypes}
@@ -145,9 +45,9 @@ def _run(config: BenchOpsConfig) -> OpsReport:
                 bar.set_description(f"{shape.op} {shape.family} {shape} {dtype}")
                 timed = _time_shape(config, shape, dtype)
                 report.rows += timed
-                _append(config, report, report.csv_rows(timed))
+                _append(config, report, timed.csv_rows())
                 bar.update()
-    report.finish()
+    report.loadavg_end = load_average()
     return report
 
 
@@ -156,9 +56,9 @@ def _append(config: BenchOpsConfig, report: OpsReport, rows: list[dict[str, Any]
         append_csv(Path(config.output), report.stamp, rows)
 
 
-def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]:
+def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> Measurements:
     """One interleaving: compares, then times."""
-    operands = Operands(shape, DTYPES[dtype], config.seed)
+    operands = Operands.random(shape, DTYPES[dtype], config.seed)
     timed = [TimedOp(case, operands) for case in config.cases(shape, dtype)]
     check(timed, operands)
     variants = {str(one.case): one.phases for one in timed}
@@ -166,13 +66,35 @@ def _time_shape(config: BenchOpsConfig, shape: Shape, dtype: str) -> list[OpRow]
         variants |= {f"{one.case} detailed": one.detailed() for one in timed}
     rounds = min(config.rounds, _QUICK_ROUNDS) if config.quick else config.rounds
     timings = measure_phases(variants, rounds, config.warmup, max_seconds=config.max_seconds)
-    rows = []
+    found = Measurements()
     for one in timed:
         details = timings.get(f"{one.case} detailed", {})
         parts = {name: stats for name, stats in details.items() if name.startswith("grad")}
-        automatic = _automatic(one.case, operands)
-        rows.append(OpRow(dtype, shape, one.case, one.num_live, timings[str(one.case)] | parts, automatic))
-    return rows
+        found.append(measurement(one, dtype, timings[str(one.case)] | parts, _automatic(one.case, operands)))
+    return found
+
+
+def measurement(timed: TimedOp, dtype: str, timings: dict[str, Stats], automatic: str) -> Measurement:
+    """All that is told of one case; `automatic` is the backend that `auto` takes there."""
+    case, shape = timed.case, timed.shape
+    is_stock = case.path in STOCK_PATHS
+    counts = {f"flops_{phase}": timed.flops[phase] for phase in timings if shape.flops}
+    counts["bytes"] = shape.elements * DTYPES[dtype].itemsize
+    counts["automatic"] = int(case.path == automatic)
+    return Measurement(
+        suite="ops",
+        model=shape.family,
+        op=shape.op,
+        variant=case.path if is_stock else "dfs",
+        backend_used="stock" if is_stock else case.path,
+        dtype=dtype,
+        shape=str(shape),
+        mode="eager",
+        layout=case.layout,
+        beta=case.beta,
+        num_live=timed.num_live,
+        metrics=timings | {name: Stats.of([count]) for name, count in counts.items()},
+    )
 
 
 def _automatic(case: OpCase, operands: Operands) -> str:

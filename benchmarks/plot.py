@@ -69,7 +69,7 @@ def run(config: BenchPlotConfig) -> PlotReport:
     from matplotlib import pyplot
 
     drawn = []
-    for file in csv_files([config.results]):
+    for file in csv_files(config.results):
         measurements = Measurements.read(file)
         for name, title, draw in _figures(measurements, config):
             figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")

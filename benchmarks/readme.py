@@ -7,9 +7,9 @@ nothing else is touched.
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfs_engine.benchmarks.markdown import fill, table
+from dfs_engine.benchmarks.markdown import fill, link, table
 from dfs_engine.benchmarks.measure import TOTAL
-from dfs_engine.benchmarks.results import Measurements, compare_steps
+from dfs_engine.benchmarks.results import Measurements, compare_file
 from dfs_engine.benchmarks.results_accuracy import VGG7, accuracy_section, how_it_ends, last_rows
 from dfs_engine.benchmarks.results_tables import (
     families_section,
@@ -52,7 +52,7 @@ def headline(results: Path) -> Iterator[str]:
     yield ""
     yield (
         f"VGG7-64, 6 exits, 32 px, batch 100, fp32, beta 0.5, n = {ours[TOTAL].n}. {ours.conditions}; "
-        f"[{path.name}](benchmarks/results/{path.name})."
+        f"{link(path, path.parents[2])}."
     )
 
 
@@ -60,10 +60,7 @@ def families(results: Path) -> Iterator[str]:
     """A line for each of the five families: the best stock step and ours."""
     rows, machines = [], dict[str, list[str]]()
     for name, file in _FAMILIES.items():
-        path = results / f"train_{file}.csv"
-        ratio = compare_steps(Measurements.read(path).of(dtype="fp32"))
-        if ratio is None:
-            raise ValueError(f"results: expected dfs, and stock forms on both allocators, in {path}.")
+        ratio = compare_file(results / f"train_{file}.csv")
         best = f"{milliseconds(ratio.best)} (`{ratio.best.variant}`)"
         ratios = f"{ratio.median:.2f} ({ratio.min:.2f})", f"{ratio.one_allocator:.2f}", f"{ratio.flops:.2f}"
         rows.append((name, best, milliseconds(ratio.ours), *ratios))

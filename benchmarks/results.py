@@ -1,35 +1,40 @@
-"""Measurements of `dfs bench train` and `dfs bench ops`, read back from their CSV files."""
+"""What the benchmarks measure: as they report it, and as it is written to CSV files and read back."""
 
-import csv
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats
+from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats, read_csv
+from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
-# Multi-exit training in stock PyTorch: without surgery, and two formulations of it.
-STOCK = ("dense", "detach", "split")
 _BETA = re.compile(r"beta=([\d.]+)/")
 _KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mode")
+# Of what is not in seconds, as metrics' names begin.
+_UNITS = {"flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x"}
 _STAMP = ("timestamp_utc", "git_sha", "dirty", "device_name", "num_threads", "loadavg", "torch")
 
 
-@dataclass(frozen=True, slots=True)
+def _unit(metric: str) -> str:
+    return next((unit for start, unit in _UNITS.items() if metric.startswith(start)), "s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One case on one shape, and all that was measured of it.
 
     Attributes:
         beta: None where nothing is split.
-        stamp: the run's machine and versions, by the names of the columns.
         metrics: seconds of each phase, FLOPs, bytes, ...
         kernels: seconds by kind of kernel, where a step was profiled.
+        num_live: input channels with gradient, of a single op.
+        stamp: of what was read: the run's machine and versions, by the names of the columns.
     """
 
     suite: str
     model: str
-    op: str
+    op: str = ""
     variant: str
     backend_used: str
     dtype: str
@@ -37,9 +42,10 @@ class Measurement:
     mode: str
     layout: str
     beta: float | None
-    stamp: dict[str, str]
-    metrics: dict[str, Stats]
-    kernels: dict[str, float]
+    metrics: dict[str, Stats] = field(default_factory=dict)
+    kernels: dict[str, float] = field(default_factory=dict)
+    num_live: int | None = None
+    stamp: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, metric: str) -> Stats:
         return self.metrics[metric]
@@ -66,9 +72,29 @@ class Measurement:
         return "automatic" in self and self["automatic"].median == 1
 
     @property
+    def timings(self) -> dict[str, Stats]:
+        """The metrics in seconds."""
+        return {metric: stats for metric, stats in self.metrics.items() if _unit(metric) == "s"}
+
+    def flops_of(self, phase: str) -> float:
+        """0 where nothing counts as arithmetic."""
+        return self[f"flops_{phase}"].median if f"flops_{phase}" in self else 0
+
+    @property
     def flops(self) -> float:
         """Of a training step."""
-        return self["flops_forward"].median + self["flops_backward"].median
+        return self.flops_of("forward") + self.flops_of("backward")
+
+    def csv_rows(self) -> Iterator[dict[str, Any]]:
+        """One row per metric and kind of kernel, for `append_csv`."""
+        case = self.layout if self.beta is None else f"beta={self.beta:g}/{self.layout}"
+        key: dict[str, Any] = {name: getattr(self, name) for name in _KEY} | {"case": case}
+        if self.num_live is not None:
+            key |= {"start": 0, "stop": self.num_live}
+        for metric, stats in self.metrics.items():
+            yield key | {"metric": metric, "unit": _unit(metric)} | asdict(stats)
+        for kind, seconds in self.kernels.items():
+            yield key | {"op": kind, "metric": "breakdown", "unit": "s"} | asdict(Stats.of([seconds]))
 
     @property
     def conditions(self) -> str:
@@ -82,13 +108,18 @@ class Measurement:
 
 
 class Measurements(list[Measurement]):
-    """What a file holds: of each dtype and shape the newest run, because only what was interleaved may be compared."""
+    """Some of them, in order."""
 
     @classmethod
     def read(cls, path: Path) -> "Measurements":
-        """Raises ValueError where `path` is no file of measurements."""
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        """Of each dtype and shape in a file the newest run, because only what was interleaved may be compared.
+
+        Empty where there is no file.
+
+        Raises:
+            ValueError: it is no file of measurements.
+        """
+        rows = read_csv(path)
         try:
             newest: dict[tuple[str, str], str] = {}
             for row in rows:
@@ -123,6 +154,10 @@ class Measurements(list[Measurement]):
         """The one with the smallest median of `metric`: each method in its best form."""
         return next(iter(self.ranked(metric)), None)
 
+    def csv_rows(self) -> list[dict[str, Any]]:
+        """For `append_csv`."""
+        return [row for one in self for row in one.csv_rows()]
+
     def distinct(self, name: str) -> list:
         """Values of one attribute, sorted, None left out."""
         return sorted({getattr(one, name) for one in self} - {None, ""})
@@ -131,7 +166,7 @@ class Measurements(list[Measurement]):
 def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None:
     profiled = row["metric"] == "breakdown"
     # The kinds of a breakdown belong to one step.
-    values = {name: "" if profiled and name == "op" else row[name] for name in _KEY}
+    values: dict[str, Any] = {name: "" if profiled and name == "op" else row[name] for name in _KEY}
     key = (*values.values(), row["case"])
     if key not in found:
         beta = _BETA.match(row["case"])
@@ -140,8 +175,7 @@ def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None
             layout=row["case"].split("/")[-1],
             beta=float(beta[1]) if beta else None,
             stamp={name: row[name] for name in _STAMP},
-            metrics={},
-            kernels={},
+            num_live=int(row["stop"]) if row["stop"] else None,
         )
     median = float(row["median"])
     if profiled:
@@ -149,6 +183,18 @@ def _add(found: dict[tuple[str, ...], Measurement], row: dict[str, str]) -> None
     else:
         low, p20, p80 = (float(row[name] or median) for name in ("min", "p20", "p80"))
         found[key].metrics[row["metric"]] = Stats(median, low, p20, p80, n=int(row["n"] or 1))
+
+
+def losses(
+    found: Measurements, rivals: tuple[str, ...], phases: Iterable[str] = (TOTAL,)
+) -> Iterator[tuple[Measurement, Measurement, str]]:
+    """(automatic choice, what beat it, phase) where it is slower beyond noise (p20 above p80) in the same layout."""
+    for own in found.of(is_automatic=True):
+        same = found.of(dtype=own.dtype, op=own.op, model=own.model, shape=own.shape, layout=own.layout)
+        for rival in same.of(path=rivals, beta=(None, own.beta)):
+            for phase in phases:
+                if rival.path != own.path and own[phase].p20 > rival[phase].p80:
+                    yield own, rival, phase
 
 
 class StepRatio(NamedTuple):
@@ -164,7 +210,7 @@ class StepRatio(NamedTuple):
     """As `median`, with the rivals on the memory of `ours`."""
 
 
-def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK) -> StepRatio | None:
+def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK_VARIANTS) -> StepRatio | None:
     """None where one of the steps compared is missing."""
     ours = found.of(variant="dfs").fastest()
     rivals_on_stock = found.of(variant=rivals, allocator="stock").ranked()
@@ -182,29 +228,29 @@ def compare_steps(found: Measurements, rivals: tuple[str, ...] = STOCK) -> StepR
     )
 
 
-def csv_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among `paths`, and the files of measurements in the folders among them.
+def compare_file(path: Path) -> StepRatio:
+    """Of a file of steps in one dtype.
+
+    Raises:
+        ValueError: one of the steps compared is missing.
+    """
+    ratio = compare_steps(Measurements.read(path))
+    if ratio is None:
+        raise ValueError(f"results: expected dfs, and stock forms on both allocators, in {path}.")
+    return ratio
+
+
+def csv_files(path: Path) -> list[Path]:
+    """A file, or the files of measurements in a folder, which may hold the metrics of training runs too.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    paths = list(paths)
-    files = [file for path in paths for file in (_measurements_in(path) if path.is_dir() else [path])]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing or not files:
-        places = ", ".join(missing or map(str, paths))
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] * path.is_file()
+    files = [file for file in files if file == path or [*CSV_COLUMNS] in map(list, read_csv(file)[:1])]
+    if not files:
         raise FileNotFoundError(
-            f"results: expected CSV files, got none at {places}. "
+            f"results: expected CSV files, got none at {path}. "
             "Write one with `dfs bench train --output FILE` or `dfs bench ops --output FILE`."
         )
     return files
-
-
-def _measurements_in(folder: Path) -> list[Path]:
-    """A folder of results may hold the metrics of training runs too."""
-
-    def header(file: Path) -> list[str]:
-        with file.open(newline="") as lines:
-            return next(csv.reader(lines), [])
-
-    return [file for file in sorted(folder.glob("*.csv")) if header(file) == list(CSV_COLUMNS)]

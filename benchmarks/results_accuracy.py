@@ -1,12 +1,12 @@
 """Accuracy of every exit in the recorded training runs, each variant beside the others."""
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dfs_engine.benchmarks.markdown import link, table
+from dfs_engine.benchmarks.measure import read_csv
 
 _ENSEMBLE = "test_top1_ensemble"
 
@@ -79,8 +79,7 @@ def last_rows(results: Path, runs: TrainedRuns) -> dict[str, dict[str, str]]:
     """By variant: the metrics after the last epoch."""
     rows = {}
     for path in sorted(results.glob(f"{runs.name}_*_metrics.csv")):
-        with path.open(newline="") as file:
-            *_, rows[path.name.removeprefix(f"{runs.name}_").removesuffix("_metrics.csv")] = csv.DictReader(file)
+        rows[path.name.removeprefix(f"{runs.name}_").removesuffix("_metrics.csv")] = read_csv(path)[-1]
     return rows
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from dfs_engine.benchmarks.markdown import link, table
 from dfs_engine.benchmarks.measure import TOTAL
-from dfs_engine.benchmarks.results import STOCK, Measurement, Measurements, compare_steps
+from dfs_engine.benchmarks.results import Measurement, Measurements, compare_file, losses
 from dfs_engine.benchmarks.results_targets import command
+from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
 _STEP_HEADER = (
     *("variant", "layout", "mode", "forward ms", "backward ms", "step ms, median (min)"),
@@ -29,12 +30,12 @@ def milliseconds(one: Measurement | None, metric: str = TOTAL) -> str:
 
 def _step_rows(found: Measurements) -> Iterator[tuple[str, ...]]:
     """Every case, its ratios to the best `dense` and the best stock one, and the ceiling that FLOPs allow."""
-    stock = found.of(variant=STOCK, allocator="stock")
+    stock = found.of(variant=STOCK_VARIANTS, allocator="stock")
     dense, best = stock.of(variant="dense").fastest(), stock.fastest()
     if dense is None or best is None:
         raise ValueError("results: expected dense on stock memory among the training steps of a table.")
     for one in found.ranked():
-        same = found.of(variant=STOCK, allocator=one.allocator).fastest() or best
+        same = found.of(variant=STOCK_VARIANTS, allocator=one.allocator).fastest() or best
         step = one[TOTAL]
         yield (
             f"**dfs** ({one.backend_used})" if one.variant == "dfs" else one.variant,
@@ -49,8 +50,6 @@ def _step_rows(found: Measurements) -> Iterator[tuple[str, ...]]:
 
 def train_section(path: Path) -> Iterator[str]:
     """The table of one file of training steps, and where the time of one step goes."""
-    if not path.exists():
-        return
     every = Measurements.read(path)
     for dtype in every.distinct("dtype"):
         found = every.of(dtype=dtype)
@@ -63,9 +62,7 @@ def train_section(path: Path) -> Iterator[str]:
         yield from table(_STEP_HEADER, _step_rows(found))
         yield ""
         # A run of its own, where the long one was disturbed at its end.
-        profiled = path.with_name(f"{path.stem}_breakdown.csv")
-        if profiled.exists():
-            yield from _breakdown(profiled, dtype)
+        yield from _breakdown(path.with_name(f"{path.stem}_breakdown.csv"), dtype)
 
 
 def _breakdown(path: Path, dtype: str) -> Iterator[str]:
@@ -81,10 +78,7 @@ def families_section(paths: list[Path]) -> Iterator[str]:
     """One line per family: every formulation in its best form."""
     rows, notes = [], []
     for path in filter(Path.exists, paths):
-        found = Measurements.read(path)
-        ratio = compare_steps(found)
-        if ratio is None:
-            raise ValueError(f"results: expected dfs, and stock forms on both allocators, in {path}.")
+        found, ratio = Measurements.read(path), compare_file(path)
         ours = ratio.ours
         forms = (found.of(variant=variants, allocator=allocator).fastest() for variants, allocator in _FORMS.values())
         rows.append(
@@ -137,16 +131,8 @@ def losses_section(path: Path) -> Iterator[str]:
             f"combinations of shape and layout in {link(path, path.parents[1])}: {'none.' if not lost else ''}".rstrip()
         )
         yield ""
-        yield from (f"- {text}" for text in lost)
+        for own, rival, _ in lost:
+            ours, theirs = own[TOTAL].median * 1e3, rival[TOTAL].median * 1e3
+            where = f"{own.op} {own.model} {own.shape} {own.layout} ({own.path})"
+            yield f"- {where}: {ours:.2f} ms against {rival.path}'s {theirs:.2f}"
         yield ""
-
-
-def losses(found: Measurements, rivals: tuple[str, ...]) -> Iterator[str]:
-    """Where the automatic choice's forward + backward is slower beyond noise (p20 above p80), in the same layout."""
-    for own in found.of(is_automatic=True):
-        same = found.of(op=own.op, model=own.model, shape=own.shape, layout=own.layout, beta=(None, own.beta))
-        for rival in same.of(path=rivals):
-            if rival.path != own.path and own[TOTAL].p20 > rival[TOTAL].p80:
-                ours, theirs = own[TOTAL].median * 1e3, rival[TOTAL].median * 1e3
-                where = f"{own.op} {own.model} {own.shape} {own.layout} ({own.path})"
-                yield f"{where}: {ours:.2f} ms against {rival.path}'s {theirs:.2f}"

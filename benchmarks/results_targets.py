@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from dfs_engine.benchmarks.markdown import link, table
 from dfs_engine.benchmarks.measure import TOTAL
-from dfs_engine.benchmarks.results import STOCK, Measurements, compare_steps
+from dfs_engine.benchmarks.results import Measurements, compare_steps
+from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
 # What regenerates each file; on a quiet machine, one after another.
 COMMANDS = {
@@ -50,16 +51,26 @@ COMMANDS |= {
 }
 
 
-def op_ratios(found: Measurements, op: str, metric: str) -> dict[str, float]:
-    """By shape: time of dense over that of the automatic choice, each in its best layout; medians."""
-    ratios = {}
-    for shape in dict.fromkeys((one.model, one.shape) for one in found.of(op=op)):
-        same = found.of(op=op, model=shape[0], shape=shape[1])
-        dense = same.of(path="dense").fastest(metric)
-        own = same.of(is_automatic=True).fastest(metric)
-        if dense and own:
-            ratios[" ".join(shape)] = dense[metric].median / own[metric].median
-    return ratios
+class StepTarget(NamedTuple):
+    """How much faster a step of dfs is to be than the fastest of its rivals, both in one file of results."""
+
+    file: str
+    what: str
+    least: float
+    aim: float
+    rivals: tuple[str, ...] = STOCK_VARIANTS
+    against: str = "best stock"
+    dtype: str = "fp32"
+
+
+_STEP_TARGETS = (
+    StepTarget("train_vgg7_64.csv", "VGG7-64 step, batch 100, fp32", 1.3, 1.6, ("dense",), "best `dense`"),
+    StepTarget("train_vgg7_64.csv", "same", 1.2, 1.5, ("split", "detach"), "best `split` or `detach`"),
+    StepTarget("train_vgg7_64_bf16.csv", "VGG7-64 step, batch 100, bf16 autocast", 1.3, 1.6, dtype="bf16"),
+    StepTarget("train_batch.csv", "VGG7-64 step, batch 100, fp32", 1.5, 2.0, ("byot",), "BYOT on `dense`"),
+    StepTarget("train_vgg16_64.csv", "VGG16-64, 224 px, batch 8, fp32", 1.25, 1.5),
+    *(StepTarget(f"train_{name}.csv", f"{what}, fp32", least, aim) for name, (_, what, least, aim) in _STEPS.items()),
+)
 
 
 class Line(NamedTuple):
@@ -74,47 +85,50 @@ class Line(NamedTuple):
     file: str
 
 
-def _step(results: Path, file: str, what: str, against: str, rivals: tuple[str, ...], least: float, aim: float,
-          dtype: str = "fp32") -> Iterator[Line]:  # fmt: skip
-    path = results / file
-    if not path.exists():
-        return
-    every = Measurements.read(path).of(suite="train", dtype=dtype)
-    found = compare_steps(every.of(batch_size=100) or every, rivals)
+def _step_line(results: Path, target: StepTarget) -> Iterator[Line]:
+    every = Measurements.read(results / target.file).of(suite="train", dtype=target.dtype)
+    found = compare_steps(every.of(batch_size=100) or every, target.rivals)
     if found is None:
         return
     text = f"{found.median:.2f} ({found.min:.2f}); FLOPs alone {found.flops:.2f}"
     if found.ours.allocator != "stock":
         text += f"; both on the caching allocator {found.one_allocator:.2f}"
-    yield Line(what, against, f"{least:g}", f"{aim:g}", text, found.median >= least, file)
+    limits = f"{target.least:g}", f"{target.aim:g}"
+    yield Line(target.what, target.against, *limits, text, found.median >= target.least, target.file)
+
+
+def _op_ratios(found: Measurements, op: str, metric: str) -> list[float]:
+    """Of each shape: time of dense over that of the automatic choice, each in its best layout; medians, sorted."""
+    ratios = []
+    for model, shape in dict.fromkeys((one.model, one.shape) for one in found.of(op=op)):
+        same = found.of(op=op, model=model, shape=shape)
+        dense, own = same.of(path="dense").fastest(metric), same.of(is_automatic=True).fastest(metric)
+        if dense and own:
+            ratios.append(dense[metric].median / own[metric].median)
+    return sorted(ratios)
 
 
 def _op_lines(results: Path) -> Iterator[Line]:
-    path = results / "ops_fp32.csv"
-    if not path.exists():
-        return
-    found = Measurements.read(path)
+    file = "ops_fp32.csv"
+    found = Measurements.read(results / file)
     for op, metric, what, against, least, aim in (
         ("conv2d", "backward", "backward per conv, beta 0.5", "`dense` backward", 1.25, "1.33"),
         ("linear", "step", "partitioned linear, forward + backward, fp32", "stock `F.linear`", 1.8, "2.5"),
     ):
-        ratios = op_ratios(found, op, metric)
+        ratios = _op_ratios(found, op, metric)
         if not ratios:
             continue
-        values = sorted(ratios.values())
-        enough = sum(value >= least for value in values)
+        enough = sum(ratio >= least for ratio in ratios)
         text = (
-            f"{values[0]:.2f} to {values[-1]:.2f}, median {statistics.median(values):.2f}; "
-            f"{enough} of {len(values)} shapes reach {least:g}"
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}; "
+            f"{enough} of {len(ratios)} shapes reach {least:g}"
         )
-        yield Line(what, against, f"{least:g}", aim, text, enough == len(values), path.name)
+        yield Line(what, against, f"{least:g}", aim, text, enough == len(ratios), file)
 
 
 def _beta_line(results: Path) -> Iterator[Line]:
-    path = results / "ops_beta.csv"
-    if not path.exists():
-        return
-    found = [one for one in Measurements.read(path).of(is_automatic=True) if one.beta is not None]
+    file = "ops_beta.csv"
+    found = [one for one in Measurements.read(results / file).of(is_automatic=True) if one.beta is not None]
     curves: dict[tuple[str, ...], list[float]] = {}
     for one in sorted(found, key=lambda one: one.beta or 0):
         curves.setdefault((one.op, one.model, one.shape), []).append(one["backward"].median)
@@ -127,56 +141,42 @@ def _beta_line(results: Path) -> Iterator[Line]:
         f"{min(spans):.2f} to {max(spans):.2f}, median {statistics.median(spans):.2f}"
     )
     is_met = num_falling == len(curves)
-    yield Line("backward latency, beta .9 to .1", "itself", "falls monotonically", "", text, is_met, path.name)
+    yield Line("backward latency, beta .9 to .1", "itself", "falls monotonically", "", text, is_met, file)
 
 
 def _memory_line(results: Path) -> Iterator[Line]:
-    path = results / "train_vgg7_64.csv"
-    if not path.exists():
-        return
-    found = Measurements.read(path).of(dtype="fp32")
+    file = "train_vgg7_64.csv"
+    found = Measurements.read(results / file).of(dtype="fp32")
     own = found.of(variant="dfs").fastest()
     dense = [one["peak_memory"].median for one in found.of(variant="dense") if one.mode.startswith("eager")]
     if own and dense:
         ratio = own["peak_memory"].median / min(dense)
-        yield Line("peak memory of the step", "`dense` eager", "0.8", "0.6", f"{ratio:.2f}", ratio <= 0.8, path.name)
+        yield Line("peak memory of the step", "`dense` eager", "0.8", "0.6", f"{ratio:.2f}", ratio <= 0.8, file)
 
 
 def _batch_line(results: Path) -> Iterator[Line]:
-    path = results / "train_batch.csv"
-    if not path.exists():
-        return
-    found = Measurements.read(path).of(variant="dfs", dtype="fp32")
+    file = "train_batch.csv"
+    found = Measurements.read(results / file).of(variant="dfs", dtype="fp32")
     fastest = {size: found.of(batch_size=size).fastest() for size in found.distinct("batch_size")}
     per_image = {size: one[TOTAL].median / size for size, one in fastest.items() if one}
+    if not per_image:
+        return
     middle = statistics.median(per_image.values())
     worst = max(abs(value / middle - 1) for value in per_image.values())
     times = ", ".join(f"{batch}: {value * 1e3:.2f}" for batch, value in per_image.items())
     text = f"{worst:.0%} at worst from the median; ms per image at batch {times}"
-    yield Line("step time against batch size", "linear", "within 10 %", "", text, worst <= 0.1, path.name)
+    yield Line("step time against batch size", "linear", "within 10 %", "", text, worst <= 0.1, file)
 
 
 def targets_section(results: Path) -> Iterator[str]:
     """The table; lines whose file is missing are left out."""
     lines = [
-        *_step(results, "train_vgg7_64.csv", "VGG7-64 step, batch 100, fp32", "best `dense`", ("dense",), 1.3, 1.6),
-        *_step(results, "train_vgg7_64.csv", "same", "best `split` or `detach`", ("split", "detach"), 1.2, 1.5),
-        *_step(
-            results, "train_vgg7_64_bf16.csv", "VGG7-64 step, batch 100, bf16 autocast", "best stock", STOCK, 1.3, 1.6,
-            dtype="bf16",
-        ),
-        *_step(results, "train_batch.csv", "VGG7-64 step, batch 100, fp32", "BYOT on `dense`", ("byot",), 1.5, 2.0),
-        *_step(results, "train_vgg16_64.csv", "VGG16-64, 224 px, batch 8, fp32", "best stock", STOCK, 1.25, 1.5),
-        *(
-            line
-            for name, (_, what, least, aim) in _STEPS.items()
-            for line in _step(results, f"train_{name}.csv", f"{what}, fp32", "best stock", STOCK, least, aim)
-        ),
+        *(line for target in _STEP_TARGETS for line in _step_line(results, target)),
         *_op_lines(results),
         *_beta_line(results),
         *_memory_line(results),
         *_batch_line(results),
-    ]  # fmt: skip
+    ]
     yield from table(
         ("what", "against", "at least", "aim", "measured: ratio of medians (of minima)", "reached", "file"),
         ((*line[:5], "yes" if line.is_met else "**no**", link(results / line.file, results.parent)) for line in lines),

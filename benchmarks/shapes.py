@@ -1,5 +1,7 @@
 """The layers that read a split feature in the models of the paper, at the sizes they are trained with."""
 
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,6 +90,12 @@ class BlockShape:
 
 
 Shape = ConvShape | LinearShape | BlockShape
+
+
+def matching(shapes: Iterable[Shape], patterns: str) -> list[Shape]:
+    """Those whose family/shape matches one of the comma-separated patterns."""
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    return [shape for shape in shapes if any(fnmatch.fnmatch(f"{shape.family}/{shape}", one) for one in wanted)]
 
 
 def _vgg(family: str, batch: int, stages: tuple[tuple[int, int, int, bool], ...]) -> list[Shape]:

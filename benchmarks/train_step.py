@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfs_engine.benchmarks.measure import Phases
+from dfs_engine.benchmarks.measure import Phases, Stats
 from dfs_engine.benchmarks.options import LAYOUTS
-from dfs_engine.benchmarks.train_report import Case
+from dfs_engine.benchmarks.results import Measurement
+from dfs_engine.benchmarks.train_config import UNSPLIT, BenchTrainConfig, StepCase
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.methods import Joint, Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
@@ -17,13 +18,8 @@ from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime import memory
 from dfs_engine.validate.tolerances import DTYPES, TOLERANCES, Tolerance, compare, gradient_scale
 
-if TYPE_CHECKING:
-    from dfs_engine.benchmarks.train import BenchTrainConfig
-
-# `Case.compile` -> torch.compile's mode. Other cases run eager.
+# `StepCase.compile` -> torch.compile's mode. Other cases run eager.
 _COMPILE_MODES = {"on": None, "reduce-overhead": "reduce-overhead"}
-# Variants that split nothing, so that beta means nothing to them; `byot` is BYOT's loss on `dense`.
-UNSPLIT = ("dense", "byot")
 _GATE_BATCH = 4
 # The table is for one op. In a network roundings add up, and flip some ReLUs and max pools, in stock PyTorch as here.
 _NOISE_MARGIN = 4
@@ -117,7 +113,7 @@ class Step:
 class StepBuilder:
     """Builds steps of one batch size that start from the same weights and data, and checks that they agree."""
 
-    def __init__(self, config: "BenchTrainConfig", batch_size: int) -> None:
+    def __init__(self, config: BenchTrainConfig, batch_size: int) -> None:
         self.config, self.batch_size = config, batch_size
         torch.manual_seed(config.seed)
         model = self._model("dense", None)
@@ -147,7 +143,7 @@ class StepBuilder:
                 module.p = 0.0  # what is drawn anew each time cannot be compared
         return model
 
-    def build(self, case: Case, dtype: str, batch_size: int | None = None, backend: str | None = None) -> Step:
+    def build(self, case: StepCase, dtype: str, batch_size: int | None = None, backend: str | None = None) -> Step:
         """The step of `case`; on the first `batch_size` inputs, default all; by `backend`, default the config's."""
         torch_dtype, device = DTYPES[dtype], self.config.device
         # As in mixed-precision training, parameters stay float32.
@@ -177,14 +173,40 @@ class StepBuilder:
         ops = [op for op in backends.OPS if asked is None or backends.unsupported_dtype(op, asked, dtype) is None]
         return "+".join(dict.fromkeys(backends.select(op, device, dtype, asked) for op in ops))
 
-    def count_flops(self, case: Case) -> FlopCount:
+    def count_flops(self, case: StepCase) -> FlopCount:
         """Of the whole batch, counted on two samples: all of it is proportional to the batch."""
         model = self._model(case.variant, case.beta).to(self.config.device)
         two = count_flops(model, self.inputs[:1].repeat(2, *[1] * (self.inputs.dim() - 1)).to(self.config.device))
         per_two = self.batch_size / 2
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
 
-    def check_formulation(self, cases: Iterable[Case]) -> None:
+    def measurement(
+        self,
+        case: StepCase,
+        dtype: str,
+        backend_used: str,
+        timings: dict[str, Stats],
+        peak_bytes: int,
+        flops: FlopCount,
+        kernels: dict[str, float] | None = None,
+    ) -> Measurement:
+        """All that is told of a step; `peak_bytes` is beyond weights and optimizer state."""
+        counts = {"peak_memory": peak_bytes, "flops_forward": flops.forward, "flops_backward": flops.backward}
+        return Measurement(
+            suite="train",
+            model=self.config.model,
+            variant=case.variant,
+            backend_used=backend_used,
+            dtype=dtype,
+            shape="x".join(map(str, self.inputs.shape)),
+            mode=case.mode,
+            layout=case.layout,
+            beta=case.beta,
+            metrics=timings | {name: Stats.of([count]) for name, count in counts.items()},
+            kernels=kernels or {},
+        )
+
+    def check_formulation(self, cases: Iterable[StepCase]) -> None:
         """In float64, where rounding hides nothing, every variant computes what its plain formulation computes.
 
         `dfs` by `aten`: no kernel computes in float64 (`check_kernels` compares those in the dtypes that they have).
@@ -198,10 +220,10 @@ class StepBuilder:
             if breach:
                 raise RuntimeError(breach)
 
-    def _exact(self, case: Case, batch_size: int | None = None) -> dict[str, Tensor]:
+    def _exact(self, case: StepCase, batch_size: int | None = None) -> dict[str, Tensor]:
         return self.build(case, "fp64", batch_size, backend="aten").results()
 
-    def check_kernels(self, dtype: str, steps: dict[Case, Step]) -> None:
+    def check_kernels(self, dtype: str, steps: dict[StepCase, Step]) -> None:
         """As they will be timed, they are about as near to float64 as the stock formulation is in that dtype.
 
         A rounding that flips a ReLU or a max pool changes a gradient at once, in stock PyTorch as here. On other inputs
@@ -218,7 +240,7 @@ class StepBuilder:
             else:
                 raise RuntimeError(next(iter(breaches.values())))
 
-    def _breaches(self, dtype: str, truth: Case, steps: dict[Case, Step]) -> dict[Case, str]:
+    def _breaches(self, dtype: str, truth: StepCase, steps: dict[StepCase, Step]) -> dict[StepCase, str]:
         """The cases that are too far from `truth` in float64, and how far."""
         expected = self._exact(truth)
         scales, noise = _scales(expected), 0.0
@@ -239,7 +261,7 @@ class StepBuilder:
 
 
 def _breach(
-    case: Case, dtype: str, results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance
+    case: StepCase, dtype: str, results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance
 ) -> str:
     """The first result that is too far from the expected one; empty where none is."""
     scales = _scales(expected)
@@ -260,6 +282,6 @@ def _scales(expected: dict[str, Tensor]) -> dict[str, float]:
     return {name: scale if is_gradient[name] else 0.0 for name in expected}
 
 
-def _truth(case: Case) -> Case:
+def _truth(case: StepCase) -> StepCase:
     """The plain formulation on stock autograd that `case` must agree with."""
-    return Case(case.variant if case.variant in UNSPLIT else "detach", "nchw", "off", case.beta)
+    return StepCase(case.variant if case.variant in UNSPLIT else "detach", "nchw", "off", case.beta)

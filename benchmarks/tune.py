@@ -3,7 +3,6 @@
 Written as a table that `kernels.config` reads: what `auto` decides by on CUDA. Runs once, never while training.
 """
 
-import fnmatch
 import importlib
 import json
 import os
@@ -13,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dfs_engine.benchmarks import gpu_problems
+from dfs_engine.benchmarks import gpu_contests, markdown
+from dfs_engine.benchmarks.gpu_contests import ATEN, TRITON, Calls, Contest, Launch, contests, launches
 from dfs_engine.benchmarks.gpu_ops import PRECISIONS, measure_device, precision
-from dfs_engine.benchmarks.gpu_problems import ATEN, TRITON, Calls, Launch, Problem, launches, problems
 from dfs_engine.benchmarks.measure import Environment, environment
 from dfs_engine.benchmarks.options import check_least, split_ints
-from dfs_engine.benchmarks.shapes import Shape
+from dfs_engine.benchmarks.shapes import Shape, matching
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
 from dfs_engine.checks import split_betas, split_choices
 from dfs_engine.kernels import config as kernels
@@ -77,12 +76,9 @@ class BenchTuneConfig:
 
     def chosen_shapes(self) -> Iterator[Shape]:
         """Of every model at every batch size, those that take longest first."""
-        patterns = [pattern.strip() for pattern in self.shapes.split(",")]
         for model in self._chosen_models():
             for size in split_ints("batch_size", self.batch_size) if self.batch_size else [model.batch]:
-                for shape in replace(model, batch=size).shapes():
-                    if any(fnmatch.fnmatch(f"{shape.family}/{shape}", pattern) for pattern in patterns):
-                        yield shape
+                yield from matching(replace(model, batch=size).shapes(), self.shapes)
 
     def _chosen_models(self) -> list[StepModel]:
         """Of "all" those whose packages are here; one that is named raises by itself where its package is not."""
@@ -95,7 +91,7 @@ class BenchTuneConfig:
 
 
 class Task(NamedTuple):
-    """One shape class, and a problem that stands for it."""
+    """One shape class, and a contest that stands for it."""
 
     key: str
     launch: Launch
@@ -151,12 +147,8 @@ class TuneReport:
             return "\n".join(
                 [*lines, f"{len(self.missing)} of {len(self.tasks)} shape classes would be measured for {self.path}"]
             )
-        lines = ["| shape class | configuration | triton us | aten us | aten / triton |", "|---" * 5 + "|"]
-        for key, entry in self.measured.items():
-            cells = [key, "x".join(map(str, entry["config"] or ["-"]))]
-            times = [entry["triton_us"], entry["aten_us"]]
-            cells += [*(f"{time:.1f}" for time in times), f"{times[1] / times[0]:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+        header = ("shape class", "configuration", "triton us", "aten us", "aten / triton")
+        lines = [*markdown.table(header, self._cells())]
         wins = sum(entry["triton_us"] < entry["aten_us"] for entry in self.measured.values())
         lines += [f"FAILED: {text}" for text in self.failed]
         lines.append(
@@ -164,6 +156,12 @@ class TuneReport:
             f"the table, {len(self.missing)} are missing. {self.path}"
         )
         return "\n".join(lines)
+
+    def _cells(self) -> Iterator[list[str]]:
+        for key, entry in self.measured.items():
+            triton, aten = entry["triton_us"], entry["aten_us"]
+            way = "x".join(map(str, entry["config"] or ["-"]))
+            yield [key, way, f"{triton:.1f}", f"{aten:.1f}", f"{aten / triton:.2f}"]
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -195,8 +193,11 @@ def run(config: BenchTuneConfig) -> TuneReport:
     report = TuneReport(config, path, tasks, {task.key: finished[task.key] for task in tasks if task.key in finished})
     if gpu is None or config.dry_run:
         return report
-    report.stamp = environment(gpu_problems.DEVICE)
-    table = {"gpu": gpu, **_conditions(report.stamp), "entries": _read(path, gpu) | finished}
+    report.stamp = stamp = environment(gpu_contests.DEVICE)
+    table = {
+        "gpu": gpu, "torch": stamp.torch, "triton": stamp.triton, "revision": stamp.git_sha,
+        "date": stamp.timestamp_utc, "entries": _read(path, gpu) | finished,
+    }  # fmt: skip
     with progress_bar(len(tasks), "class", config.progress) as bar:
         bar.update(len(report.finished))
         for task in report.missing:
@@ -231,14 +232,14 @@ def _measure(task: Task, rounds: int) -> dict[str, Any]:
         RuntimeError: a result is wrong, or no configuration fits the GPU.
     """
     with precision(task.dtype) as dtype:
-        named = (problem for problem in problems(task.shape, dtype, task.beta))
-        problem = next(found for found in named if (found.op, found.metric) == (task.op, task.metric))
-        calls: Calls = {ATEN: problem.calls[ATEN]}
+        named = (contest for contest in contests(task.shape, dtype, task.beta))
+        contest = next(found for found in named if (found.op, found.metric) == (task.op, task.metric))
+        calls: Calls = {ATEN: contest.calls[ATEN]}
         configs = _configs(task)
         if not configs:
-            calls[TRITON] = problem.calls[TRITON]
+            calls[TRITON] = contest.calls[TRITON]
         for chosen in configs:
-            call = _forced(task.launch.op, chosen, problem)
+            call = _forced(task.launch.op, chosen, contest)
             try:
                 call()
             except NoConfigFits:
@@ -246,7 +247,7 @@ def _measure(task: Task, rounds: int) -> dict[str, Any]:
             calls[chosen] = call
         if len(calls) == 1:
             raise RuntimeError("no configuration fits this GPU")
-        replace(problem, calls=calls).check()
+        replace(contest, calls=calls).check()
         medians = {way: stats.median * 1e6 for way, stats in measure_device(calls, rounds).items()}
     aten_us = medians.pop(ATEN)
     best = min(medians, key=lambda way: medians[way])
@@ -257,16 +258,12 @@ def _measure(task: Task, rounds: int) -> dict[str, Any]:
     }
 
 
-def _forced(op: str, chosen: Config, problem: Problem) -> Callable[[], Any]:
+def _forced(op: str, chosen: Config, contest: Contest) -> Callable[[], Any]:
     def call() -> Any:
         with kernels.forced(op, chosen):
-            return problem.calls[TRITON]()
+            return contest.calls[TRITON]()
 
     return call
-
-
-def _conditions(stamp: Environment) -> dict[str, str]:
-    return {"torch": stamp.torch, "triton": stamp.triton, "revision": stamp.git_sha, "date": stamp.timestamp_utc}
 
 
 def _read(path: Path, gpu: str | None) -> Entries:

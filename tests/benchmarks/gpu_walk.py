@@ -29,12 +29,11 @@ sys.meta_path = [Missing if finder is PathFinder else finder for finder in sys.m
 
 import torch  # noqa: E402
 
-from dfs_engine import validate  # noqa: E402
 from dfs_engine.benchmarks import (  # noqa: E402
     gpu_check,
+    gpu_contests,
     gpu_graphs,
     gpu_ops,
-    gpu_problems,
     gpu_stages,
     gpu_steps,
     step_models,
@@ -45,7 +44,7 @@ from dfs_engine.kernels import config as kernels  # noqa: E402
 from dfs_engine.validate import problems as validate_problems  # noqa: E402
 
 
-def measure_device(calls, rounds, left=None):
+def measure_device(calls, rounds, max_seconds=None):
     """Runs every call once; the first one is the slowest."""
     for call in calls.values():
         call()
@@ -53,7 +52,7 @@ def measure_device(calls, rounds, left=None):
 
 
 def pretend() -> None:
-    gpu_problems.DEVICE = "cpu"
+    gpu_contests.DEVICE = "cpu"
     gpu_stages.DTYPE = "fp32"  # the interpreter multiplies bf16 wrongly
     if not kernels.INTERPRETED:
         gpu_stages.FUSED = gpu_steps.FUSED = "cpp"
@@ -85,7 +84,6 @@ def pretend() -> None:
             validate_problems.PROBLEMS[name] = lambda name=name: problems[name]
         else:
             del validate_problems.PROBLEMS[name]
-    assert validate.PROBLEMS is validate_problems.PROBLEMS
     tasks = tune.plan
     tune.plan = lambda config: tasks(config)[-2:]
 

@@ -10,17 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from dfs_engine.benchmarks import gpu_check, gpu_expected, gpu_ops, gpu_problems, gpu_run, gpu_stages, tune
-from dfs_engine.benchmarks.gpu_problems import ATEN, COMPILED, DENSE, TRITON
+from dfs_engine.benchmarks import gpu_check, gpu_contests, gpu_expected, gpu_ops, gpu_run, gpu_stages, tune
+from dfs_engine.benchmarks.gpu_contests import ATEN, COMPILED, DENSE, TRITON
 from dfs_engine.benchmarks.gpu_run import Run
-from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment
+from dfs_engine.benchmarks.measure import CSV_COLUMNS, Stats, append_csv, environment, read_csv
+from dfs_engine.benchmarks.results import Measurements
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS
 from dfs_engine.ops import _common
@@ -56,7 +56,7 @@ def test_where_a_kernel_loses_the_gpu_the_stage_begins_again_without_kernels(tmp
         started.append(words)
         raise ReplacedError
 
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_check, "report_environment", lambda run: None)
     monkeypatch.setattr(gpu_check, "launches_work", lambda run: True)
     monkeypatch.setattr(gpu_check, "device_is_lost", lambda: done[-1] == "ops")
@@ -151,7 +151,7 @@ def test_commands_leave_a_log_and_are_stopped(run):
 
 def only(monkeypatch, op: str) -> None:
     """The stage `tests` compares this op alone, on the CPU."""
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_stages, "FUSED", "reference")
     monkeypatch.setattr(gpu_stages, "PROBLEMS", [op])
 
@@ -187,22 +187,6 @@ def test_a_test_file_that_needs_more_packages_is_left_out(run, monkeypatch):
     assert gpu_stages._marked_files(run) == [tests / "test_a.py"]
     line = "tests/test_b.py is left out: ModuleNotFoundError: No module named 'no_such_package'\n"
     assert said(run) == line
-
-
-@pytest.mark.parametrize("missing", ["setuptools", "compiler", "headers"])
-def test_without_the_means_to_build_it_says_which(missing, run, monkeypatch, tmp_path):
-    if missing == "setuptools":
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    elif missing == "compiler":
-        monkeypatch.setattr(shutil, "which", lambda name: None)
-    else:
-        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-        monkeypatch.setattr(shutil, "which", lambda name: name)
-    run.stage("build", gpu_stages.build)
-    line = said(run).splitlines()[-2]
-    assert f"skipped: {'there is no C++ ' * (missing == 'compiler')}" in line
-    assert missing in line
-    assert not run.failed
 
 
 def test_without_compute_sanitizer_it_says_so(run, monkeypatch):
@@ -282,7 +266,7 @@ def test_the_whole_script_walks_through(interpreted, tmp_path):
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    return gpu_expected._rows(path)
+    return read_csv(path)
 
 
 def speedups(path: Path) -> int:
@@ -335,33 +319,39 @@ def test_the_listing_needs_no_gpu(capsys, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_computes_the_same(shape, monkeypatch):
     """The dispatcher's CPU kernels stand in for Triton's."""
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
-    problems = list(gpu_problems.problems(shape, torch.float32))
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
+    contests = list(gpu_contests.contests(shape, torch.float32))
     normed = [("norm_linear", "grad_input")] * (shape.family == "vit_tiny")
-    named = [(problem.op, problem.metric) for problem in problems]
+    named = [(contest.op, contest.metric) for contest in contests]
     assert named == [(shape.op, "grad_input"), (shape.op, "grad_weight"), *normed]
-    assert set(gpu_problems.launches(shape)) == (set(named) if getattr(shape, "groups", 1) == 1 else set())
-    for problem in problems:
-        problem.check()
-        assert problem.flops[TRITON] <= shape.flops
+    assert set(gpu_contests.launches(shape)) == (set(named) if getattr(shape, "groups", 1) == 1 else set())
+    for contest in contests:
+        contest.check()
+        assert contest.flops[TRITON] <= shape.flops
 
 
 def test_a_wrong_result_is_refused(monkeypatch):
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
-    problem = next(gpu_problems.problems(SHAPES[0], torch.float32))
-    correct = problem.calls[TRITON]
-    problem.calls[TRITON] = lambda: correct() * 1.01
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
+    contest = next(gpu_contests.contests(SHAPES[0], torch.float32))
+    correct = contest.calls[TRITON]
+    contest.calls[TRITON] = lambda: correct() * 1.01
     with pytest.raises(RuntimeError, match="triton"):
-        problem.check()
+        contest.check()
 
 
-def rows() -> list[gpu_ops.GpuRow]:
-    timings = {way: Stats.of([seconds]) for way, seconds in ((DENSE, 4e-3), (ATEN, 2e-3), (TRITON, 1e-3))}
-    conv = gpu_ops.GpuRow("conv2d", "grad_input", SHAPES[0], "bf16", 3, timings, flops=dict.fromkeys(timings, 10**9))
+def rows() -> list[Measurements]:
+    def row(op: str, metric: str, shape, seconds: dict, **options) -> Measurements:
+        contest = gpu_contests.Contest(op, metric, 3, {}, **options)
+        timings = {way: Stats.of([value]) for way, value in seconds.items()}
+        return gpu_ops.measurements(contest, shape, "bf16", timings)
+
+    seconds = {DENSE: 4e-3, ATEN: 2e-3, TRITON: 1e-3}
     block = BlockShape("vgg7", 2, 8, 4, True)
-    step = gpu_ops.GpuRow("norm_act", "step", block, "bf16", 4, timings | {COMPILED: Stats.of([3e-3])})
-    alone = {TRITON: Stats.of([1e-3])}
-    return [conv, step, gpu_ops.GpuRow("norm_act", "forward", block, "bf16", 4, alone, num_bytes=1000)]
+    return [
+        row("conv2d", "grad_input", SHAPES[0], seconds, flops=dict.fromkeys(seconds, 10**9)),
+        row("norm_act", "step", block, seconds | {COMPILED: 3e-3}),
+        row("norm_act", "forward", block, {TRITON: 1e-3}, num_bytes=1000),
+    ]
 
 
 def test_rows_go_into_the_results_format(tmp_path):

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from dfs_engine.benchmarks import gpu_graphs, gpu_problems, gpu_steps, step_models, train_step
+from dfs_engine.benchmarks import gpu_contests, gpu_graphs, gpu_steps, step_models, train_step
 from dfs_engine.benchmarks.gpu_steps import Pair
 from dfs_engine.benchmarks.measure import append_csv, environment
+from dfs_engine.benchmarks.results import Measurements
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import STEP_MODELS, StepModel
+from dfs_engine.benchmarks.train_config import StepCase
 from dfs_engine.runtime import backend as backends
 
 # The families of `STEP_MODELS`, small.
@@ -36,7 +38,7 @@ MODES = ("off", "on", "reduce-overhead", "captured")
 def machine(monkeypatch):
     """A GPU that is the CPU: nothing is compiled, a graph is the call that was recorded."""
     compiled = []
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options["mode"]) or model)
     monkeypatch.setattr(gpu_graphs, "record", lambda call: call() or call)
     for name, value in {"_ROUNDS": 1, "_WARMUP": 0, "_GATE_BATCH": 2}.items():
@@ -57,25 +59,27 @@ def test_a_family_runs_in_every_mode(name, machine, tmp_path):
         pytest.skip(model.missing())
     said = []
     plan = [(model, Pair(mode)) for mode in MODES]
-    results = list(gpu_steps.run(plan, "fp32", environment(), lambda: 1e6, said.append))
+    results = list(gpu_steps.run(plan, "fp32", lambda: 1e6, said.append))
     assert not said
-    assert [result.other.case.compile for result in results] == list(MODES)
+    modes = [StepCase("dfs", "channels_last", mode).mode for mode in MODES]
+    assert [result.other.mode for result in results] == modes
     assert machine == [None, None, "reduce-overhead", "reduce-overhead"]
     for result in results:
-        assert result.dense.case == result.other.case._replace(variant="dense", beta=None)
-        assert result.other.peak_bytes > 0
-        assert result.speedup.n == 1
-        append_csv(tmp_path / "steps.csv", result.report.stamp, result.csv_rows())
+        assert (result.dense.variant, result.dense.beta, result.dense.mode) == ("dense", None, result.other.mode)
+        assert result.other["peak_memory"].median > 0
+        assert result.other["speedup"].n == 1
+        append_csv(tmp_path / "steps.csv", environment(), Measurements(result).csv_rows())
 
 
 def test_the_speedup_is_that_of_rounds(machine, monkeypatch):
     """Not of medians: the two steps of a round met the same machine."""
     times = {"dense": {"step": [2.0, 4.0, 8.0]}, "other": {"step": [1.0, 1.0, 4.0]}}
     monkeypatch.setattr(gpu_steps, "time_phases", lambda *_, **__: times)
-    (result,) = gpu_steps.run([(TINY["vgg16_64"], Pair("off"))], "fp32", environment(), lambda: 1e6, print)
-    assert (result.speedup.median, result.speedup.min, result.speedup.n) == (2.0, 2.0, 3)
+    (result,) = gpu_steps.run([(TINY["vgg16_64"], Pair("off"))], "fp32", lambda: 1e6, print)
+    speedup = result.other["speedup"]
+    assert (speedup.median, speedup.min, speedup.n) == (2.0, 2.0, 3)
     assert "2.000 x (2.000 to 4.000, n = 3" in str(result)
-    (row,) = [row for row in result.csv_rows() if row["metric"] == "speedup"]
+    (row,) = [row for row in Measurements(result).csv_rows() if row["metric"] == "speedup"]
     assert (row["variant"], row["unit"], row["median"]) == ("dfs", "x", 2.0)
 
 
@@ -87,7 +91,7 @@ def test_the_dense_step_of_a_mode_is_built_once(machine, monkeypatch):
     )
     monkeypatch.setattr(gpu_steps._Bench, "_check", lambda *_: None)
     plan = [(TINY["vgg16_64"], pair) for pair in (Pair("off"), Pair("off", "detach"), Pair("on"))]
-    assert len(list(gpu_steps.run(plan, "fp32", environment(), lambda: 1e6, print))) == 3
+    assert len(list(gpu_steps.run(plan, "fp32", lambda: 1e6, print))) == 3
     assert built == ["dense", "dfs", "detach", "dense", "dfs"]
 
 
@@ -106,7 +110,7 @@ def test_a_pair_that_fails_does_not_keep_the_next_from_being_timed(machine, monk
     said, found = [], []
     plan = [(TINY["vgg16_64"], Pair(mode)) for mode in ("on", "captured", "off")]
     with pytest.raises(RuntimeError, match=r"1 failed, see above: vgg16_64 fp32 dfs/channels_last/compile"):
-        found.extend(gpu_steps.run(plan, "fp32", environment(), lambda: 1e6, said.append))
+        found.extend(gpu_steps.run(plan, "fp32", lambda: 1e6, said.append))
     assert [text for text in said if "wrong" in text or "does not fit" in text] == said
     assert len(said) == 2
 
@@ -123,18 +127,14 @@ def test_a_wrong_step_is_not_timed(machine, monkeypatch):
     monkeypatch.setattr(train_step.Step, "results", wrong)
     said = []
     with pytest.raises(RuntimeError, match="1 failed"):
-        list(
-            gpu_steps.run(
-                [(TINY["vgg16_64"], Pair("off", backend="cpp"))], "fp32", environment(), lambda: 1e6, said.append
-            )
-        )
+        list(gpu_steps.run([(TINY["vgg16_64"], Pair("off", backend="cpp"))], "fp32", lambda: 1e6, said.append))
     assert "Nothing was timed" in said[0]
 
 
 def test_what_there_is_no_time_for_is_said(machine):
     said = []
     plan = gpu_steps.plan(list(TINY.values()))
-    assert not list(gpu_steps.run(plan, "fp32", environment(), lambda: 10.0, said.append))
+    assert not list(gpu_steps.run(plan, "fp32", lambda: 10.0, said.append))
     assert len(said) == len(plan)
     assert all("no time is left" in text or "is not installed" in text for text in said)
 

@@ -44,6 +44,37 @@ def test_phases_run_in_order_and_add_up_to_the_step(monkeypatch):
     assert {name: stats.median for name, stats in result.items()} == {"forward": 1, "backward": 1, "step": 2}
 
 
+@pytest.mark.parametrize("head_start", [False, True])
+def test_on_cuda_the_cache_is_flushed_and_idling_is_not_timed(monkeypatch, head_start):
+    """Of a stream that is made up, on which an event lasts a second and idling a hundred."""
+    order, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            now[0] += 1
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1000
+
+    def idle(cycles):
+        order.append("idle")
+        now[0] += 100
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(8, dtype=options["dtype"]))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", idle)
+    phases = {"forward": lambda: order.append("forward"), "backward": lambda: order.append("backward")}
+    found = measure_phases({"only": phases}, 1, 0, device="cuda", head_start=head_start)["only"]
+    assert order == ["wait", *["idle"] * head_start, "forward", "backward", "wait"]
+    assert {name: stats.median for name, stats in found.items()} == {"forward": 1, "backward": 1, "step": 2}
+
+
 def test_the_time_budget_ends_whole_rounds(monkeypatch):
     clock = itertools.count(step=1)
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: float(next(clock)))

@@ -1,13 +1,15 @@
 """`dfs bench train` compares before it times, times every case equally often, and says what FLOPs allow."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from dfs_engine.benchmarks import train, train_step
-from dfs_engine.benchmarks.train import BenchTrainConfig
-from dfs_engine.benchmarks.train_report import BASELINES, Case
+from dfs_engine.benchmarks.results import Measurements
+from dfs_engine.benchmarks.train_config import BenchTrainConfig, StepCase
+from dfs_engine.benchmarks.train_report import BASELINES
 from dfs_engine.ops import _common
 from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime import memory
@@ -33,32 +35,37 @@ def tiny(monkeypatch):
 
 def test_every_case_is_timed_equally_often_and_stays_in_the_table(tiny, tmp_path):
     report = tiny(dtypes="fp32,bf16", output=str(tmp_path / "train.csv"))
-    cases = {(row.dtype, *row.case) for row in report.rows}
+    cases = {(row.dtype, row.variant, row.layout, row.mode, row.beta) for row in report.rows}
     assert cases == {
-        (dtype, variant, layout, "off", None if variant == "dense" else 0.5, "stock")
+        (dtype, variant, layout, "eager", None if variant == "dense" else 0.5)
         for dtype in ("fp32", "bf16")
         for variant in ("dense", "detach", "split", "dfs")
         for layout in ("nchw", "channels_last")
     }
     assert {stats.n for row in report.rows for stats in row.timings.values()} == {2}
-    assert all(row.peak_bytes > 0 for row in report.rows)
+    assert all(row["peak_memory"].median > 0 for row in report.rows)
     table = report.table()
     assert "synthetic" in table
     assert len([line for line in table.splitlines() if line.startswith(("| fp32", "| bf16"))]) == len(report.rows)
     assert len((tmp_path / "train.csv").read_text().splitlines()) == 1 + 8 * len(report.rows)
-    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["data"] == "synthetic"
+    found = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert found["data"] == "synthetic"
+    assert {(row["compile"], row["allocator"], *row["shape"]) for row in found["rows"]} == {
+        ("off", "stock", 4, 3, 16, 16)
+    }
+    read = [dataclasses.replace(one, stamp={}) for one in Measurements.read(tmp_path / "train.csv")]
+    assert read == report.rows
 
 
 def test_ceilings_follow_from_the_flops(tiny):
     report = tiny(layouts="nchw")
-    flops = {row.case.variant: row.flops for row in report.rows}
-    assert flops["dense"] == flops["detach"]
-    assert flops["dfs"].forward == flops["dense"].forward
-    assert flops["dfs"].backward == flops["split"].backward < flops["detach"].backward
-    row = next(row for row in report.rows if row.case.variant == "dfs")
+    forward, backward = ({row.variant: row.flops_of(phase) for row in report.rows} for phase in ("forward", "backward"))
+    assert set(forward.values()) == {forward["dense"]}
+    assert backward["dfs"] == backward["split"] < backward["detach"] == backward["dense"]
+    row = next(row for row in report.rows if row.variant == "dfs")
     against_dense = report.ratios(row)[0]
-    assert against_dense.ceiling == flops["dense"].total / flops["dfs"].total
-    dense = next(row for row in report.rows if row.case.variant == "dense")
+    assert against_dense.ceiling == (forward["dense"] + backward["dense"]) / (forward["dfs"] + backward["dfs"])
+    dense = next(row for row in report.rows if row.variant == "dense")
     assert against_dense.median == dense.timings["step"].median / row.timings["step"].median
 
 
@@ -72,13 +79,13 @@ def test_ratios_without_a_baseline_are_absent(tiny):
 @pytest.mark.skipif(not memory.is_available(), reason="needs the C++ extension")
 def test_stock_forms_are_those_on_torchs_own_memory(tiny):
     report = tiny(variants="dense,dfs", layouts="nchw", allocators="auto")
-    steps = {(row.case.variant, row.case.allocator): row for row in report.rows}
-    assert [row.case.mode for row in report.rows] == ["eager", "eager, caching"] * 2
+    steps = {(row.variant, row.allocator): row for row in report.rows}
+    assert [row.mode for row in report.rows] == ["eager", "eager, caching"] * 2
     ours = steps["dfs", "caching"]
     by_name = dict(zip(BASELINES, report.ratios(ours), strict=True))
     for name, allocator in (("best stock", "stock"), ("best stock, same allocator", "caching")):
         rival = steps["dense", allocator]
-        assert by_name[name].baseline == str(rival.case)
+        assert by_name[name].baseline == f"dense/nchw/{rival.mode}"
         assert by_name[name].median == rival.timings["step"].median / ours.timings["step"].median
     assert not memory.caching_allocator_enable(False)
     assert memory.memory_reserved() == memory.memory_allocated(), "what it cached is given back"
@@ -128,7 +135,7 @@ def test_the_gate_in_float64_is_by_aten(tiny, monkeypatch, in_force):
 
 def test_sweeps_compare_like_with_like(tiny):
     report = tiny(batch_size="2,4", beta=".3,.7", variants="dense,byot,dfs", layouts="channels_last")
-    keys = [(row.shape[0], row.case.variant, row.case.beta) for row in report.rows]
+    keys = [(row.batch_size, row.variant, row.beta) for row in report.rows]
     assert keys == [
         (batch, variant, beta)
         for batch in (2, 4)
@@ -140,7 +147,7 @@ def test_sweeps_compare_like_with_like(tiny):
     assert ratios[0].median == dense.timings["step"].median / last.timings["step"].median
     assert ratios[1] is None
     assert ratios[list(BASELINES).index("byot")].median == byot.timings["step"].median / last.timings["step"].median
-    cases = {row["case"] for row in report.csv_rows(report.rows)}
+    cases = {row["case"] for row in report.rows.csv_rows()}
     assert cases == {"channels_last", "beta=0.3/channels_last", "beta=0.7/channels_last"}
 
 
@@ -172,7 +179,7 @@ def test_breakdown_covers_the_step_by_kind_of_kernel(tiny):
     }
     assert all(seconds > 0 for kernels in (dense, dfs) for seconds in kernels.values())
     assert "| convolution grad_weight |" in report.table()
-    assert {row["op"] for row in report.csv_rows(report.rows) if row["metric"] == "breakdown"} == set(dense) | set(dfs)
+    assert {row["op"] for row in report.rows.csv_rows() if row["metric"] == "breakdown"} == set(dense) | set(dfs)
 
 
 def test_the_number_of_threads_is_restored(tiny):
@@ -191,7 +198,7 @@ def test_the_caching_allocator_is_refused_where_it_is_not(monkeypatch):
 
 def test_a_step_moves_the_weights_and_results_do_not():
     config = BenchTrainConfig(image_size=16)
-    step = train_step.StepBuilder(config, 2).build(Case("dfs", "nchw", "off", 0.5), "fp32")
+    step = train_step.StepBuilder(config, 2).build(StepCase("dfs", "nchw", "off", 0.5), "fp32")
     weight = step.parameters["blocks.0.conv.weight"]
     before = weight.detach().clone()
     step.results()
@@ -225,7 +232,7 @@ def test_bad_options(option, value, message):
 @pytest.mark.slow
 def test_compiled_cases_are_compared_and_timed(tiny):
     report = tiny(compile="on", layouts="nchw", variants="detach,dfs")
-    assert [row.case.mode for row in report.rows] == ["compile", "compile"]
+    assert [row.mode for row in report.rows] == ["compile", "compile"]
 
 
 @pytest.mark.parametrize("is_kink", [True, False])

@@ -11,9 +11,9 @@ import torch
 
 import dfs_engine
 from dfs_engine import cli
-from dfs_engine.benchmarks import gpu_problems, tune
+from dfs_engine.benchmarks import gpu_contests, tune
+from dfs_engine.benchmarks.gpu_contests import ATEN
 from dfs_engine.benchmarks.gpu_ops import precision
-from dfs_engine.benchmarks.gpu_problems import ATEN
 from dfs_engine.benchmarks.measure import Stats, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.benchmarks.step_models import StepModel
@@ -36,7 +36,7 @@ SHAPES = (
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A GPU that computes on the CPU, where the dispatcher's kernels stand in for Triton's; no time passes."""
-    monkeypatch.setattr(gpu_problems, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_contests, "DEVICE", "cpu")
     monkeypatch.setattr(BenchTuneConfig, "chosen_shapes", lambda _: (replace(shape, batch=3) for shape in SHAPES))
     monkeypatch.setattr(tune, "environment", lambda _: environment())
     monkeypatch.setattr(kernels, "gpu_name", lambda *_: GPU)
@@ -144,21 +144,21 @@ def test_an_interrupted_run_leaves_a_whole_table(machine, monkeypatch):
 
 
 def test_a_launch_that_does_not_fit_is_not_timed(machine, monkeypatch):
-    problems = tune.problems
+    contests = tune.contests
 
     def narrow(*arguments):
-        for problem in problems(*arguments):
-            right = problem.calls[gpu_problems.TRITON]
+        for contest in contests(*arguments):
+            right = contest.calls[gpu_contests.TRITON]
 
             def call(right=right):
                 if any(chosen.block_m > 32 for configs in kernels._forced.values() for chosen in configs):
                     raise kernels.NoConfigFits("too large")
                 return right()
 
-            problem.calls[gpu_problems.TRITON] = call
-            yield problem
+            contest.calls[gpu_contests.TRITON] = call
+            yield contest
 
-    monkeypatch.setattr(tune, "problems", narrow)
+    monkeypatch.setattr(tune, "contests", narrow)
     report = tune.run(small())
     assert {entry["config"][0] for entry in report.measured.values()} == {32}
     monkeypatch.setattr(kernels, "tunable", lambda *_: [kernels.Config(64, 64, 16, 4, 3)])
@@ -169,16 +169,16 @@ def test_a_launch_that_does_not_fit_is_not_timed(machine, monkeypatch):
 
 
 def test_a_wrong_result_is_no_entry(machine, monkeypatch):
-    problems = tune.problems
+    contests = tune.contests
 
     def wrong(*arguments):
-        for problem in problems(*arguments):
-            right = problem.calls[gpu_problems.TRITON]
-            if problem.metric == "grad_input":
-                problem.calls[gpu_problems.TRITON] = lambda right=right: right() * 1.01
-            yield problem
+        for contest in contests(*arguments):
+            right = contest.calls[gpu_contests.TRITON]
+            if contest.metric == "grad_input":
+                contest.calls[gpu_contests.TRITON] = lambda right=right: right() * 1.01
+            yield contest
 
-    monkeypatch.setattr(tune, "problems", wrong)
+    monkeypatch.setattr(tune, "contests", wrong)
     report = tune.run(small())
     assert set(report.measured) == {key for key in KEYS if "grad_weight" in key}
     assert len(report.failed) == len(KEYS) - len(report.measured)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dfs_engine.benchmarks import gpu_problems, tune
-from dfs_engine.benchmarks.gpu_problems import ATEN
+from dfs_engine.benchmarks import gpu_contests, tune
+from dfs_engine.benchmarks.gpu_contests import ATEN
 from dfs_engine.benchmarks.measure import Stats, environment
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape
 from dfs_engine.kernels import config as kernels
@@ -29,7 +29,7 @@ def test_every_configuration_computes_what_aten_does(dtype, device, monkeypatch,
         timed.update(calls)
         return {way: Stats.of([1e-3]) for way in calls}
 
-    monkeypatch.setattr(gpu_problems, "DEVICE", device)
+    monkeypatch.setattr(gpu_contests, "DEVICE", device)
     monkeypatch.setattr(tune.BenchTuneConfig, "chosen_shapes", lambda _: SHAPES)
     monkeypatch.setattr(tune, "environment", lambda _: environment())
     monkeypatch.setattr(tune, "measure_device", measure)
@@ -46,6 +46,6 @@ def test_every_configuration_computes_what_aten_does(dtype, device, monkeypatch,
 
 
 def test_one_pass_launches_every_kernel(device, monkeypatch):
-    monkeypatch.setattr(gpu_problems, "DEVICE", device)
+    monkeypatch.setattr(gpu_contests, "DEVICE", device)
     half = torch.float16 if device == "cpu" else torch.bfloat16
-    assert gpu_problems.one_pass((torch.float32, half)) > 100
+    assert gpu_contests.one_pass((torch.float32, half)) > 100

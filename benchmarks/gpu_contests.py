@@ -1,7 +1,7 @@
 """What gpu_ops.py and tune.py measure: every op's calls on one shape, and what they must give."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfs_engine import reference
+from dfs_engine.benchmarks.op_cases import stock_block
 from dfs_engine.benchmarks.shapes import BlockShape, ConvShape, LinearShape, Shape
 from dfs_engine.kernels import config
 from dfs_engine.ops import norm_act, norm_linear
@@ -56,7 +57,7 @@ class Launch(NamedTuple):
 
 
 def launches(shape: Shape, beta: float = BETA) -> dict[tuple[str, str], Launch]:
-    """(op, metric) of a shape's problems -> their launch, of those that a table can have."""
+    """(op, metric) of a shape's contests -> their launch, of those that a table can have."""
     live = Partition(shape.channels, beta).num_shared
     if isinstance(shape, BlockShape):
         pixels = shape.batch * shape.size**2
@@ -89,8 +90,8 @@ def _is_normed(shape: LinearShape) -> bool:
 
 
 @dataclass(slots=True)
-class Problem:
-    """One metric's calls, and what they must give.
+class Contest:
+    """The ways to compute one metric of an op on one shape, and what they must give.
 
     Attributes:
         exact: the results in float64; None where there is nothing to compare.
@@ -129,17 +130,17 @@ class Problem:
                     raise RuntimeError(f"{way}: {comparison}. It was not timed; run `dfs validate` to find the op.")
 
 
-def problems(shape: Shape, dtype: torch.dtype, beta: float = BETA) -> Iterator[Problem]:
+def contests(shape: Shape, dtype: torch.dtype, beta: float = BETA) -> Iterator[Contest]:
     """Everything that is measured on one shape, on operands of its own; `beta` of the channels are live."""
     live = Partition(shape.channels, beta).num_shared
     if isinstance(shape, ConvShape):
-        yield from _conv_problems(shape, dtype, live)
+        yield from _conv_contests(shape, dtype, live)
     elif isinstance(shape, LinearShape):
-        yield from _linear_problems(shape, dtype, live)
+        yield from _linear_contests(shape, dtype, live)
         if _is_normed(shape):
-            yield _norm_linear_problem(shape, dtype, live)
+            yield _norm_linear_contest(shape, dtype, live)
     else:
-        yield from _block_problems(shape, dtype, live)
+        yield from _block_contests(shape, dtype, live)
 
 
 def _random(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -147,88 +148,80 @@ def _random(*size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def _conv_problems(shape: ConvShape, dtype: torch.dtype, live: int) -> Iterator[Problem]:
+def _conv_contests(shape: ConvShape, dtype: torch.dtype, live: int) -> Iterator[Contest]:
     fan_in = shape.channels // shape.groups
     input = _random(shape.batch, shape.channels, shape.size, shape.size, dtype=dtype)
     grad = _random(shape.batch, shape.out_channels, shape.out_size, shape.out_size, dtype=dtype)
     weight = _random(shape.out_channels, fan_in, shape.kernel, shape.kernel, dtype=dtype, scale=0.1)
-    padding = shape.kernel // 2
-    geometry: tuple[Any, ...] = ([shape.stride] * 2, [padding] * 2, [1, 1], shape.groups)
+    geometry: tuple[Any, ...] = ([shape.stride] * 2, [shape.kernel // 2] * 2, [1, 1], shape.groups)
 
     def grad_input(compute: Any, stop: int, wide: bool = False) -> Tensor:
         given = (grad.double(), weight.double()) if wide else (grad, weight)
         return compute(*given, list(input.shape), *geometry, 0, stop, True)
 
-    def grad_weight(compute: Any, wide: bool = False) -> Tensor:
+    def grad_weight(compute: Any, wide: bool = False) -> list[Tensor]:
         given = (grad.double(), input.double()) if wide else (grad, input)
-        return compute(*given, list(weight.shape), *geometry, False)[0]
+        return [compute(*given, list(weight.shape), *geometry, False)[0]]
 
-    yield Problem(
-        "conv2d",
+    yield _grad_input_contest(shape, live, conv_grad_input, _OPS.conv2d_grad_input, grad_input, 1)
+    yield _grad_weight_contest(shape, conv_grad_weight, _OPS.conv2d_grad_weight, grad_weight)
+
+
+def _linear_contests(shape: LinearShape, dtype: torch.dtype, live: int) -> Iterator[Contest]:
+    input = _random(shape.batch, shape.tokens, shape.channels, dtype=dtype)
+    grad = _random(shape.batch, shape.tokens, shape.out_channels, dtype=dtype)
+    weight = _random(shape.out_channels, shape.channels, dtype=dtype, scale=0.1)
+
+    def grad_input(compute: Any, stop: int, wide: bool = False) -> Tensor:
+        given = (grad.double(), weight.double()) if wide else (grad, weight)
+        return compute(*given, 0, stop)
+
+    def grad_weight(compute: Any, wide: bool = False) -> list[Tensor]:
+        given = (grad.double(), input.double()) if wide else (grad, input)
+        return list(compute(*given, True))
+
+    yield _grad_input_contest(shape, live, linear_grad_input, _OPS.linear_grad_input, grad_input, -1)
+    yield _grad_weight_contest(shape, linear_grad_weight, _OPS.linear_grad_weight, grad_weight)
+
+
+def _grad_input_contest(
+    shape: ConvShape | LinearShape, live: int, aten: Any, triton: Any, compute: Callable[..., Tensor], dim: int
+) -> Contest:
+    """Stock's whole gradient, and its live slice by `aten` and by `triton`, which `compute` calls."""
+    return Contest(
+        shape.op,
         "grad_input",
         live,
         {
-            DENSE: lambda: grad_input(conv_grad_input, shape.channels),
-            ATEN: lambda: grad_input(conv_grad_input, live),
-            TRITON: lambda: grad_input(_OPS.conv2d_grad_input, live),
+            DENSE: lambda: compute(aten, shape.channels),
+            ATEN: lambda: compute(aten, live),
+            TRITON: lambda: compute(triton, live),
         },
-        lambda: [grad_input(conv_grad_input, live, wide=True)],
-        lambda result: [result[:, :live]],
+        lambda: [compute(aten, live, wide=True)],
+        lambda result: [result.narrow(dim, 0, live)],
         flops=_flops(shape, live),
     )
-    yield Problem(
-        "conv2d",
+
+
+def _grad_weight_contest(
+    shape: ConvShape | LinearShape, aten: Any, triton: Any, compute: Callable[..., list[Tensor]]
+) -> Contest:
+    return Contest(
+        shape.op,
         "grad_weight",
         shape.channels,
-        {
-            ATEN: lambda: grad_weight(conv_grad_weight),
-            TRITON: lambda: grad_weight(_OPS.conv2d_grad_weight),
-        },
-        lambda: [grad_weight(conv_grad_weight, wide=True)],
-        lambda result: [result],
+        {ATEN: lambda: compute(aten), TRITON: lambda: compute(triton)},
+        lambda: compute(aten, wide=True),
         flops=_flops(shape, shape.channels),
     )
 
 
 def _flops(shape: ConvShape | LinearShape, live: int) -> dict[Way, int]:
-    return {
-        DENSE: shape.flops,
-        ATEN: shape.flops * live // shape.channels,
-        TRITON: shape.flops * live // shape.channels,
-    }
+    sliced = shape.flops * live // shape.channels
+    return {DENSE: shape.flops, ATEN: sliced, TRITON: sliced}
 
 
-def _linear_problems(shape: LinearShape, dtype: torch.dtype, live: int) -> Iterator[Problem]:
-    input = _random(shape.batch, shape.tokens, shape.channels, dtype=dtype)
-    grad = _random(shape.batch, shape.tokens, shape.out_channels, dtype=dtype)
-    weight = _random(shape.out_channels, shape.channels, dtype=dtype, scale=0.1)
-    yield Problem(
-        "linear",
-        "grad_input",
-        live,
-        {
-            DENSE: lambda: linear_grad_input(grad, weight, 0, shape.channels),
-            ATEN: lambda: linear_grad_input(grad, weight, 0, live),
-            TRITON: lambda: _OPS.linear_grad_input(grad, weight, 0, live),
-        },
-        lambda: [linear_grad_input(grad.double(), weight.double(), 0, live)],
-        lambda result: [result[..., :live]],
-        flops=_flops(shape, live),
-    )
-    yield Problem(
-        "linear",
-        "grad_weight",
-        shape.channels,
-        {
-            ATEN: lambda: linear_grad_weight(grad, input, True),
-            TRITON: lambda: _OPS.linear_grad_weight(grad, input, True),
-        },
-        lambda: list(linear_grad_weight(grad.double(), input.double(), True)),
-        flops=_flops(shape, shape.channels),
-    )
-
-
-def _norm_linear_problem(shape: LinearShape, dtype: torch.dtype, live: int) -> Problem:
+def _norm_linear_contest(shape: LinearShape, dtype: torch.dtype, live: int) -> Contest:
     """As under autocast: the normalisation and its input in float32."""
     input = _random(shape.batch, shape.tokens, shape.channels, dtype=torch.float32)
     gain, shift = (_random(shape.channels, dtype=torch.float32) for _ in range(2))
@@ -242,34 +235,23 @@ def _norm_linear_problem(shape: LinearShape, dtype: torch.dtype, live: int) -> P
         saved = (input, [shape.channels], mean, rstd, gain, shift)
         return torch.ops.aten.native_layer_norm_backward(wide, *saved, [True, False, False])[0]
 
-    def sliced(compute: Any, wide: bool = False) -> Tensor:
+    def sliced(compute: Any, stop: int, wide: bool = False) -> Tensor:
         given = (grad, output, input, mean, rstd, gain, shift, weight)
-        return compute(*(tensor.double() if wide else tensor for tensor in given), None, 0, live)
+        return compute(*(tensor.double() if wide else tensor for tensor in given), None, 0, stop)
 
-    return Problem(
-        "norm_linear",
-        "grad_input",
-        live,
-        {
-            DENSE: dense,
-            ATEN: lambda: sliced(norm_linear.aten_grad_input),
-            TRITON: lambda: sliced(_OPS.norm_linear_grad_input),
-        },
-        lambda: [sliced(norm_linear.aten_grad_input, wide=True)],
-        lambda result: [result[..., :live]],
-        # What it multiplies in is as rounded as the dtype, whatever the result's.
-        least=TOLERANCES[dtype].rms_ratio,
-        flops=_flops(shape, live),
-    )
+    kernels = norm_linear.aten_grad_input, _OPS.norm_linear_grad_input
+    contest = _grad_input_contest(shape, live, *kernels, sliced, -1)
+    # What it multiplies in is as rounded as the dtype, whatever the result's.
+    least = TOLERANCES[dtype].rms_ratio
+    return replace(contest, op="norm_linear", calls=contest.calls | {DENSE: dense}, least=least)
 
 
 def _dense_block(z: Tensor, weight: Tensor, bias: Tensor, pool: bool) -> list[Tensor]:
-    feature = F.batch_norm(F.relu(z), None, None, weight, bias, training=True)
-    feature = F.max_pool2d(feature, 2) if pool else feature
+    feature = stock_block(z, weight, bias, pool, None, None)
     return [feature, feature.mean((2, 3))]
 
 
-def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterator[Problem]:
+def _block_contests(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterator[Contest]:
     channels, size = shape.channels, shape.size // 2 if shape.pool else shape.size
     z = _random(shape.batch, channels, shape.size, shape.size, dtype=dtype).requires_grad_()
     weight, bias = (_random(channels, dtype=torch.float32).requires_grad_() for _ in range(2))
@@ -296,11 +278,11 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterato
         return list(torch.autograd.grad([first, second], wide, [grad.double() for grad in narrow]))
 
     fused: Calls = {ATEN: lambda: of_dfs("aten"), TRITON: lambda: of_dfs("triton")}
-    Problem("norm_act", "step", live, fused, exact, least=_FLIPS).check()
+    Contest("norm_act", "step", live, fused, exact, least=_FLIPS).check()
     # `dense` computes other gradients on purpose, so that only its time can be compared.
     compiled = torch.compile(_dense_block, dynamic=False)
     stock: Calls = {DENSE: lambda: of_dense(_dense_block), COMPILED: lambda: of_dense(compiled)}
-    yield Problem("norm_act", "step", live, stock | fused)
+    yield Contest("norm_act", "step", live, stock | fused)
     plain = [leaf.detach() for leaf in leaves]
     modes = (shape.pool, True)
 
@@ -322,7 +304,7 @@ def _block_problems(shape: BlockShape, dtype: torch.dtype, live: int) -> Iterato
     }
     for metric, call in calls.items():
         num_bytes = moved[metric] * z.element_size()
-        yield Problem("norm_act", metric, live, {TRITON: call}, num_bytes=num_bytes)
+        yield Contest("norm_act", metric, live, {TRITON: call}, num_bytes=num_bytes)
 
 
 def one_pass(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> int:
