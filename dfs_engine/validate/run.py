@@ -29,6 +29,9 @@ from dfs_engine.validate.problems import PROBLEMS, winograd_problem
 from dfs_engine.validate.report import ValidateReport, WinogradError
 from dfs_engine.validate.tolerances import DTYPES, EXACT, TOLERANCES, Comparison, compare, failure
 
+# Which ops `variant="split"` computes as two stock calls.
+_TWO_CALL_OPS = ("partitioned_conv2d", "partitioned_linear")
+
 
 def run(config: ValidateConfig) -> ValidateReport:
     """Compares everything that `config` asks for; never raises because of a wrong or a crashing kernel.
@@ -73,7 +76,7 @@ def _usable_backends(config: ValidateConfig, report: ValidateReport) -> list[str
     reasons = {name: backends.unavailable_reason(name, config.device) for name in backends.BACKENDS}
     if config.backends == "all":
         report.skipped += [f"backend {name}: {reason}" for name, reason in reasons.items() if reason is not None]
-        return [name for name, reason in reasons.items() if reason is None]
+        return [*(name for name, reason in reasons.items() if reason is None), backends.SPLIT]
     names = split_choices("backends", config.backends, backends.BACKENDS)
     for name in names:
         if reasons[name] is not None:
@@ -85,7 +88,9 @@ def _usable_backends(config: ValidateConfig, report: ValidateReport) -> list[str
 
 def _backends_of(op: str, names: list[str]) -> list[str]:
     """Those of `names` that the op can run on. `partition` has no backends: its stock operators count as aten's."""
-    return [name for name in names if op in backends.OPS or name == "aten"]
+    if op not in backends.OPS:
+        return [name for name in names if name == "aten"]
+    return [name for name in names if name != backends.SPLIT or op in _TWO_CALL_OPS]
 
 
 def _function(op: str, backend: str) -> Callable:
@@ -107,19 +112,15 @@ def _make_tensors(problem: Problem, dtype: str, device: str, seed: int) -> dict[
     """Random tensors, rounded to `dtype`: the float64 reference starts from the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: None if shape is None else _values(problem, name, shape, generator).to(device, DTYPES[dtype])
+        name: None if shape is None else _random(problem, shape, generator, name).to(device, DTYPES[dtype])
         for name, shape in problem.tensors.items()
     }
 
 
-def _values(problem: Problem, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    values = _random(problem, shape, generator)
-    return values.mul(2).round().div(2) if problem.has_ties and name == "input" else values
-
-
-def _random(problem: Problem, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _random(problem: Problem, shape: tuple[int, ...], generator: torch.Generator, name: str = "") -> Tensor:
     values = torch.randn(shape, generator=generator)
-    return values if problem.signed else values.abs()
+    values = values if problem.signed else values.abs()
+    return values.mul(2).round().div(2) if problem.has_ties and name == "input" else values
 
 
 def _grad_maker(problem: Problem, dtype: str, device: str, seed: int) -> MakeGrad:
