@@ -197,7 +197,7 @@ def _eval(values: Any, line: list[str]) -> int:
     from dfs_engine.data.config import is_option_of
     from dfs_engine.data.normalization import Normalization
     from dfs_engine.training import evaluate
-    from dfs_engine.training.checkpoint import read_description
+    from dfs_engine.training.weights import read_description
 
     with _input_errors(RuntimeError):
         # The data of the run are the defaults, which this command line's flags override.

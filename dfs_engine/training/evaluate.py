@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data.config import OWN_DATASETS, DataConfig
 from dfs_engine.evaluation.metrics import IMAGE_METRICS, ExitMetrics
 from dfs_engine.models.multi_exit import run_model
@@ -44,10 +44,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("device", self.device, DEVICES)
-        for name in ("batch_size", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value}.")
+        check_numbers(self, "", {">= 1": ("batch_size", "num_threads")})
 
 
 @torch.no_grad()
@@ -94,8 +91,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     """
     from dfs_engine.data import load_data
     from dfs_engine.training.build import accelerator_for
-    from dfs_engine.training.checkpoint import load_model
     from dfs_engine.training.out_of_memory import batch_in_memory
+    from dfs_engine.training.weights import load_model
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dfs_engine.training.config import OptimConfig, TrainConfig
 from dfs_engine.training.schedules import Schedule
+from dfs_engine.training.weights import REMEDY
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ def check_same_run(
     """
     if not isinstance(saved["config"].get("optim"), dict) or not isinstance(saved["config"].get("epochs"), int):
         raise ValueError(
-            f"checkpoint: expected the config of a run in its manifest, got {str(saved['config'])[:200]}. "
-            "Train anew in another --run_dir, or restore the file from a copy."
+            f"checkpoint: expected the config of a run in its manifest, got {str(saved['config'])[:200]}. {REMEDY}"
         )
     written, now = dict(_flat(saved["config"])), dict(_flat(_as_json(config)))
     before = dict(_flat(_as_json(TrainConfig()))) | written  # an option that is newer than the run had its default
