@@ -168,7 +168,7 @@ WORK = (
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",
-    "doctor.report",
+    "runtime.doctor.report",
     "benchmarks.ops.run",
     "benchmarks.plot.run",
     "benchmarks.train.run",
