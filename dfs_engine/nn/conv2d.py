@@ -29,29 +29,6 @@ class PartitionedConv2d(Partitioned, nn.Conv2d):
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        reference: bool = True,
-        backend: str | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        super().__init__(in_channels, out_channels, *geometry)  # type: ignore[arg-type]
-        self._set_slice(start, stop, reference, backend)
-
     def forward(self, input: Tensor, full: Tensor | None = None, columns: Columns | None = None) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W').
 

@@ -37,22 +37,6 @@ class PartitionedLinear(Partitioned, nn.Linear):
 
     stock, arguments = nn.Linear, ("in_features", "out_features")
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        reference: bool = True,
-        backend: str | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._set_slice(start, stop, reference, backend)
-
     def forward(
         self,
         input: Tensor,

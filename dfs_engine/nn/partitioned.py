@@ -9,14 +9,23 @@ from dfs_engine.runtime.backend import check_backend
 
 
 class Partitioned(nn.Module):
-    """A stock layer whose backward computes grad_input only for channels [start, stop)."""
+    """A stock layer whose backward computes grad_input only for channels [start, stop); comes before its class."""
 
     takes_slices = True  # see `nn.reading.apply_layer`
     stock: ClassVar[type[nn.Module]]
     arguments: ClassVar[tuple[str, ...]]
     """What the stock constructor takes and keeps by the same name; the channels that it reads come first."""
 
-    def _set_slice(self, start: int, stop: int | None, reference: bool, backend: str | None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        start: int = 0,
+        stop: int | None = None,
+        reference: bool = True,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
         name = self.arguments[0]
         num_channels = getattr(self, name)
         self.start, self.stop = start, num_channels if stop is None else stop
