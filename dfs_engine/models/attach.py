@@ -18,7 +18,7 @@ from dfs_engine.models.backbone import (
     next_partitionable,
     observe,
 )
-from dfs_engine.models.multi_exit import Distillation, MultiExitModel
+from dfs_engine.models.multi_exit import Distillation, MultiExitModel, path_of
 from dfs_engine.nn import (
     SLICED_VARIANTS,
     ExitHead,
@@ -339,10 +339,9 @@ class AttachedModel(MultiExitModel):
 
         It does not rebuild somebody else's backbone: to load the weights, attach the same exits to such a backbone.
         """
-        backbone = type(self.backbone)
         return {
             **super().get_config(),
-            "name": f"{backbone.__module__}.{backbone.__qualname__}",
+            "name": path_of(type(self.backbone)),
             "at": [cast(AttachedExit, exit).name for exit in self.exits],
         }
 

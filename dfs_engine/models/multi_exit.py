@@ -184,7 +184,7 @@ class MultiExitModel(nn.Module):
         """
         fork = self.fork
         return {
-            "name": self.name or _path_of(type(self)),
+            "name": self.name or path_of(type(self)),
             "num_classes": self.num_classes,
             "beta": fork.beta,
             "variant": fork.variant,
@@ -195,5 +195,5 @@ class MultiExitModel(nn.Module):
         }
 
 
-def _path_of(cls: type) -> str:
+def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,5 +1,6 @@
 """What a training run is: typed, validated when built, written to its folder as YAML."""
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,6 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "linear", "multistep")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
-
-
-def _plain(value: Any) -> Any:
-    """With lists for tuples, which YAML cannot hold, at any depth of dictionaries."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +207,6 @@ class TrainConfig:
 
         Without `resume`, which is what to do now, not what the run is.
         """
-        result = _plain(asdict(self))
+        result = json.loads(json.dumps(asdict(self), default=str))  # lists for tuples, text for a Path
         del result["resume"]
-        result["run_dir"] = None if self.run_dir is None else str(self.run_dir)
         return result
