@@ -55,7 +55,7 @@ def train(model: nn.Module, batches: list[Tensor], targets: Tensor) -> Tensor:
 
 def main(rank: int, store: str, family: str) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(minutes=3)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     torch.manual_seed(0)  # the same model and batches in both processes
     model, batches = make(family)

@@ -102,7 +102,7 @@ def test_two_processes_fed_the_same_batches_have_the_losses_of_one(tmp_path, fam
     commands = [[sys.executable, str(script), str(rank), str(tmp_path / "store"), family] for rank in range(2)]
     ranks = [subprocess.Popen(command, **pipes) for command in commands]
     try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
