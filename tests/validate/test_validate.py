@@ -159,6 +159,12 @@ def test_two_stock_calls_that_leave_one_out_are_found(monkeypatch, op, name):
     assert {"output", "grad_weight"} <= breached(report)
 
 
+def test_quick_compares_the_two_stock_calls_in_one_dtype():
+    report = quick(ops="partitioned_linear", dtypes="fp32,bf16")
+    assert {row.dtype for row in report.rows if row.backend == "split"} == {"fp32"}
+    assert "backend split: quick compares it in fp32 alone" in report.skipped
+
+
 CONV_BLOCK = importlib.import_module("dfs_engine.ops.norm_act")  # the package has a function of that name
 
 
