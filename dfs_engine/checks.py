@@ -1,7 +1,8 @@
-"""Checks that all share: of names and lists, as a configuration or a command line gives them; of torch's transforms."""
+"""Checks that all share: of names, lists and numbers as a configuration gives them; of torch.func's transforms."""
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -35,6 +36,40 @@ def split_choices(argument: str, value: str, valid: Iterable[str]) -> list[str]:
     if not chosen:
         raise ValueError(f"{argument}: expected a comma-separated list of {', '.join(names)}, got {value!r}.")
     return list(dict.fromkeys(chosen))
+
+
+def check_numbers(config: object, prefix: str, ranges: Mapping[str, Iterable[str]]) -> None:
+    """Checks fields of a configuration.
+
+    Args:
+        prefix: of the fields' names in messages: "optim.".
+        ranges: ">= 1", "> 0" or an interval, "[0, 1)", -> the fields that have to be in it. One whose default is None
+            may be None.
+
+    Raises:
+        ValueError: a number outside its range, or not finite, or no number.
+    """
+    for interval, names in ranges.items():
+        for name in names:
+            value, is_optional = getattr(config, name), getattr(type(config), name, "") is None
+            if (value is None and is_optional) or _lies_in(value, interval):
+                continue
+            expected = interval if interval.startswith(">") else f"in {interval}"
+            remedy = " Leave it out for its default." if is_optional else ""
+            raise ValueError(f"{prefix}{name}: expected a number {expected}, got {value!r}.{remedy}")
+
+
+def _lies_in(value: object, interval: str) -> bool:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    lowest, _, highest = interval.strip("[(>=)] ").partition(", ")
+    above = value > float(lowest) or (value == float(lowest) and interval.startswith(("[", ">=")))
+    return above and (not highest or value < float(highest) or (value == float(highest) and interval.endswith("]")))
+
+
+def one_line(error: Exception, length: int = 200) -> str:
+    """The beginning of what an exception of another library says, for a message of this one's."""
+    return " ".join(str(error).split())[:length]
 
 
 def split_betas(argument: str, value: str) -> list[float]:

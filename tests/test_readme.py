@@ -168,7 +168,7 @@ WORK = (
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",
-    "doctor.report",
+    "runtime.doctor.report",
     "benchmarks.ops.run",
     "benchmarks.plot.run",
     "benchmarks.train.run",
@@ -180,7 +180,7 @@ def check_dfs(words, monkeypatch):
     """Runs the command up to its work; where the text only names it, such as `dfs bench`, up to its help."""
     for place in WORK:
         monkeypatch.setattr(f"dfs_engine.{place}", reached)
-    monkeypatch.setattr("dfs_engine.training.checkpoint.read_description", lambda path: {"data": {}})  # of no real run
+    monkeypatch.setattr("dfs_engine.training.weights.read_description", lambda path: {"data": {}})  # of no real run
     if all(re.fullmatch(r"[a-z]+", word) for word in words):
         words = [*words, "--help"]
     with pytest.raises((ReachedError, SystemExit)) as caught:

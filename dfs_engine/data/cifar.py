@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 from either layout in which people have them, decoded once to uint8 in memory."""
 
-import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from dfs_engine.data.config import Augmentation, DataConfig, Images, RawSplits
 from dfs_engine.data.encoded import report_skipped
 from dfs_engine.data.normalization import PRESETS
-from dfs_engine.data.tables import take
+from dfs_engine.data.tables import Table, take
 
 SIZE = 32
 
@@ -182,8 +181,7 @@ def _read_parquet_file(path: Path, layout: Layout, config: DataConfig) -> tuple[
         columns = ", ".join(table.column_names)
         remedy = "name others with data.image_column and data.label_column"
         raise _corrupt(path, f"its columns are {columns}; {remedy}", layout)
-    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    class_names = features.get(label_column, {}).get("names") or [str(label) for label in range(layout.num_classes)]
+    class_names = Table(table, []).class_names(label_column) or [str(label) for label in range(layout.num_classes)]
     cells = (cell for chunk in table[image_column].chunks for cell in chunk.to_pylist())
     images, broken = _decode(path, cells, table.num_rows, layout, config)
     labels = table[label_column].to_pylist()

@@ -1,6 +1,5 @@
 """What the user chooses about the data, and what a dataset gives before it is transformed."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data.normalization import PRESETS, Channels, Normalization, check_normalization
 
 _OWN_IMAGES = ("image_folder", "image_parquet")
@@ -143,30 +142,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choice("data.name", self.name, DATASETS)
-        minima = {
-            "max_train": 1,
-            "split_seed": 0,
-            "max_tokens": 3,
-            "image_size": 1,
-            "num_workers": 0,
-            "crop_padding": 0,
-            "cutout": 0,
-            "synthetic_train": 1,
-            "synthetic_test": 1,
-            "synthetic_classes": 2,
-            "synthetic_seed": 0,
+        not_negative = ("split_seed", "num_workers", "crop_padding", "cutout", "synthetic_seed")
+        ranges = {
+            ">= 0": (*not_negative, "color_jitter", "mixup", "cutmix"),
+            ">= 1": ("max_train", "image_size", "synthetic_train", "synthetic_test"),
+            ">= 2": ("synthetic_classes",),
+            ">= 3": ("max_tokens",),
+            "[0, 1]": ("mixup_prob", "mixup_switch_prob"),
+            "[0, 1)": ("val_fraction",),
+            "(0, 1)": ("test_fraction",),
+            "(0, 1]": ("crop_pct",),
         }
-        for field, minimum in minima.items():
-            value = getattr(self, field)
-            if value is not None and value < minimum:
-                raise ValueError(f"data.{field}: expected an integer >= {minimum}, got {value}.")
-        for field in ("color_jitter", "mixup", "cutmix"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"data.{field}: expected a number >= 0, got {value}.")
-        for field in ("mixup_prob", "mixup_switch_prob"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"data.{field}: expected a number in [0, 1], got {getattr(self, field)}.")
+        check_numbers(self, "data.", ranges)
         check_choice("data.mixup_mode", self.mixup_mode, MIXUP_MODES)
         for field, names in _OPTIONS_OF.items():
             if getattr(self, field) and not is_option_of(field, self.name):
@@ -174,21 +161,12 @@ class DataConfig:
                     f"data.{field}: expected none with data.name={self.name}, got {getattr(self, field)}. Leave it "
                     f"out: it is an option of {', '.join(names)}."
                 )
-        self._check_crops()
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction: expected a number in [0, 1), got {self.val_fraction}.")
-        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
-            raise ValueError(f"data.test_fraction: expected a number in (0, 1), got {self.test_fraction}.")
-        check_normalization(self.mean, self.std)
-
-    def _check_crops(self) -> None:
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"data.crop_pct: expected a number in (0, 1], got {self.crop_pct}.")
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
                 f"data.crop_scale: expected two rising numbers in (0, 1], got {list(self.crop_scale)}. "
                 "They are the smallest and the largest share of the area."
             )
+        check_normalization(self.mean, self.std)
 
     def normalization(self, default: Normalization) -> Normalization:
         """The dataset's `default`, or what this config sets."""

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dfs_engine.checks import split_betas
+from dfs_engine.checks import check_numbers, split_betas
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.evaluation.operations import ExitCost, count_operations
 from dfs_engine.models import VARIANTS, MultiExitModel, create_model
@@ -35,8 +35,7 @@ class InfoConfig:
 
     def __post_init__(self) -> None:
         split_betas("beta", self.beta)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive integer, got {self.batch_size}.")
+        check_numbers(self, "", {">= 1": ("batch_size",)})
 
     def build(self, variant: str, beta: float = 0.5) -> MultiExitModel:
         """The model in evaluation mode: a batch norm in training refuses a batch of one."""

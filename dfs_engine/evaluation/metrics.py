@@ -1,7 +1,8 @@
 """Accuracy, loss and GLUE's metrics of every exit and of their ensemble, exact over batches of any size."""
 
+import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,13 @@ TITLES = {
 """How people call what `ExitMetrics` measures."""
 
 IMAGE_METRICS = ("top1", "top5")
+# Where the functions (target, predicted) of the others are.
+_OF_PREDICTIONS = {
+    "f1": ("sklearn.metrics", "f1_score"),
+    "matthews": ("sklearn.metrics", "matthews_corrcoef"),
+    "pearson": ("scipy.stats", "pearsonr"),
+    "spearman": ("scipy.stats", "spearmanr"),
+}
 
 
 class ExitMetrics:
@@ -99,41 +107,11 @@ class ExitMetrics:
 
     def _of_predictions(self, name: str, index: int) -> float:
         rows = torch.cat([batch.cpu() for batch in self.predictions], 1).double().numpy()
+        module, function = _OF_PREDICTIONS[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of predictions that are all the same, which correlate with nothing
-            return float(np.nan_to_num(_OF_PREDICTIONS[name](rows[-1], rows[index])))
-
-
-def _f1(target: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(target, predicted)
-
-
-def _matthews(target: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(target, predicted)
-
-
-def _pearson(target: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import pearsonr
-
-    return pearsonr(target, predicted).statistic
-
-
-def _spearman(target: np.ndarray, predicted: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return spearmanr(target, predicted).statistic
-
-
-_OF_PREDICTIONS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "f1": _f1,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
-}
+            found = getattr(importlib.import_module(module), function)(rows[-1], rows[index])
+        return float(np.nan_to_num(getattr(found, "statistic", found)))
 
 
 def table(result: dict[str, Any]) -> list[tuple[Any, ...]]:

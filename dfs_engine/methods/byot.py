@@ -13,7 +13,6 @@ norm, not squared, of the difference of features over the whole batch. Which fea
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.methods.method import Method
 from dfs_engine.models import MultiExitModel
 from dfs_engine.models.multi_exit import FEATURES, Distillation
@@ -47,12 +46,7 @@ class ByotConfig:
     """Compare exits (each exit's own last feature) or blocks (the features that are split). Default: the family's."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"byot.alpha: expected a number in [0, 1], got {self.alpha}.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"byot.temperature: expected a number > 0, got {self.temperature}.")
-        if not (math.isfinite(self.lam) and self.lam >= 0):
-            raise ValueError(f"byot.lam: expected a number >= 0, got {self.lam}.")
+        check_numbers(self, "byot.", {"[0, 1]": ("alpha",), "> 0": ("temperature",), ">= 0": ("lam",)})
         if self.features is not None:
             check_choice("byot.features", self.features, FEATURES)
 

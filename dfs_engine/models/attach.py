@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, one_line
 from dfs_engine.models.backbone import (
     Consumers,
     Observation,
@@ -18,7 +18,7 @@ from dfs_engine.models.backbone import (
     next_partitionable,
     observe,
 )
-from dfs_engine.models.multi_exit import Distillation, MultiExitModel
+from dfs_engine.models.multi_exit import Distillation, MultiExitModel, path_of
 from dfs_engine.nn import (
     SLICED_VARIANTS,
     ExitHead,
@@ -96,7 +96,7 @@ def attach_exits(
         consumers, reason = find_consumers(twin, names), None
     except Exception as error:  # the backbone's code runs on proxies, and may raise anything there
         consumers = dict.fromkeys(names, Consumers((), ("whatever reads it",), writes=True))
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
     model = AttachedModel(backbone, exits, fork, seen, consumers)
     if variant in SLICED_VARIANTS:
         _log(model.consumers, reason, twin, seen)
@@ -112,7 +112,7 @@ def _observe(twin: nn.Module, names: list[str], example_input: Tensor | None) ->
     except RuntimeError as error:
         raise ValueError(
             f"example_input: expected an input that the backbone takes, got none, and an image of shape "
-            f"{tuple(image.shape)} does not fit ({' '.join(str(error).split())[:200]}). Give one."
+            f"{tuple(image.shape)} does not fit ({one_line(error)}). Give one."
         ) from error
 
 
@@ -339,10 +339,9 @@ class AttachedModel(MultiExitModel):
 
         It does not rebuild somebody else's backbone: to load the weights, attach the same exits to such a backbone.
         """
-        backbone = type(self.backbone)
         return {
             **super().get_config(),
-            "name": f"{backbone.__module__}.{backbone.__qualname__}",
+            "name": path_of(type(self.backbone)),
             "at": [cast(AttachedExit, exit).name for exit in self.exits],
         }
 

@@ -121,11 +121,16 @@ def observe(backbone: nn.Module, names: Sequence[str], input: Tensor) -> Observa
         with torch.enable_grad():
             output = backbone.eval()(input)
 
+    _check_pass(names, features, layers, output)
+    return Observation(features, reached, layers[-1], tuple(input.shape[1:]), output.detach())
+
+
+def _check_pass(names: Sequence[str], features: dict[str, Tensor], layers: list[str], output: Any) -> None:
     silent = [name for name in names if name not in features]
     if silent:
         raise ValueError(f"at: expected modules that run in a forward pass, got {', '.join(silent)}, which do not.")
-    if list(features) != names:
-        raise ValueError(f"at: expected modules in the order of the forward pass, {list(features)}, got {names}.")
+    if list(features) != list(names):
+        raise ValueError(f"at: expected modules in the order of the forward pass, {list(features)}, got {list(names)}.")
     if not isinstance(output, Tensor):
         raise TypeError(f"backbone: expected one whose output is a tensor, got a {type(output).__name__}.")
     if output.dim() != 2 or not layers:
@@ -133,7 +138,6 @@ def observe(backbone: nn.Module, names: Sequence[str], input: Tensor) -> Observa
             f"backbone: expected logits (N, num_classes) that an nn.Linear or nn.Conv2d makes, got an output of shape "
             f"{tuple(output.shape)}."
         )
-    return Observation(features, reached, layers[-1], tuple(input.shape[1:]), output.detach())
 
 
 def _leaves_of(tensor: Tensor) -> list[Tensor]:

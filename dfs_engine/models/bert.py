@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.pretrained import pretrained_folder
-from dfs_engine.models.registry import register_model
+from dfs_engine.models.registry import register_models
 from dfs_engine.nn import (
     Exit,
     Fork,
@@ -196,8 +196,9 @@ class MultiExitBert(MultiExitModel):
         return torch.randint(embeddings.num_embeddings, shape, device=embeddings.weight.device)
 
 
-@register_model("own", dim=-1)
-def bert(
+@register_models(["bert"], "own", dim=-1)
+def _create_bert(
+    _name: str,
     fork: Fork,
     *,
     num_classes: int,

@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
-from dfs_engine.models.registry import register_model
+from dfs_engine.models.registry import register_models
 from dfs_engine.nn import (
+    ConvNormReLU,
     Exit,
     Fork,
     Reading,
-    apply_layer,
-    apply_norm_relu,
     concat,
     flat,
     fork_concat,
@@ -68,8 +67,11 @@ _CIFAR = _Config(
     image_size=32,
 )
 _CONFIGS = {
+    # The paper's CIFAR-100 table: 16 layers.
     "msdnet_cifar": _CIFAR,
+    # L2W-DEN's and IMTA's CIFAR net: 15 layers in growing blocks.
     "msdnet_cifar_lin_grow": _CIFAR._replace(num_exits=5, base=1, step=1, lin_grow=True, growth=6),
+    # The paper's ImageNet table: 20 layers.
     "msdnet_imagenet": _CIFAR._replace(
         num_exits=5, step=4, channels=32, num_scales=4, head_width=None, large_stem=True, image_size=224
     ),
@@ -78,27 +80,13 @@ _CONFIGS = {
 _FACTORS = (1, 2, 4, 4)
 
 
-class ConvUnit(nn.Module):
-    """Convolution, BN, ReLU: (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False, **dd: Any
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, **dd)
-        self.bn = nn.BatchNorm2d(out_channels, **dd)
-
-    def forward(self, *input: Any) -> Tensor:
-        return apply_norm_relu(self.bn, apply_layer(self.conv, input))
-
-
 class Path(nn.Module):
     """1x1 convolution to `bottleneck` channels, unless None, and 3x3 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, bottleneck: int | None, stride: int = 1, **dd: Any) -> None:
         super().__init__()
-        self.bottleneck = None if bottleneck is None else ConvUnit(in_channels, bottleneck, 1, **dd)
-        self.spatial = ConvUnit(bottleneck or in_channels, out_channels, 3, stride, **dd)
+        self.bottleneck = None if bottleneck is None else ConvNormReLU(in_channels, bottleneck, 1, **dd)
+        self.spatial = ConvNormReLU(bottleneck or in_channels, out_channels, 3, stride, **dd)
 
     def forward(self, *input: Any) -> Tensor:
         return self.spatial(*input) if self.bottleneck is None else self.spatial(self.bottleneck(*input))
@@ -124,8 +112,8 @@ class Stem(nn.Module):
     def __init__(self, in_channels: int, widths: list[int], *, large: bool, **dd: Any) -> None:
         super().__init__()
         first = (7, 2, True) if large else (3, 1)
-        self.scales = nn.ModuleList([ConvUnit(in_channels, widths[0], *first, **dd)])
-        self.scales.extend(ConvUnit(*pair, 3, 2, **dd) for pair in pairwise(widths))
+        self.scales = nn.ModuleList([ConvNormReLU(in_channels, widths[0], *first, **dd)])
+        self.scales.extend(ConvNormReLU(*pair, 3, 2, **dd) for pair in pairwise(widths))
         self.large = large
 
     def forward(self, image: Tensor) -> tuple:
@@ -160,7 +148,7 @@ class Transition(nn.Module):
 
     def __init__(self, widths: list[int], **dd: Any) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(ConvUnit(width, width // 2, 1, **dd) for width in widths)
+        self.scales = nn.ModuleList(ConvNormReLU(width, width // 2, 1, **dd) for width in widths)
 
     def forward(self, *input: Any) -> tuple:
         return tuple(unit(*scale) for unit, scale in zip(self.scales, readings(input), strict=True))
@@ -199,7 +187,7 @@ class MSDNetExit(Exit):
 
     def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float, **dd: Any) -> None:
         super().__init__()
-        self.convs = nn.Sequential(ConvUnit(in_channels, width, 3, 2, **dd), ConvUnit(width, width, 3, 2, **dd))
+        self.convs = nn.Sequential(ConvNormReLU(in_channels, width, 3, 2, **dd), ConvNormReLU(width, width, 3, 2, **dd))
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, num_classes, **dd)
 
@@ -257,24 +245,18 @@ def _make_blocks(
         layers = []
 
 
+@register_models(_CONFIGS, "whole")
 def _create_msdnet(
     name: str,
     fork: Fork,
     *,
     num_classes: int,
-    num_exits: int | None = None,
-    base: int | None = None,
-    step: int | None = None,
-    lin_grow: bool | None = None,
-    channels: int | None = None,
-    growth: int | None = None,
-    num_scales: int | None = None,
-    head_width: int | None = None,
     bottleneck: bool = True,
     dropout: float = 0.5,
     in_channels: int = 3,
     device: Any = None,
     dtype: Any = None,
+    **sizes: Any,
 ) -> MultiExitModel:
     """The published net of `_CONFIGS`, except for what is given here.
 
@@ -282,11 +264,11 @@ def _create_msdnet(
         bottleneck: whether a 1x1 convolution precedes each 3x3 one.
         dropout: before each exit's linear layer; the original MSDNet has none.
         in_channels: of the image.
+        sizes: other fields of `_Config`; None: as published.
     """
-    sizes: dict[str, Any] = {
-        "num_exits": num_exits, "base": base, "step": step, "lin_grow": lin_grow, "channels": channels,
-        "growth": growth, "num_scales": num_scales, "head_width": head_width,
-    }  # fmt: skip
+    unknown = sizes.keys() - set(_Config._fields)
+    if unknown:
+        raise TypeError(f"{name}: expected options of an MSDNet, got {', '.join(sorted(unknown))}.")
     config = _CONFIGS[name]._replace(**{key: value for key, value in sizes.items() if value is not None})
     if not 1 <= config.num_scales <= len(_FACTORS):
         raise ValueError(f"num_scales: expected 1 to {len(_FACTORS)}, got {config.num_scales}.")
@@ -298,21 +280,3 @@ def _create_msdnet(
         exits.append(MSDNetExit(width, config.head_width or width, num_classes, dropout, **dd))
     shape = (in_channels, config.image_size, config.image_size)
     return MultiExitModel(blocks, exits, fork, num_classes=num_classes, input_shape=shape)
-
-
-@register_model("whole")
-def msdnet_cifar(fork: Fork, **options: Any) -> MultiExitModel:
-    """7 exits, 16 layers, for 32 px images (the paper's CIFAR-100 table)."""
-    return _create_msdnet("msdnet_cifar", fork, **options)
-
-
-@register_model("whole")
-def msdnet_cifar_lin_grow(fork: Fork, **options: Any) -> MultiExitModel:
-    """5 exits, 15 layers in growing blocks, for 32 px images (L2W-DEN's and IMTA's CIFAR net)."""
-    return _create_msdnet("msdnet_cifar_lin_grow", fork, **options)
-
-
-@register_model("whole")
-def msdnet_imagenet(fork: Fork, **options: Any) -> MultiExitModel:
-    """5 exits, 20 layers, for 224 px images (the paper's ImageNet table)."""
-    return _create_msdnet("msdnet_imagenet", fork, **options)

@@ -180,7 +180,7 @@ class MultiExitModel(nn.Module):
         """
         fork = self.fork
         return {
-            "name": self.name or _path_of(type(self)),
+            "name": self.name or path_of(type(self)),
             "num_classes": self.num_classes,
             "beta": fork.beta,
             "variant": fork.variant,
@@ -191,5 +191,5 @@ class MultiExitModel(nn.Module):
         }
 
 
-def _path_of(cls: type) -> str:
+def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -4,6 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Of a folder that transformers or timm saved, the first one that is there."""
+
+
+def weight_file(path: Path) -> Path | None:
+    """A file itself, or the one with the weights in a folder; None: nothing there."""
+    files = [path / name for name in WEIGHT_FILES] if path.is_dir() else [path]
+    return next((file for file in files if file.is_file()), None)
 
 
 def pretrained_folder(source: str | Path, argument: str = "pretrained") -> Path:

@@ -1,7 +1,7 @@
 """Models by name."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,11 +37,12 @@ _catalogues: list[Catalogue] = []
 _Create = TypeVar("_Create", bound=Callable[..., MultiExitModel])
 
 
-def register_model(exit_gradient: str, dim: int = 1) -> Callable[[_Create], _Create]:
-    """Makes a function that builds a model around a fork known by its own name; see `Family`."""
+def register_models(names: Iterable[str], exit_gradient: str, dim: int = 1) -> Callable[[_Create], _Create]:
+    """Makes models known that a function builds, which gets their name and a fork; see `Family`."""
 
     def register(create: _Create) -> _Create:
-        _families[create.__name__] = Family(create, exit_gradient, dim)
+        for name in names:
+            _families[name] = Family(partial(create, name), exit_gradient, dim)
         return create
 
     return register

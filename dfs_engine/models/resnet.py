@@ -12,32 +12,32 @@ from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, MultiExitModel
-from dfs_engine.models.registry import register_model
-from dfs_engine.nn import Exit, ExitHead, Fork, Reading, apply_layer, apply_norm_relu, global_avg_pool, multiply, whole
+from dfs_engine.models.registry import register_models
+from dfs_engine.nn import (
+    ConvNormReLU,
+    Exit,
+    ExitHead,
+    Fork,
+    Reading,
+    apply_layer,
+    apply_norm_relu,
+    global_avg_pool,
+    multiply,
+    whole,
+)
 
 # kernel sizes of a residual block's convolutions, width of its last one as a multiple of the others
 _BASIC = ((3, 3), 1)
 _BOTTLENECK = ((1, 3, 1), 4)
 # name -> residual block, residual blocks per stage
 _CONFIGS = {
+    # The paper's comparison with BYOT.
     "resnet18": (_BASIC, (2, 2, 2, 2)),
     "resnet34": (_BASIC, (3, 4, 6, 3)),
     "resnet50": (_BOTTLENECK, (3, 4, 6, 3)),
 }
 # stem -> image size
 _STEMS = {"cifar": 32, "imagenet": 224}
-
-
-class ConvNormReLU(nn.Module):
-    """Convolution, BN, a residual where one is given, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, **dd: Any) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_channels, **dd)
-
-    def forward(self, *input: Any, residual: Tensor | None = None) -> Tensor:
-        return apply_norm_relu(self.bn, apply_layer(self.conv, input), residual)
 
 
 class Stem(ConvNormReLU):
@@ -134,15 +134,15 @@ class AttentionExit(Exit):
     def feature(self, reading: Reading) -> Reading:
         """Of a feature (N, in_channels, H, W): (N, channels of the last stage)."""
         gate = apply_norm_relu(self.gate_bn, self.gate(*reading))
-        gate = F.interpolate(
-            gate, reading[0].shape[2:], mode="bilinear"
-        ).sigmoid()  # twice the size, of an odd one almost
+        # Twice the size, of an odd one almost.
+        gate = F.interpolate(gate, reading[0].shape[2:], mode="bilinear").sigmoid()
         return global_avg_pool((self.sep_convs(multiply(reading, gate)),))
 
     def classify(self, feature: Reading) -> Tensor:
         return apply_layer(self.linear, feature)
 
 
+@register_models(_CONFIGS, "own")
 def _create_resnet(
     name: str,
     fork: Fork,
@@ -179,21 +179,3 @@ def _create_resnet(
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
-
-
-@register_model("own")
-def resnet18(fork: Fork, **options: Any) -> MultiExitModel:
-    """4 stages of 2 basic blocks, 4 exits (the paper's comparison with BYOT)."""
-    return _create_resnet("resnet18", fork, **options)
-
-
-@register_model("own")
-def resnet34(fork: Fork, **options: Any) -> MultiExitModel:
-    """Stages of 3, 4, 6 and 3 basic blocks, 4 exits."""
-    return _create_resnet("resnet34", fork, **options)
-
-
-@register_model("own")
-def resnet50(fork: Fork, **options: Any) -> MultiExitModel:
-    """Stages of 3, 4, 6 and 3 bottlenecks, 4 exits."""
-    return _create_resnet("resnet50", fork, **options)

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, Distillation, MultiExitModel
-from dfs_engine.models.registry import register_model
+from dfs_engine.models.registry import register_models
 from dfs_engine.nn import ExitHead, Fork, NormAct2d, Reading, apply_layer, produce_readings
 from dfs_engine.partition import ChannelSlice, Partition
 
 # name -> convolutions per stage, width of each stage as a multiple of the first, image size, pixels a side of what
 # feature distillation compares
 _CONFIGS = {
+    # The paper's CPU experiment: 6 exits.
     "vgg7_64": ((2, 2, 2), (1, 2, 4), 32, 4),
+    # The paper's GPU experiment: 13 exits.
     "vgg16_64": ((2, 2, 3, 3, 3), (1, 2, 4, 8, 8), 224, 1),
 }
 INITS = ("published", "torch")
@@ -90,6 +92,7 @@ def _draw_parts(weight: Tensor, *parts: ChannelSlice) -> None:
             view.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
 
 
+@register_models(_CONFIGS, "own")
 def _create_vgg(
     name: str,
     fork: Fork,
@@ -129,15 +132,3 @@ def _create_vgg(
     model.options = {"init": init}
     model.distillation = Distillation("blocks", distilled_size, bias=False)
     return model
-
-
-@register_model("own")
-def vgg7_64(fork: Fork, **options: Any) -> MultiExitModel:
-    """6 convolutions for 32 px images, 6 exits (the paper's CPU experiment)."""
-    return _create_vgg("vgg7_64", fork, **options)
-
-
-@register_model("own")
-def vgg16_64(fork: Fork, **options: Any) -> MultiExitModel:
-    """13 convolutions for 224 px images, 13 exits (the paper's GPU experiment)."""
-    return _create_vgg("vgg16_64", fork, **options)

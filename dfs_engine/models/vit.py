@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
+from dfs_engine.models.pretrained import WEIGHT_FILES, weight_file
 from dfs_engine.models.registry import Family, register_catalogue
 from dfs_engine.nn import (
     Exit,
@@ -35,8 +36,6 @@ from dfs_engine.nn import (
 from dfs_engine.runtime.extras import needs
 
 logger = logging.getLogger(__name__)
-
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class ViTStem(Block):
@@ -239,12 +238,10 @@ def _source(pretrained: bool | str | Path) -> dict[str, Any]:
     """timm's arguments for where weights come from."""
     if isinstance(pretrained, bool):
         return {"pretrained": pretrained}
-    path = Path(pretrained).expanduser()
-    files = [path / name for name in _WEIGHT_FILES] if path.is_dir() else [path]
-    found = next((file for file in files if file.is_file()), None)
+    found = weight_file(Path(pretrained).expanduser())
     if found is None:
         raise FileNotFoundError(
-            f"pretrained: expected a weight file or a folder with {' or '.join(_WEIGHT_FILES)}, got {pretrained}. "
+            f"pretrained: expected a weight file or a folder with {' or '.join(WEIGHT_FILES)}, got {pretrained}. "
             "True downloads timm's weights."
         )
     # timm's own loader of these models, for the authors' NumPy files, would take any file for one.

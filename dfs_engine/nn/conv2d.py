@@ -5,13 +5,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine.nn.linear import _share_parameters
+from dfs_engine.nn.partitioned import Partitioned
 from dfs_engine.nn.reading import Columns, whole
-from dfs_engine.ops import _common, partitioned_conv2d
-from dfs_engine.runtime.backend import check_backend
+from dfs_engine.ops import partitioned_conv2d
 
 
-class PartitionedConv2d(nn.Conv2d):
+class PartitionedConv2d(Partitioned, nn.Conv2d):
     """Drop-in for `nn.Conv2d` whose backward computes grad_input only for channels [start, stop).
 
     Same parameters, initialisation and state_dict keys as `nn.Conv2d`.
@@ -25,32 +24,10 @@ class PartitionedConv2d(nn.Conv2d):
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
     """
 
-    takes_slices = True  # see `nn.reading.apply_layer`
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        reference: bool = True,
-        backend: str | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        super().__init__(in_channels, out_channels, *geometry)  # type: ignore[arg-type]
-        self.start, self.stop = start, in_channels if stop is None else stop
-        self.reference, self.backend = reference, check_backend(backend)
-        _common.check_slice("PartitionedConv2d", self.start, self.stop, in_channels, "in_channels")
+    stock = nn.Conv2d
+    arguments = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    )  # fmt: skip
 
     def forward(self, input: Tensor, full: Tensor | None = None, columns: Columns | None = None) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W').
@@ -93,36 +70,9 @@ class PartitionedConv2d(nn.Conv2d):
         )
 
     @classmethod
-    def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        reference: bool = True,
-        backend: str | None = None,
-    ) -> "PartitionedConv2d":
-        """The same layer, partitioned. Shares the Parameter objects, so that an optimizer keeps working."""
-        layer = cls(
-            **_constructor_arguments(conv),
-            start=start,
-            stop=stop,
-            reference=reference,
-            backend=backend,
-            device="meta",
-        )
-        return _share_parameters(conv, layer)
+    def from_conv(cls, conv: nn.Conv2d, **sliced: Any) -> "PartitionedConv2d":
+        """The same layer, partitioned as `start`, `stop`, `reference` and `backend` say.
 
-    def to_stock(self) -> nn.Conv2d:
-        """The plain `nn.Conv2d` with the same Parameter objects."""
-        return _share_parameters(self, nn.Conv2d(**_constructor_arguments(self), device="meta"))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
-
-
-def _constructor_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    names = (
-        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-    )  # fmt: skip
-    return {"bias": conv.bias is not None} | {name: getattr(conv, name) for name in names}
+        Shares the Parameter objects, so that an optimizer keeps working.
+        """
+        return cls._from_stock(conv, **sliced)

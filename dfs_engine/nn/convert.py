@@ -43,18 +43,14 @@ def partition_layer(
     backend: str | None = None,
 ) -> None:
     """Lets a stock layer train through a slice of its input alone; None: to its last channel."""
-    if isinstance(layer, nn.Conv2d):
-        num_channels = layer.in_channels
-        layer.__class__ = PartitionedConv2d
-    else:
-        num_channels = layer.in_features
-        layer.__class__ = PartitionedLinear
-    backend = "split" if variant == "split" else backend
-    vars(layer).update(start=start, stop=num_channels if stop is None else stop, reference=reference, backend=backend)
+    kind = PartitionedConv2d if isinstance(layer, nn.Conv2d) else PartitionedLinear
+    layer.__class__ = kind
+    stop = getattr(layer, kind.arguments[0]) if stop is None else stop
+    vars(layer).update(start=start, stop=stop, reference=reference, backend="split" if variant == "split" else backend)
 
 
 def to_stock(layer: Any) -> None:
     """Undoes `partition_layer`."""
-    layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    layer.__class__ = layer.stock
     for name in ("start", "stop", "reference", "backend"):
         del vars(layer)[name]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from dfs_engine.nn.partitioned import Partitioned
 from dfs_engine.nn.reading import Columns, Reading, apply_layer
-from dfs_engine.ops import _common, partitioned_linear, partitioned_norm_linear
-from dfs_engine.runtime.backend import check_backend
+from dfs_engine.ops import partitioned_linear, partitioned_norm_linear
 
 
 class Normalisation(NamedTuple):
@@ -20,7 +20,7 @@ class Normalisation(NamedTuple):
     eps: float
 
 
-class PartitionedLinear(nn.Linear):
+class PartitionedLinear(Partitioned, nn.Linear):
     """Drop-in for `nn.Linear` whose backward computes grad_input only for features [start, stop).
 
     Same parameters, initialisation and state_dict keys as `nn.Linear`.
@@ -35,25 +35,7 @@ class PartitionedLinear(nn.Linear):
         backend: "reference", "aten", "cpp", "triton"; None or "auto" picks.
     """
 
-    takes_slices = True  # see `nn.reading.apply_layer`
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        reference: bool = True,
-        backend: str | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.start, self.stop = start, in_features if stop is None else stop
-        self.reference, self.backend = reference, check_backend(backend)
-        _common.check_slice("PartitionedLinear", self.start, self.stop, in_features, "in_features")
+    stock, arguments = nn.Linear, ("in_features", "out_features")
 
     def forward(
         self,
@@ -91,36 +73,12 @@ class PartitionedLinear(nn.Linear):
         return partitioned_norm_linear(input, norm.weight, norm.bias, weight, bias, eps=norm.eps, **sliced)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        reference: bool = True,
-        backend: str | None = None,
-    ) -> "PartitionedLinear":
-        """The same layer, partitioned. Shares the Parameter objects, so that an optimizer keeps working."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            start=start,
-            stop=stop,
-            reference=reference,
-            backend=backend,
-            device="meta",
-        )
-        return _share_parameters(linear, layer)
+    def from_linear(cls, linear: nn.Linear, **sliced: Any) -> "PartitionedLinear":
+        """The same layer, partitioned as `start`, `stop`, `reference` and `backend` say.
 
-    def to_stock(self) -> nn.Linear:
-        """The plain `nn.Linear` with the same Parameter objects."""
-        return _share_parameters(
-            self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, start={self.start}, stop={self.stop}, reference={self.reference}"
+        Shares the Parameter objects, so that an optimizer keeps working.
+        """
+        return cls._from_stock(linear, **sliced)
 
 
 def apply_linears(layers: Sequence[nn.Module], reading: Reading) -> list[Tensor]:
@@ -147,8 +105,3 @@ def _is_plain(layer: nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     is_awaited = any(getattr(layer, name) for name in hooks) or _module._has_any_global_hook()
     return type(layer) is PartitionedLinear and layer.backend != "split" and not is_awaited
-
-
-def _share_parameters(source: nn.Module, target: nn.Module) -> Any:
-    target.weight, target.bias = source.weight, source.bias
-    return target.train(source.training)

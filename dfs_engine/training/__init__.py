@@ -3,8 +3,8 @@
 `Trainer` needs accelerate, so it is imported from `dfs_engine.training.trainer`.
 """
 
-from dfs_engine.training.checkpoint import load_model
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.idle_columns import hold_idle_columns
+from dfs_engine.training.weights import load_model
 
 __all__ = ["ModelConfig", "OptimConfig", "TrainConfig", "hold_idle_columns", "load_model"]

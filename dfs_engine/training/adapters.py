@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dfs_engine.methods import create_method
 from dfs_engine.models import MultiExitModel
-from dfs_engine.training.checkpoint import atomic_file, weights_path
+from dfs_engine.training.files import read_tensors, write_tensors
+from dfs_engine.training.weights import weights_path
 
 
 def adapters_path(weights: Path | str) -> Path:
@@ -23,32 +24,17 @@ def adapters_path(weights: Path | str) -> Path:
 
 def save_adapters(weights: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a method's tensors beside the weight file; of a method without any, removes what lies there."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path = adapters_path(weights)
-    if not tensors:
+    if tensors:
+        write_tensors(path, tensors)
+    else:
         path.unlink(missing_ok=True)
-        return
-    with atomic_file(path) as partial:
-        try:
-            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
 
 
 def load_adapters(weights: Path | str) -> dict[str, Tensor]:
     """What `save_adapters` wrote; empty where there are none."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = adapters_path(weights)
-    if not path.is_file():
-        return {}
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"adapters: expected a whole safetensors file, got {path} ({error}).") from None
+    return read_tensors(path, "adapters") if path.is_file() else {}
 
 
 def fresh_adapters(model: MultiExitModel) -> dict[str, Tensor]:

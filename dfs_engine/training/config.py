@@ -1,12 +1,11 @@
 """What a training run is: typed, validated when built, written to its folder as YAML."""
 
-import math
-from collections.abc import Mapping
+import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data.config import TEXT_DATASETS, DataConfig
 from dfs_engine.methods import ByotConfig, list_methods
 from dfs_engine.models import VARIANTS, check_model
@@ -17,20 +16,6 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "linear", "multistep")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
-
-
-def _check_minimum(config: object, prefix: str, minima: Mapping[str, float]) -> None:
-    for name, minimum in minima.items():
-        value = getattr(config, name)
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= minimum):
-            raise ValueError(f"{prefix}{name}: expected a number >= {minimum}, got {value!r}.")
-
-
-def _plain(value: Any) -> Any:
-    """With lists for tuples, which YAML cannot hold, at any depth of dictionaries."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +100,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
         check_choice("optim.schedule", self.schedule, SCHEDULES)
-        not_negative = ("lr", "momentum", "adam_eps", "weight_decay", "gamma", "warmup_epochs")
-        _check_minimum(self, "optim.", dict.fromkeys(not_negative, 0))
-        for field_name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            value = getattr(self, field_name)
-            if not 0 <= value < 1:
-                raise ValueError(f"optim.{field_name}: expected a number in [0, 1), got {value}.")
-        if self.clip_grad is not None and not (math.isfinite(self.clip_grad) and self.clip_grad > 0):
-            raise ValueError(
-                f"optim.clip_grad: expected a number > 0, got {self.clip_grad}. Leave it out to clip never."
-            )
+        ranges = {
+            ">= 0": ("lr", "momentum", "adam_eps", "weight_decay", "gamma", "warmup_epochs"),
+            "> 0": ("clip_grad",),
+            "[0, 1)": ("adam_beta1", "adam_beta2", "ema_decay"),
+        }
+        check_numbers(self, "optim.", ranges)
         if self.ema_warmup and self.ema_decay == 0:
             raise ValueError("optim.ema_warmup: expected optim.ema_decay > 0, got 0. Set it, for example to 0.9998.")
         if self.nesterov and self.name != "sgd":
@@ -200,20 +181,12 @@ class TrainConfig:
         check_choice("method", self.method, list_methods())
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("device", self.device, DEVICES)
-        minima = {
-            "epochs": 1,
-            "batch_size": 1,
-            "eval_batch_size": 1,
-            "checkpoint_every_steps": 0,
-            "log_every_steps": 0,
-            "seed": 0,
+        ranges = {
+            ">= 0": ("checkpoint_every_steps", "log_every_steps", "seed"),
+            ">= 1": ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "num_threads"),
+            "[0, 1)": ("label_smoothing",),
         }
-        _check_minimum(self, "", minima)
-        for name in ("num_threads", "micro_batch_size"):
-            if getattr(self, name) is not None:
-                _check_minimum(self, "", {name: 1})
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}.")
+        check_numbers(self, "", ranges)
         if self.micro_batch_size is not None and self.method == "byot" and self.byot.lam > 0:
             raise ValueError(
                 f"micro_batch_size: expected none with method=byot and byot.lam={self.byot.lam}, got "
@@ -234,7 +207,6 @@ class TrainConfig:
 
         Without `resume`, which is what to do now, not what the run is.
         """
-        result = _plain(asdict(self))
+        result = json.loads(json.dumps(asdict(self), default=str))  # lists for tuples, text for a Path
         del result["resume"]
-        result["run_dir"] = None if self.run_dir is None else str(self.run_dir)
         return result

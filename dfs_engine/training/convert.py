@@ -8,22 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfs_engine.checks import check_numbers
 from dfs_engine.data.normalization import published_data
 from dfs_engine.methods import create_method
 from dfs_engine.models import MultiExitModel, load_official_state_dict, to_official_state_dict
 from dfs_engine.models.official import adapter_keys, published_beta
 from dfs_engine.training.adapters import fresh_adapters, load_adapters, save_adapters
 from dfs_engine.training.build import build_model
-from dfs_engine.training.checkpoint import (
-    WEIGHTS_FILE,
-    atomic_file,
-    is_own_file,
-    load_model,
-    save_weights,
-    weights_path,
-)
 from dfs_engine.training.config import ModelConfig
+from dfs_engine.training.files import atomic_file, write_tensors
 from dfs_engine.training.published_files import SAFE, is_transformers_folder, read_published
+from dfs_engine.training.weights import WEIGHTS_FILE, is_own_file, load_model, save_weights, weights_path
 
 _PICKLED = (".pth", ".pt", ".tar", ".bin")
 
@@ -64,8 +59,7 @@ class ConvertConfig:
     """Replace an output that is there already."""
 
     def __post_init__(self) -> None:
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes: expected an integer >= 1, got {self.num_classes}.")
+        check_numbers(self, "", {">= 1": ("num_classes",)})
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
@@ -96,12 +90,10 @@ def _to_official(source: Path, config: ConvertConfig) -> dict[str, Any]:
     wanted = description.get("adapters", True) if config.adapters is None else config.adapters
     adapters, notes = _published_adapters(source, model) if wanted else ({}, [])
     tensors = to_official_state_dict(model, adapters)
-    with atomic_file(output) as partial:
-        if output.suffix == SAFE:
-            from safetensors.torch import save_file
-
-            save_file(tensors, partial, metadata={"format": "pt"})
-        else:
+    if output.suffix == SAFE:
+        write_tensors(output, tensors)
+    else:
+        with atomic_file(output) as partial:
             torch.save(tensors, partial)
     return {
         "output": str(output),

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dfs_engine.checks import check_choice
+from dfs_engine.checks import check_choice, check_numbers
+from dfs_engine.data import DataSplits, load_data
 from dfs_engine.data.config import OWN_DATASETS, DataConfig
 from dfs_engine.evaluation.metrics import IMAGE_METRICS, ExitMetrics
-from dfs_engine.models.multi_exit import run_model
+from dfs_engine.models.multi_exit import MultiExitModel, run_model
 from dfs_engine.training.batches import eval_loader, to_device, worker_deaths
 from dfs_engine.training.config import DEVICES, PRECISIONS
 
@@ -44,10 +45,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("device", self.device, DEVICES)
-        for name in ("batch_size", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value}.")
+        check_numbers(self, "", {">= 1": ("batch_size", "num_threads")})
 
 
 @torch.no_grad()
@@ -92,21 +90,51 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: the weights or the data cannot be read, or do not fit each other.
     """
-    from dfs_engine.data import load_data
     from dfs_engine.training.build import accelerator_for
-    from dfs_engine.training.checkpoint import load_model
     from dfs_engine.training.out_of_memory import batch_in_memory
+    from dfs_engine.training.weights import load_model
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     model, description = load_model(config.path)
-    trained_on: dict[str, Any] = description["data"]
-    if config.data.mean is None:
-        kept: dict[str, Any] = {
-            name: tuple(trained_on[name]) for name in ("mean", "std") if isinstance(trained_on.get(name), list)
-        }
-        config = replace(config, data=replace(config.data, **kept))
-    data = load_data(config.data, input_shape=model.input_shape)
+    data = load_data(_as_trained_on(config.data, description["data"]), input_shape=model.input_shape)
+    _check_classes(config, data, model, description)
+    accelerator = accelerator_for(config.device, config.precision)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    on_gpu = accelerator.device.type == "cuda"
+    options = {"num_workers": config.data.num_workers, "pin_memory": on_gpu}
+    found = {}
+    for name, samples in data.measured.items():
+        loader = eval_loader(samples, config.batch_size, **options)
+        with worker_deaths([loader]), batch_in_memory("batch_size", config.batch_size):
+            found[name] = evaluate(
+                prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics
+            )
+    return {
+        **found.pop("test"),
+        "further": found,
+        "model": description["model"],
+        "data": data.description,
+        "normalization": data.normalization and data.normalization._asdict(),
+        "epoch": description["epoch"],
+    }
+
+
+def _as_trained_on(config: DataConfig, trained_on: dict[str, Any]) -> DataConfig:
+    """With the normalisation that the weights were trained with, unless another is asked for."""
+    if config.mean is not None:
+        return config
+    kept: dict[str, Any] = {
+        name: tuple(trained_on[name]) for name in ("mean", "std") if isinstance(trained_on.get(name), list)
+    }
+    return replace(config, **kept)
+
+
+def _check_classes(config: EvalConfig, data: DataSplits, model: MultiExitModel, description: dict[str, Any]) -> None:
+    """Raises ValueError unless the data have the classes that the weights were trained on."""
     if data.num_classes != model.num_classes:
         raise ValueError(
             f"data: expected {model.num_classes} classes as in {config.path}, got {data.num_classes} in "
@@ -118,26 +146,3 @@ def run(config: EvalConfig) -> dict[str, Any]:
             f"data: expected the classes of {config.path}, {', '.join(names)}, got {', '.join(data.class_names)} in "
             f"{data.description}. They are those of its training samples: give data with the same."
         )
-    accelerator = accelerator_for(config.device, config.precision)
-    model.to(accelerator.device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    on_gpu = accelerator.device.type == "cuda"
-    options = {"num_workers": config.data.num_workers, "pin_memory": on_gpu}
-    result: dict[str, Any] = {"further": {}}
-    for name, samples in data.measured.items():
-        loader = eval_loader(samples, config.batch_size, **options)
-        with worker_deaths([loader]), batch_in_memory("batch_size", config.batch_size):
-            found = evaluate(prepared, loader, accelerator, channels_last=config.channels_last, metrics=data.metrics)
-        if name == "test":
-            result |= found
-        else:
-            result["further"][name] = found
-    return {
-        **result,
-        "model": description["model"],
-        "data": data.description,
-        "normalization": data.normalization and data.normalization._asdict(),
-        "epoch": description["epoch"],
-    }

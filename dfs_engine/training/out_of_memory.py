@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from dfs_engine.checks import one_line
+
 
 @contextlib.contextmanager
 def batch_in_memory(argument: str, batch_size: int, remedy: str = "") -> Iterator[None]:
@@ -18,7 +20,7 @@ def batch_in_memory(argument: str, batch_size: int, remedy: str = "") -> Iterato
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise MemoryError(
             f"{argument}: expected a batch that fits into memory, got {batch_size} ({reason}). "
             f"Lower --{argument}{remedy}."

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dfs_engine.training import report
+from dfs_engine.training.weights import REMEDY
 
 
 @dataclass
@@ -31,7 +32,6 @@ class Progress:
         well_formed = saved.keys() == set(names) and all(isinstance(count, int) and count >= 0 for count in counts)
         if not well_formed or not isinstance(sums, list) or len(sums) not in (0, num_exits):
             raise ValueError(
-                f"checkpoint: expected progress of {', '.join(names)} in its manifest, got {str(saved)[:200]}. "
-                "Train anew in another --run_dir, or restore the file from a copy."
+                f"checkpoint: expected progress of {', '.join(names)} in its manifest, got {str(saved)[:200]}. {REMEDY}"
             )
         return cls(**saved)

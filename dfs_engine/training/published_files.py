@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfs_engine.checks import one_line
+from dfs_engine.models.pretrained import WEIGHT_FILES, weight_file
+from dfs_engine.training.files import read_tensors
+
 SAFE = ".safetensors"
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 # Under which a training checkpoint holds its state_dict, and the average of its weights.
 _WRAPPERS = ("state_dict", "model")
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema")
@@ -47,8 +50,13 @@ def read_published(path: Path, ema: bool = False) -> PublishedFile:
     Raises:
         ValueError: something else is in it.
     """
-    path = _file_of(path) if path.is_dir() else path
-    content = _load(path)
+    found = weight_file(path)
+    if found is None:
+        raise ValueError(
+            f"source: expected a run folder, or a transformers folder with {' or '.join(WEIGHT_FILES)}, got {path} "
+            "without."
+        )
+    path, content = found, _load(found)
     epoch, has_ema = None, False
     wrappers = _EMA_WRAPPERS if ema else _WRAPPERS
     while True:
@@ -68,33 +76,16 @@ def read_published(path: Path, ema: bool = False) -> PublishedFile:
     return PublishedFile(_without_prefixes(content), epoch, has_ema)
 
 
-def _file_of(folder: Path) -> Path:
-    found = next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"source: expected a run folder, or a transformers folder with {' or '.join(_FOLDER_FILES)}, got {folder} "
-            "without."
-        )
-    return found
-
-
 def _load(path: Path) -> Any:
     if path.suffix == SAFE:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"source: expected a whole safetensors file, got {path} ({error}).") from None
+        return read_tensors(path, "source")
     try:
         # timm's CheckpointSaver adds its arguments, a Namespace: a class of attributes, which has no code to run.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the pickle of a stranger may fail in any way
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"source: expected a file of tensors alone, by torch.save or safetensors, got {path} ({reason}). "
+            f"source: expected a file of tensors alone, by torch.save or safetensors, got {path} ({one_line(error)}). "
             "Nothing else is unpickled, because that may run code."
         ) from None
 

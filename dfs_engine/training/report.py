@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from dfs_engine.evaluation.metrics import TITLES
+from dfs_engine.runtime.doctor import version_of
 from dfs_engine.runtime.machine import cpu_and_instructions
-from dfs_engine.training.checkpoint import atomic_file, describe_model
+from dfs_engine.training.files import atomic_file
+from dfs_engine.training.weights import describe_model
 
 Row = dict[str, float]
 
@@ -106,17 +108,10 @@ def event_writer(folder: Path | None, step: int) -> Iterator[Any]:
 
 def environment(device: torch.device, num_processes: int) -> dict[str, Any]:
     """Versions and machine of this run, for its folder."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("dfs_engine", "torch", "torchvision", "timm", "transformers", "accelerate", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    packages = ("dfs_engine", "torch", "torchvision", "timm", "transformers", "accelerate", "numpy")
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: version_of(package) or "not installed" for package in packages},
         "git_sha": _git_sha(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_and_instructions(),

@@ -1,6 +1,5 @@
 """Whether a saved run may go on with the config of now, and what that changes."""
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import fields
@@ -8,6 +7,7 @@ from typing import Any
 
 from dfs_engine.training.config import OptimConfig, TrainConfig
 from dfs_engine.training.schedules import Schedule
+from dfs_engine.training.weights import REMEDY
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,10 @@ def check_same_run(
     """
     if not isinstance(saved["config"].get("optim"), dict) or not isinstance(saved["config"].get("epochs"), int):
         raise ValueError(
-            f"checkpoint: expected the config of a run in its manifest, got {str(saved['config'])[:200]}. "
-            "Train anew in another --run_dir, or restore the file from a copy."
+            f"checkpoint: expected the config of a run in its manifest, got {str(saved['config'])[:200]}. {REMEDY}"
         )
-    written, now = dict(_flat(saved["config"])), dict(_flat(_as_json(config)))
-    before = dict(_flat(_as_json(TrainConfig()))) | written  # an option that is newer than the run had its default
+    written, now = dict(_flat(saved["config"])), dict(_flat(config.to_dict()))
+    before = dict(_flat(TrainConfig().to_dict())) | written  # an option that is newer than the run had its default
     before[_SAMPLES] = written[_SAMPLES] = saved.get("num_train", num_train)
     now[_SAMPLES] = num_train
     changed = [name for name in now if before.get(name) != now[name] and name not in _SILENT]
@@ -63,11 +62,6 @@ def check_same_run(
     lr = Schedule(config.optim, steps_per_epoch, config.epochs)(saved["progress"]["step"])
     if lr != lr_before:
         logger.warning("resume: the next step's learning rate is %.4g; by the run's schedule: %.4g", lr, lr_before)
-
-
-def _as_json(config: TrainConfig) -> dict[str, Any]:
-    """As the manifest holds it: lists for tuples."""
-    return json.loads(json.dumps(config.to_dict()))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dfs_engine.training.checkpoint import WEIGHTS_FILE
+from dfs_engine.training.weights import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,8 +29,17 @@ def default_path(data_name: str, model_config: dict[str, Any]) -> Path:
     return Path(broadcast_object_list(names)[0])
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raises OSError if no folder can be made or written at `run_dir`. Makes none."""
+def check_usable(run_dir: Path, *, resume: bool) -> None:
+    """Raises OSError, saying what to do, unless a run can begin in `run_dir`, or go on there. Makes no folder."""
+    _check_writable(run_dir)
+    if (run_dir / _LOCK_FILE).exists():
+        with _lock(run_dir):  # BlockingIOError: a run is writing to it
+            pass
+    if not resume:
+        _check_free(run_dir)
+
+
+def _check_writable(run_dir: Path) -> None:
     existing = run_dir
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -45,21 +54,13 @@ def check_writable(run_dir: Path) -> None:
         )
 
 
-def check_free(run_dir: Path) -> None:
-    """Raises FileExistsError if `run_dir` already holds a run."""
+def _check_free(run_dir: Path) -> None:
     for name in ("checkpoints", "metrics.csv", WEIGHTS_FILE):
         if (run_dir / name).exists():
             raise FileExistsError(
                 f"run_dir: expected a folder without a run, got {run_dir} with {name}. "
                 "Add --resume true to go on with that run, or give another --run_dir."
             )
-
-
-def check_unlocked(run_dir: Path) -> None:
-    """Raises BlockingIOError if a run is writing to `run_dir`."""
-    if (run_dir / _LOCK_FILE).exists():
-        with _lock(run_dir):
-            pass
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dfs_engine.data import DataSplits, load_data
-from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
 from dfs_engine.runtime import memory
-from dfs_engine.runtime.backend import select
 from dfs_engine.training import checkpoint, report, run_folder
 from dfs_engine.training.adapters import save_adapters
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader, worker_deaths
@@ -35,12 +30,14 @@ from dfs_engine.training.build import (
 )
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.evaluate import evaluate
+from dfs_engine.training.journal import Journal
 from dfs_engine.training.out_of_memory import batch_in_memory
 from dfs_engine.training.progress import Progress
 from dfs_engine.training.resume import check_same_run
 from dfs_engine.training.schedules import Schedule
 from dfs_engine.training.signals import Interrupted, StopRequest
 from dfs_engine.training.step import OptimizerStep
+from dfs_engine.training.weights import WEIGHTS_FILE, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -78,51 +75,67 @@ class Trainer:
         self, config: TrainConfig, *, model: MultiExitModel | None = None, data: DataSplits | None = None
     ) -> None:
         self.config = config
+        self.is_custom = model is not None
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
         if config.run_dir is not None:
-            run_folder.check_writable(config.run_dir)
-            run_folder.check_unlocked(config.run_dir)
-            if not config.resume:
-                run_folder.check_free(config.run_dir)
+            run_folder.check_usable(config.run_dir, resume=config.resume)
         set_seed(config.seed)
+        self._load(model, data)
+        config = self.config
+        self.raw_method = build_method(config, self.raw_model)
+        self.accelerator = train_accelerator(config, self.raw_model, self.raw_method)
+        self.run_dir = config.run_dir or run_folder.default_path(config.data.name, self.raw_model.get_config())
+        self._make_loaders()
+        self._prepare()
+        self.step = OptimizerStep(config, self.accelerator, self.model, self.method, self.optimizer)
+        unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
+        if unreached:
+            logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
+        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs)
+        self.journal = Journal(config, self.run_dir, self.accelerator, self.raw_model, self.data)
+        self.progress = Progress()
+        self.loss_sums = self._zero_losses()
+        self.last_checkpoint: Path | None = None
+        self._saved_at: tuple[int, int] | None = None
+        self._stop = StopRequest(self.accelerator)
+        set_seed(config.seed + self.accelerator.process_index)  # every process draws its own dropout
+        if config.resume:
+            self._resume()
+
+    def _load(self, model: MultiExitModel | None, data: DataSplits | None) -> None:
+        """The data, and a model for them."""
+        config = self.config
         shape = input_shape(config.model) if model is None else model.input_shape
         self.data = data or load_data(config.data, input_shape=shape)
         if self.data.normalization is not None:  # the numbers themselves: a preset, or the default, may change
-            config = self.config = replace(config, data=replace(config.data, **self.data.normalization._asdict()))
+            self.config = replace(config, data=replace(config.data, **self.data.normalization._asdict()))
         self.raw_model = model or build_model(config.model, self.data.num_classes)
         if self.raw_model.num_classes != self.data.num_classes:
             raise ValueError(
                 f"model: expected one of {self.data.num_classes} classes, as in {self.data.description}, got one of "
                 f"{self.raw_model.num_classes}."
             )
-        self.is_custom = model is not None
-        self.raw_method = build_method(config, self.raw_model)
 
-        self.accelerator = train_accelerator(config, self.raw_model, self.raw_method)
-        rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.run_dir = config.run_dir or run_folder.default_path(config.data.name, self.raw_model.get_config())
-        loader_options: dict[str, Any] = {
-            "num_workers": config.data.num_workers,
-            "pin_memory": self.accelerator.device.type == "cuda",
-        }
+    def _make_loaders(self) -> None:
+        config, device = self.config, self.accelerator.device
+        share = {"rank": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
+        options: dict[str, Any] = {"num_workers": config.data.num_workers, "pin_memory": device.type == "cuda"}
         self.batches = EpochBatches(
-            len(self.data.train),
-            config.batch_size,
-            config.seed,
-            max_samples=config.data.max_train,
-            rank=rank,
-            num_processes=num_processes,
+            len(self.data.train), config.batch_size, config.seed, max_samples=config.data.max_train, **share
         )
-        self.train_loader = train_loader(self.data.train, self.batches, **loader_options)
-        share = {"rank": rank, "num_processes": num_processes, **loader_options}
+        self.train_loader = train_loader(self.data.train, self.batches, **options)
         self.eval_loaders = {
-            name: eval_loader(samples, config.eval_batch_size, **share) for name, samples in self.data.measured.items()
+            name: eval_loader(samples, config.eval_batch_size, **share, **options)
+            for name, samples in self.data.measured.items()
         }
 
+    def _prepare(self) -> None:
+        """Model, method and optimizer on their device, in the run's precision."""
+        config = self.config
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
         self.ema = build_ema(self.raw_model, config.optim)  # a copy, hence before `prepare` ties `forward` to the model
@@ -135,19 +148,6 @@ class Trainer:
         self.method = self.accelerator.prepare(self.raw_method) if has_parameters else self.raw_method
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
-        self.step = OptimizerStep(config, self.accelerator, self.model, self.method, self.optimizer)
-        unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
-        if unreached:
-            logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
-        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs)
-        self.progress = Progress()
-        self.loss_sums = self._zero_losses()
-        self.last_checkpoint: Path | None = None
-        self._saved_at: tuple[int, int] | None = None
-        self._stop = StopRequest(self.accelerator)
-        set_seed(config.seed + rank)  # every process draws its own dropout
-        if config.resume:
-            self._resume()
 
     def fit(self) -> TrainResult:
         """Trains until the last epoch.
@@ -169,11 +169,10 @@ class Trainer:
     def _fit(self) -> TrainResult:
         config, progress = self.config, self.progress
         if self.accelerator.is_main_process:
-            self._describe_run()
+            self.journal.begin(self.batches.num_in_epoch)
         metrics: dict[str, dict[str, Any]] | None = None
         caches = config.caching_allocator and self.accelerator.device.type == "cpu" and memory.is_available()
-        events = self.run_dir / "tensorboard" if config.tensorboard and self.accelerator.is_main_process else None
-        with report.event_writer(events, progress.step) as self._writer, memory.caching_allocator(caches):
+        with self.journal.opened(progress.step), memory.caching_allocator(caches):
             while progress.epoch < config.epochs:
                 self._train_epoch()
                 metrics = self._finish_epoch()
@@ -253,7 +252,10 @@ class Trainer:
         self._stop_if_asked()
         size = config.micro_batch_size or self.batches.batch_size // self.batches.num_processes
         remedy = f", or add --micro_batch_size {max(size // 2, 1)}, which computes the same in pieces"
-        with self._progress_bar() as bar, batch_in_memory("batch_size", config.batch_size, remedy):
+        with (
+            self.journal.progress_bar(progress, self.batches.num_batches) as bar,
+            batch_in_memory("batch_size", config.batch_size, remedy),
+        ):
             for input, target in self.train_loader:
                 target = target.to(device, non_blocking=True)
                 losses = self.train_step(to_device(input, device, self.memory_format), target)
@@ -264,7 +266,9 @@ class Trainer:
                 self.schedule.apply(self.optimizer, progress.step)
                 bar.update()
                 if config.log_every_steps and progress.step % config.log_every_steps == 0:
-                    self._log_step(losses.sum().item(), bar)
+                    loss = losses.sum().item()
+                    if self.accelerator.is_main_process:
+                        self.journal.log_step(progress, loss, self.schedule(progress.step - 1), bar)
                 every = config.checkpoint_every_steps
                 if every and progress.step % every == 0 and progress.step_in_epoch < self.batches.num_batches:
                     self._save_checkpoint()
@@ -290,11 +294,7 @@ class Trainer:
         progress.step_in_epoch, progress.seconds, self.loss_sums = 0, 0.0, self._zero_losses()
         with checkpoint.together(self.accelerator, self.run_dir):
             if self.accelerator.is_main_process:
-                report.write_csv(self.run_dir / "metrics.csv", progress.rows)
-                plot = self.run_dir / "accuracy_per_exit.png"
-                title = f"{report.title(self.raw_model.get_config())}\n{self.data.description}"
-                report.plot_metric(plot, progress.rows, self.data.metrics[0], title=title)
-                self._log_epoch(row)
+                self.journal.end_epoch(progress.rows)
         self._save_checkpoint()
         return metrics
 
@@ -302,13 +302,13 @@ class Trainer:
         progress = self.progress
         progress.loss_sums = self._total_losses()
         config = self.config.to_dict()
-        file = self.run_dir / checkpoint.WEIGHTS_FILE
+        file = self.run_dir / WEIGHTS_FILE
         with checkpoint.together(self.accelerator, file):
             if self.accelerator.is_main_process:
                 model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
                 at = {"epoch": progress.epoch, "step": progress.step, "weights": weights}
                 extras = {"data": config["data"], "class_names": self.data.class_names, **at}
-                checkpoint.save_weights(file, model, extras)
+                save_weights(file, model, extras)
                 save_adapters(file, self.raw_method.state_dict())
         description = {
             "model": self.raw_model.get_config(),
@@ -337,85 +337,9 @@ class Trainer:
         self.last_checkpoint, self._saved_at = folder, self._position()
         logger.info("resume: %s, %s", folder, self._where(progress.step))
 
-    def _describe_run(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        checkpoint.write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
-        model = self.raw_model.get_config()
-        is_fused = model["variant"] == "dfs"
-        op = "partitioned_conv2d" if self.raw_model.fork.dim == 1 else "partitioned_linear"
-        environment = {
-            **report.environment(accelerator.device, accelerator.num_processes),
-            "backend": select(op, accelerator.device, dtype, config.model.backend) if is_fused else "stock",
-            "data": self.data.description,
-            "model": model,
-            "process": run_folder.this_process(),
-        }
-        checkpoint.write_text(self.run_dir / run_folder.ENVIRONMENT_FILE, yaml.safe_dump(environment, sort_keys=False))
-        logger.info(
-            "training: %s with %s for %s of %d samples in batches of %d, on %s",
-            report.title(model),
-            report.counted(self.raw_model.num_exits, "exit"),
-            report.counted(config.epochs, "epoch"),
-            self.batches.num_in_epoch,
-            config.batch_size,
-            self.data.description,
-        )
-        logger.info(
-            "machine: %s, %s, %s, backend %s",
-            environment["device"],
-            report.counted(environment["num_threads"], "thread"),
-            config.precision,
-            environment["backend"],
-        )
-        logger.info("results: %s", self.run_dir)
-
     def _zero_losses(self) -> Tensor:
         """On the device, so that adding to it does not wait for the step."""
         return torch.zeros(self.raw_model.num_exits, dtype=torch.float64, device=self.accelerator.device)
 
     def _total_losses(self) -> tuple[float, ...]:
         return tuple(self.accelerator.reduce(self.loss_sums.clone(), "sum").tolist())
-
-    def _progress_bar(self) -> "tqdm[Any]":
-        shown = self.config.progress and self.accelerator.is_main_process and sys.stderr.isatty()
-        return tqdm(
-            total=self.batches.num_batches,
-            initial=self.progress.step_in_epoch,
-            desc=f"epoch {self.progress.epoch + 1}/{self.config.epochs}",
-            unit="step",
-            leave=False,
-            disable=not shown,
-        )
-
-    def _log_step(self, loss: float, bar: "tqdm[Any]") -> None:
-        progress = self.progress
-        bar.set_postfix(loss=f"{loss:.3f}")
-        if not self.accelerator.is_main_process:
-            return
-        self._write_scalars({"step/train_loss": loss, "step/lr": self.schedule(progress.step - 1)})
-        if bar.disable:  # no terminal: lines instead of a bar
-            done = f"{progress.step_in_epoch}/{self.batches.num_batches}"
-            logger.info("epoch %d, step %s: training loss %.4f", progress.epoch + 1, done, loss)
-
-    def _log_epoch(self, row: report.Row) -> None:
-        self._write_scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")})
-        metric = self.data.metrics[0]
-        measured = []
-        for split in self.eval_loaders:
-            exits = [f"{row[f'{split}_{metric}_exit{index}']:.2f}" for index in range(1, self.raw_model.num_exits + 1)]
-            ensemble = row[f"{split}_{metric}_ensemble"]
-            measured.append(f"{split} {TITLES[metric]} of the exits {' '.join(exits)} %, ensemble {ensemble:.2f} %")
-        logger.info(
-            "epoch %d/%d: training loss %.4f, %s, %.0f samples/s",
-            row["epoch"],
-            self.config.epochs,
-            row["train_loss"],
-            ", ".join(measured),
-            row["samples_per_second"],
-        )
-
-    def _write_scalars(self, scalars: dict[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, self.progress.step)

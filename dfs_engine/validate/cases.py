@@ -6,7 +6,8 @@ A case runs an op, or its oracle, on given tensors, and compares the results of 
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,30 +46,49 @@ class Problem(NamedTuple):
     has_ties: bool = False
 
 
-class Case(Protocol):
-    """One way to ask for a problem; its text names it in messages."""
+class Case:
+    """One way to ask for a problem; its text names it in messages.
+
+    Attributes:
+        layout: a name for `lay_out`, of the arguments and of the outputs' gradients.
+        reader: the one output that the loss reads, as where an exit is left out or the deeper path is frozen; or
+            "both".
+        alone: the name of the one tensor that wants a gradient, as where the others are frozen; "": all want theirs.
+    """
+
+    layout: str
+    reader: str = "both"
+    alone: str = ""
 
     def canonical(self) -> "Case":
         """The case whose results this one has to give, for the oracle; equal for equal results."""
+        raise NotImplementedError
 
     def traits(self, problem: Problem) -> tuple[str, ...]:
         """What is particular about it, one name an aspect, in the order of aspects."""
+        raise NotImplementedError
 
     def unsupported(self, problem: Problem, backend: str, dtype: torch.dtype) -> str | None:
         """Why the backend's results cannot be compared in this dtype, or None."""
+        return None
 
     def run(
-        self,
-        function: Callable,
-        problem: Problem,
-        tensors: dict[str, Tensor | None],
-        make_grad: MakeGrad,
+        self, function: Callable, problem: Problem, tensors: dict[str, Tensor | None], make_grad: MakeGrad
     ) -> Results:
         """What comes out of `function`: outputs by name, and `grad_<name>` of every tensor that wants a gradient."""
+        given = {name: lay_out(tensor, self.layout) for name, tensor in tensors.items() if tensor is not None}
+        outputs, leaves = self.call(function, problem, given)
+        return differentiate(outputs, leaves, self.layout, make_grad, self.reader)
+
+    def call(self, function: Callable, problem: Problem, tensors: Results) -> tuple[Results, Results]:
+        """The outputs of `function` by name, and the leaves that it was given."""
+        raise NotImplementedError
 
     def compare(
         self, problem: Problem, results: Results, oracle: Results, tolerance: Tolerance
-    ) -> Iterator[Comparison]: ...
+    ) -> Iterator[Comparison]:
+        for name, result in results.items():
+            yield compare(name, result, oracle[name], tolerance)
 
 
 def covering_sample(problem: Problem, cases: list[Case], chooser: random.Random) -> list[Case]:
@@ -88,11 +108,9 @@ def covering_sample(problem: Problem, cases: list[Case], chooser: random.Random)
     return sample
 
 
-class SlicedCase(NamedTuple):
-    """Of an op that trains through a slice of its input's channels: a slice, with or without referencing, in a form.
-
-    `alone`: the name of the one tensor that wants a gradient, as where the others are frozen; "": all want theirs.
-    """
+@dataclass(frozen=True)
+class SlicedCase(Case):
+    """Of an op that trains through a slice of its input's channels: a slice, with or without referencing, in a form."""
 
     part_name: str
     part: ChannelSlice
@@ -109,7 +127,7 @@ class SlicedCase(NamedTuple):
         return "referencing" if self.reference else "no referencing", self.form, self.layout
 
     def canonical(self) -> "SlicedCase":
-        return self._replace(form="plain", layout=layout_of_values(self.layout), alone="")
+        return replace(self, form="plain", layout=layout_of_values(self.layout), alone="")
 
     def traits(self, problem: Problem) -> tuple[str, ...]:
         referencing, *_ = modes = self._modes()
@@ -127,23 +145,16 @@ class SlicedCase(NamedTuple):
             return "with an affine normalisation: the stock one sums its parameters' gradients in half precision"
         return None
 
-    def run(
-        self,
-        function: Callable,
-        problem: Problem,
-        tensors: dict[str, Tensor | None],
-        make_grad: MakeGrad,
-    ) -> Results:
-        leaves = {name: lay_out(tensor, self.layout) for name, tensor in tensors.items() if tensor is not None}
+    def call(self, function: Callable, problem: Problem, tensors: Results) -> tuple[Results, Results]:
         start, stop = self.part
         options = dict(problem.options)
         if self.form == "internal":
-            options["full"] = leaves["input"]
-            leaves["input"] = self.part.of(leaves["input"], problem.channel_axis)
-        leaves = as_leaves(leaves, self.alone)
-        arguments = [leaves.get(name) for name in tensors]
+            options["full"] = tensors["input"]
+            tensors["input"] = self.part.of(tensors["input"], problem.channel_axis)
+        leaves = as_leaves(tensors, self.alone)
+        arguments = [leaves.get(name) for name in problem.tensors]
         output = function(*arguments, **options, start=start, stop=stop, reference=self.reference)
-        return differentiate({"output": output}, leaves, self.layout, make_grad)
+        return {"output": output}, leaves
 
     def compare(
         self, problem: Problem, results: Results, oracle: Results, tolerance: Tolerance
@@ -198,15 +209,12 @@ def few_sliced_cases(problem: Problem) -> list[Case]:
 def _alone(problem: Problem, cases: list) -> list[Case]:
     """Each of the tensors wants a gradient alone, in some of the cases: an odd step meets every mode and layout."""
     names = [name for name, shape in problem.tensors.items() if shape is not None]
-    return [case._replace(alone=name) for name in names for case in cases[:: len(cases) // 8 | 1]]
+    return [replace(case, alone=name) for name in names for case in cases[:: len(cases) // 8 | 1]]
 
 
-class ProducedCase(NamedTuple):
-    """Of the producer of a feature: which channels its two readers train, in train or eval mode.
-
-    `reader`: the one output that the loss reads, as where an exit is left out or the deeper path is frozen; or "both".
-    `alone`: as of `SlicedCase`.
-    """
+@dataclass(frozen=True)
+class ProducedCase(Case):
+    """Of the producer of a feature: which channels its two readers train, in train or eval mode."""
 
     name: str
     num_shared: int
@@ -225,7 +233,7 @@ class ProducedCase(NamedTuple):
         return "train" if self.training else "eval"
 
     def canonical(self) -> "ProducedCase":
-        return self._replace(layout=layout_of_values(self.layout), alone="")
+        return replace(self, layout=layout_of_values(self.layout), alone="")
 
     def traits(self, problem: Problem) -> tuple[str, ...]:
         if self.alone:
@@ -245,21 +253,14 @@ class ProducedCase(NamedTuple):
             return "with exit_gradient='whole': stock autograd rounds the sum of the two gradients, pixel by pixel"
         return None
 
-    def run(
-        self,
-        function: Callable,
-        problem: Problem,
-        tensors: dict[str, Tensor | None],
-        make_grad: MakeGrad,
-    ) -> Results:
-        leaves = {name: lay_out(tensor, self.layout) for name, tensor in tensors.items() if tensor is not None}
+    def call(self, function: Callable, problem: Problem, tensors: Results) -> tuple[Results, Results]:
         # The normalisation's own tensors stay in float32 at least, as under autocast.
         wide: Any = {
-            "dtype": torch.promote_types(leaves["input"].dtype, torch.float32),
-            "device": leaves["input"].device,
+            "dtype": torch.promote_types(tensors["input"].dtype, torch.float32),
+            "device": tensors["input"].device,
         }
-        leaves |= {name: leaf.to(**wide) for name, leaf in leaves.items() if name in ("weight", "bias")}
-        leaves = as_leaves(leaves, self.alone)
+        tensors |= {name: tensor.to(**wide) for name, tensor in tensors.items() if name in ("weight", "bias")}
+        leaves = as_leaves(tensors, self.alone)
         statistics = {
             "running_mean": torch.linspace(-1, 1, problem.num_channels, **wide),
             "running_var": torch.linspace(0.5, 1.5, problem.num_channels, **wide),
@@ -274,7 +275,7 @@ class ProducedCase(NamedTuple):
             exit_start=self.exit_start,
         )
         outputs = dict(zip(("full", "shared", "average", "exit"), produced, strict=True))
-        return differentiate(outputs | statistics, leaves, self.layout, make_grad, self.reader)
+        return outputs | statistics, leaves
 
     def compare(
         self, problem: Problem, results: Results, oracle: Results, tolerance: Tolerance
@@ -304,7 +305,7 @@ def produced_cases(problem: Problem) -> list[Case]:
     ]
     # What the gradient of the other reader's channels is then does not depend on strides.
     dense = [case for case in cases if case.layout == problem.layouts[0]]
-    read_alone = [case._replace(reader=reader) for case in dense for reader in ("shared", "exit")]
+    read_alone = [replace(case, reader=reader) for case in dense for reader in ("shared", "exit")]
     return [*cases, *read_alone, *_alone(problem, cases)]
 
 
@@ -323,61 +324,40 @@ def _route_traits(num_shared: int, exit_start: int, num_channels: int) -> tuple[
     return "own" if exit_start == num_shared else "whole", f"{amount} shared"
 
 
-class PartitionCase(NamedTuple):
-    """Of `partition`: beta, what the exit trains, and which reader sends a gradient (see `ProducedCase`)."""
+@dataclass(frozen=True)
+class PartitionCase(Case):
+    """Of `partition`: beta, what the exit trains, and which reader sends a gradient."""
 
     beta: float
     exit_gradient: str
     reference: bool
-    reader: str
     layout: str
+    reader: str = "both"
 
     def __str__(self) -> str:
         referencing = "referencing" if self.reference else "no referencing"
         return f"beta={self.beta} {self.exit_gradient}, {referencing}, {self.reader} read, {self.layout}"
 
     def canonical(self) -> "PartitionCase":
-        return self._replace(layout=layout_of_values(self.layout))
+        return replace(self, layout=layout_of_values(self.layout))
 
     def traits(self, problem: Problem) -> tuple[str, ...]:
         parts = Partition(problem.num_channels, self.beta)
         route = parts.num_shared, parts.exit_live(self.exit_gradient, self.reference).start
         return (*_route_traits(*route, problem.num_channels), f"{self.reader} read", self.layout)
 
-    def unsupported(self, problem: Problem, backend: str, dtype: torch.dtype) -> str | None:
-        return None
-
-    def run(
-        self,
-        function: Callable,
-        problem: Problem,
-        tensors: dict[str, Tensor | None],
-        make_grad: MakeGrad,
-    ) -> Results:
-        leaves = {name: lay_out(tensor, self.layout) for name, tensor in tensors.items() if tensor is not None}
-        leaves = as_leaves(leaves, "")
-        parts = function(
-            leaves["input"],
-            self.beta,
-            **problem.options,
-            exit_gradient=self.exit_gradient,
-            reference=self.reference,
-        )
-        outputs = dict(zip(("full", "shared", "exit"), parts, strict=True))
-        return differentiate(outputs, leaves, self.layout, make_grad, self.reader)
-
-    def compare(
-        self, problem: Problem, results: Results, oracle: Results, tolerance: Tolerance
-    ) -> Iterator[Comparison]:
-        for name, result in results.items():
-            yield compare(name, result, oracle[name], tolerance)
+    def call(self, function: Callable, problem: Problem, tensors: Results) -> tuple[Results, Results]:
+        leaves = as_leaves(tensors, self.alone)
+        routing = {"exit_gradient": self.exit_gradient, "reference": self.reference}
+        parts = function(leaves["input"], self.beta, **problem.options, **routing)
+        return dict(zip(("full", "shared", "exit"), parts, strict=True)), leaves
 
 
 def partition_cases(problem: Problem) -> list[Case]:
     """Every beta, for both readers and for each alone."""
     routes = (("own", True), ("whole", True), ("whole", False))
     return [
-        PartitionCase(beta, *route, reader, layout)
+        PartitionCase(beta, *route, layout, reader)
         for beta, route, reader, layout in itertools.product(BETAS, routes, ("both", "shared", "exit"), problem.layouts)
     ]
 

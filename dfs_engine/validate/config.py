@@ -14,7 +14,8 @@ class ValidateConfig:
 
     Attributes:
         ops: "all", or names of ops.
-        backends: "all" (every usable one), or names of backends; an unusable one is then an error.
+        backends: "all" (every usable one, and as "split" the two stock calls of variant="split"; with quick these in
+            the first of dtypes alone), or names of backends; an unusable one is then an error.
         dtypes: Some of fp64, fp32, bf16, fp16.
         device: cpu or cuda.
         quick: A random sample of the combinations, in which any two modes meet that can, under 40 s on 2 slow cores,

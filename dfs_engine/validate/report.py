@@ -91,7 +91,7 @@ class ValidateReport:
     @property
     def rows(self) -> list[Row]:
         """In reading order: by op, backend, dtype, tensor."""
-        orders = (list(PROBLEMS), backends.BACKENDS, list(DTYPES))
+        orders = (list(PROBLEMS), (*backends.BACKENDS, backends.SPLIT), list(DTYPES))
 
         def position(row: Row) -> tuple:
             names = (row.op, row.backend, row.dtype)

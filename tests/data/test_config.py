@@ -25,7 +25,7 @@ from dfs_engine.data.config import Augmentation
     ],
 )
 def test_number_out_of_range_is_refused(field, value):
-    with pytest.raises(ValueError, match=rf"data\.{field}: expected an integer >= \d+, got {value}"):
+    with pytest.raises(ValueError, match=rf"data\.{field}: expected a number >= \d+, got {value}"):
         DataConfig(**{field: value})
 
 

@@ -57,7 +57,7 @@ def test_command(capsys, tmp_path):
     [
         (["msdnet_cifer"], "Did you mean 'msdnet_cifar'?"),
         (["vgg7_64", "--beta", "1.5"], "beta: expected comma-separated numbers in [0, 1], got '1.5'"),
-        (["vgg7_64", "--batch_size", "0"], "batch_size: expected a positive integer, got 0"),
+        (["vgg7_64", "--batch_size", "0"], "batch_size: expected a number >= 1, got 0"),
         (["vgg7_64", "--options", "{widht: 3}"], "widht"),
         (["vgg7_64", "--exit_gradient", "both"], "exit_gradient: expected one of own, whole"),
     ],

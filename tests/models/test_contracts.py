@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_engine import attach_exits, create_model
 from dfs_engine.models import resnet
-from dfs_engine.nn import NormAct2d, apply_norm_relu
+from dfs_engine.nn import NormAct2d, apply_norm_relu, norm_act
 from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.validate.tolerances import assert_close
 
@@ -119,7 +119,8 @@ def out_of_place(monkeypatch) -> None:
             apply_norm_relu(bn, z, residual) if is_fused else torch.relu(bn(z) + (0 if residual is None else residual))
         )
 
-    monkeypatch.setattr(resnet, "apply_norm_relu", apply)
+    for module in (norm_act, resnet):
+        monkeypatch.setattr(module, "apply_norm_relu", apply)
 
 
 @FAMILY
@@ -388,9 +389,18 @@ def test_exports(family):
 
 @pytest.mark.parametrize("family", ["vgg7_64", "resnet18", "msdnet_cifar_lin_grow"])
 def test_sync_batch_norm_keeps_what_follows_it(family):
-    model, input = make(family).eval(), batch(family)
-    expected = [logits.detach() for logits in model(input)]
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+    def results(model):
+        logits = model(input)
+        total = torch.stack([exit_logits.square().sum() for exit_logits in logits]).sum()
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+        return gradients | {f"logits {index}": exit_logits for index, exit_logits in enumerate(logits)}
+
+    model, input = make(family), batch(family)
+    twin = copy.deepcopy(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # without processes to talk to
     assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
-    for found, wanted in zip(converted(input), expected, strict=True):
-        assert_close("logits", found, wanted)
+    for training in (True, False):
+        found, expected = (results(each.train(training)) for each in (converted, twin))
+        for name, wanted in expected.items():
+            assert_close(name, found[name], wanted, scale=1.0)

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from dfs_engine.models import create_model
-from dfs_engine.training.checkpoint import atomic_file, load_model, read_description, save_weights, write_text
+from dfs_engine.training.files import atomic_file, write_text
+from dfs_engine.training.weights import load_model, read_description, save_weights
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from dfs_engine.methods import create_method
 from dfs_engine.models.official import adapter_keys
 from dfs_engine.training import load_model
 from dfs_engine.training.adapters import adapters_path, load_adapters
-from dfs_engine.training.checkpoint import save_weights
+from dfs_engine.training.weights import save_weights
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ class Stranger:
             "expected a checkpoint of vgg7_64, got one without classifers.5.fc",
         ),
         ("published", ["--num_classes", "9"], "run", "of shape (7, 19) and not (9, 19)"),
-        ("published", ["--num_classes", "0"], "run", "num_classes: expected an integer >= 1, got 0"),
+        ("published", ["--num_classes", "0"], "run", "num_classes: expected a number >= 1, got 0"),
         ("published", ["--model.name", "vgg16_64"], "run", "got one without classifers.12.fc"),
         ("published", ["--model.beta", "0.3"], "run.pth", "output: expected a run folder, or a file that ends in"),
         ("ours", [], "back", "output: expected a published checkpoint to end in .pth, .pt, .tar, .bin, .safetensors"),

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +90,20 @@ def test_parameters_without_gradient(tmp_path, beta):
     first, second = launch(tmp_path, 2, reference=False, beta=beta, epochs=1)
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
+
+
+@pytest.mark.parametrize("family", ["vgg7_64", "bert"])
+def test_two_processes_fed_the_same_batches_have_the_losses_of_one(tmp_path, family):
+    """Batch norms are in evaluation mode: nothing but the mean of two equal gradients is exchanged."""
+    if family == "bert":
+        pytest.importorskip("transformers")
+    script = Path(__file__).with_name("same_batch.py")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    commands = [[sys.executable, str(script), str(rank), str(tmp_path / "store"), family] for rank in range(2)]
+    ranks = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)

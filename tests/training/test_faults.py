@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from dfs_engine.cli import main
-from dfs_engine.training import checkpoint, report
+from dfs_engine.training import checkpoint, journal, load_model, report
 from dfs_engine.training.config import OptimConfig
 from dfs_engine.training.signals import Interrupted
 from dfs_engine.training.trainer import Trainer
@@ -261,7 +261,7 @@ def test_a_write_that_fails_anywhere_leaves_the_checkpoint_before(make_config, m
         assert checkpoints(config.run_dir) == [good.name]
         assert not list(config.run_dir.rglob("*.partial"))
         checkpoint.latest(config.run_dir, trainer.raw_model.get_config())
-        checkpoint.load_model(config.run_dir, model=make_model())
+        load_model(config.run_dir, model=make_model())
     assert limit > 2000
     assert where == {"/config.yaml", "/model.safetensors", "/checkpoints/.step-00000010.partial"}
     assert trainer.progress.epoch == 2
@@ -316,7 +316,7 @@ def test_a_full_disk_under_tensorboard(make_config, make_model, largest_file):
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading, "excepthook", printed.append)
-        patch.setattr(checkpoint, "write_text", lambda *_: fill())  # before TensorBoard's own file
+        patch.setattr(journal, "write_text", lambda *_: fill())  # before TensorBoard's own file
         with pytest.raises(OSError, match="training stopped after step 0"):
             trainer.fit()
     largest_file(resource.RLIM_INFINITY)

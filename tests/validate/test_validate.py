@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dfs_engine import validate
+from dfs_engine.ops import _two_calls
 from dfs_engine.ops._common import ATEN
 from dfs_engine.ops.linear import _matrix
 from dfs_engine.partition import fork_gradient
@@ -17,16 +18,18 @@ from dfs_engine.runtime import backend as backends
 from dfs_engine.validate import ValidateConfig
 from dfs_engine.validate.cases import covering_sample
 from dfs_engine.validate.problems import PROBLEMS
+from dfs_engine.validate.report import ValidateReport
 from dfs_engine.validate.tolerances import DTYPES
 
+RUN = importlib.import_module("dfs_engine.validate.run")  # the package has a function of that name
 PASSES = {"partitioned_conv2d": "conv2d", "partitioned_linear": "linear"}
 
 
-def quick(**options) -> validate.ValidateReport:
+def quick(**options) -> ValidateReport:
     return validate.run(ValidateConfig(quick=True, progress=False, **options))
 
 
-def breached(report: validate.ValidateReport) -> set[str]:
+def breached(report: ValidateReport) -> set[str]:
     return {row.tensor for row in report.rows if not row.ok}
 
 
@@ -37,7 +40,8 @@ def test_every_usable_backend_passes(dtype):
     usable = {name for name in backends.BACKENDS if backends.unavailable_reason(name) is None}
     asked = {(op, name) for op in backends.OPS for name in usable}
     served = {(op, name) for op, name in asked if backends.unsupported_dtype(op, name, DTYPES[dtype]) is None}
-    assert {(row.op, row.backend) for row in report.rows} == served | {("partition", "aten")}
+    two_calls = {("partitioned_conv2d", "split"), ("partitioned_linear", "split")}
+    assert {(row.op, row.backend) for row in report.rows} == served | two_calls | {("partition", "aten")}
     # Stock under a kernel's name would pass, and say nothing of the kernel.
     for op, name in asked - served:
         assert any(f"{op} {name} {dtype}: it has no kernel for" in line for line in report.skipped)
@@ -112,14 +116,14 @@ def test_an_off_by_one_slice_is_found(monkeypatch, op):
 @pytest.mark.parametrize("op", PASSES)
 def test_a_gradient_outside_the_slice_is_found(monkeypatch, op):
     """The whole input's gradient, as stock autograd gives it."""
-    correct = getattr(validate.ops, op)
+    correct = getattr(RUN.ops, op)
     stock = {"partitioned_conv2d": F.conv2d, "partitioned_linear": F.linear}[op]
 
     def broken(*args, start, stop, reference, backend, full=None, **options):
         result = correct(*args, start=start, stop=stop, reference=reference, backend=backend, full=full, **options)
         return stock(*args, **options) if full is None and reference else result
 
-    monkeypatch.setattr(validate.ops, op, broken)
+    monkeypatch.setattr(RUN.ops, op, broken)
     report = quick(ops=op, backends="aten", dtypes="fp32")
     assert not report.ok
     assert breached(report) == {"grad_input", "grad_input outside"}
@@ -146,6 +150,21 @@ def test_a_missing_column_of_the_weight_gradient_is_found(monkeypatch, op, lefto
     assert not report.ok
     assert breached(report) - {"grad_weight outside"} == {"grad_weight"}
     assert f"BREACH: {op} aten bf16 grad_weight:" in report.table()
+
+
+@pytest.mark.parametrize(("op", "name"), [("partitioned_conv2d", "conv2d"), ("partitioned_linear", "linear")])
+def test_two_stock_calls_that_leave_one_out_are_found(monkeypatch, op, name):
+    correct = getattr(_two_calls, name)
+    monkeypatch.setattr(_two_calls, name, lambda *args: correct(*args[:-1], False))  # nothing beside the slice is read
+    report = quick(ops=op, dtypes="fp64")
+    assert {row.backend for row in report.rows if not row.ok} == {"split"}
+    assert {"output", "grad_weight"} <= breached(report)
+
+
+def test_quick_compares_the_two_stock_calls_in_one_dtype():
+    report = quick(ops="partitioned_linear", dtypes="fp32,bf16")
+    assert {row.dtype for row in report.rows if row.backend == "split"} == {"fp32"}
+    assert "backend split: quick compares it in fp32 alone" in report.skipped
 
 
 CONV_BLOCK = importlib.import_module("dfs_engine.ops.norm_act")  # the package has a function of that name
@@ -259,7 +278,7 @@ def quick_with_any_seed(op, dtype="fp64"):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_gradient_that_is_wrong_when_it_is_wanted_alone_is_found(monkeypatch, op, name):
     """As with the other parameters frozen: kernels and autograd's functions have paths of their own for it."""
-    correct = getattr(validate.ops, op)
+    correct = getattr(RUN.ops, op)
 
     def broken(*args, **options):
         tensors = [*args, options.get("residual")]
@@ -269,7 +288,7 @@ def test_a_gradient_that_is_wrong_when_it_is_wanted_alone_is_found(monkeypatch, 
             wanting[0].register_hook(lambda grad: grad * 1.01)
         return correct(*args, **options)
 
-    monkeypatch.setattr(validate.ops, op, broken)
+    monkeypatch.setattr(RUN.ops, op, broken)
     assert quick_with_any_seed(op) == {f"grad_{name}"}
 
 
@@ -491,7 +510,7 @@ def test_a_crash_is_a_breach_that_names_its_message(monkeypatch):
 
 
 def test_a_silent_fallback_is_a_breach(monkeypatch):
-    monkeypatch.setattr(validate.backends, "last_used", lambda op: "reference")
+    monkeypatch.setattr(RUN.backends, "last_used", lambda op: "reference")
     report = quick(ops="partitioned_linear", backends="aten", dtypes="fp64")
     assert breached(report) == {"backend"}
     assert "reference ran" in report.table()
