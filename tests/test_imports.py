@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 # Lower layers first. A module imports its own layer and those below it.
 LAYERS = (
-    {"kernels", "checks", "reference", "_checkout"},
+    {"kernels", "checks", "reference", "partition", "_checkout"},
     {"runtime"},
-    {"partition"},
     {"ops"},
     {"nn"},
     {"models"},

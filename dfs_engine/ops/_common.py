@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -77,28 +76,20 @@ def _run_kernel(op: str, kernel: str, *arguments: Any) -> Any:
     return getattr(torch.ops.dfs_engine, op).kernel(*arguments, kernel=kernel)
 
 
-class _Narrow(torch.autograd.Function):
-    """Channels [start, stop); the gradient comes back in the feature's own memory format."""
-
-    @staticmethod
-    def forward(ctx, feature: Tensor, start: int, stop: int, dim: int) -> Tensor:
-        ctx.memory_format, ctx.dim = dense_memory_format(feature), dim
-        ctx.sides = start, feature.size(dim) - stop
-        return feature.narrow(dim, start, stop - start)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        inner = [0, 0] * (grad_output.dim() - 1 if ctx.dim == 1 else 0)
-        padded = F.pad(grad_output, [*inner[:-2], *ctx.sides] if ctx.dim == 1 else ctx.sides)
-        return padded.contiguous(memory_format=ctx.memory_format), None, None, None
-
-
 def live_and_full(input: Tensor, full: Tensor | None, start: int, stop: int, dim: int) -> tuple[Tensor, Tensor]:
     """What every op computes with: the live part of a feature, with gradient, and the data of all its channels."""
     if full is not None:
         return input, full.detach()
-    is_whole = stop - start == input.size(dim)
-    return input if is_whole else _Narrow.apply(input, start, stop, dim), input.detach()
+    return narrow(input, start, stop, dim), input.detach()
+
+
+def narrow(feature: Tensor, start: int, stop: int, dim: int) -> Tensor:
+    """Channels [start, stop), whose gradient comes back in the feature's own memory format."""
+    if stop - start == feature.size(dim):
+        return feature
+    if dense_memory_format(feature) is torch.channels_last:
+        return feature.permute(0, 2, 3, 1).narrow(-1, start, stop - start).permute(0, 3, 1, 2)
+    return feature.narrow(dim, start, stop - start)
 
 
 def check_tensors(op: str, *, same_dtype: bool = True, **tensors: Tensor | None) -> None:

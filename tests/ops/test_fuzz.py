@@ -174,11 +174,12 @@ def compare_sliced(case: Case, form: str, grad_layout: Callable, backend: str) -
 
 def normed_scales(tensors: Tensors, expected: Results) -> Results:
     """Of sums over numbers of both signs that the normalisation made: of the output, and of all gradients together."""
-    weight, gain = tensors["weight"], tensors["norm_weight"]
+    weight, gain, shift = tensors["weight"], tensors["norm_weight"], tensors["norm_bias"]
+    normed = (1 if gain is None else gain.abs()) + (0 if shift is None else shift.abs())
     gradients = [t.abs().max() for name, t in expected.items() if name != "output" and t.numel()]
     largest = torch.stack(gradients).max() if gradients else torch.zeros(())
     scales = dict.fromkeys(expected, largest)
-    return scales | {"output": (weight if gain is None else weight * gain).norm(dim=1).max()}
+    return scales | {"output": (weight * normed).norm(dim=1).max()}
 
 
 def draw_block() -> tuple[Tensors, dict]:
