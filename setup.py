@@ -55,7 +55,7 @@ def extension() -> dict[str, Any]:
             module = CppExtension(
                 "dfs_engine._C",
                 sorted(glob.glob("csrc/*.cpp")),
-                depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")),
+                depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/kernels/*.inc")),
                 extra_compile_args=["-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi", *optimise],
                 extra_link_args=["-fopenmp"],
             )

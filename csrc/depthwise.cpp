@@ -29,31 +29,8 @@ struct Kernels {
   void (*reduce_row)(const Tap<T>*, int64_t, const T*, int64_t, int64_t, int64_t, float*);
 };
 
-namespace baseline {
-constexpr int VL = 4;
-#include "vector.inc"
-#include "depthwise_kernels.inc"
-}  // namespace baseline
-
-#ifdef DFS_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-constexpr int VL = 8;
-#include "vector.inc"
-#include "depthwise_kernels.inc"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-constexpr int VL = 16;
-#include "vector.inc"
-#include "depthwise_kernels.inc"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define INNER_LOOPS "depthwise.inc"
+#include "kernels/for_each_instruction_set.inc"
 
 template <typename T>
 Kernels<T> kernels() { return DFS_DISPATCH(kernels<T>()); }

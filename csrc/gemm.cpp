@@ -24,31 +24,8 @@ struct Kernels {
       const float*, const float*, int64_t, float*, int64_t, int64_t, int64_t, bool, const float*);
 };
 
-namespace baseline {
-constexpr int VL = 4, NV = 2, NR = NV * VL, MR = 6;
-#include "vector.inc"
-#include "gemm_kernels.inc"
-}  // namespace baseline
-
-#ifdef DFS_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-constexpr int VL = 8, NV = 2, NR = NV * VL, MR = 6;
-#include "vector.inc"
-#include "gemm_kernels.inc"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-constexpr int VL = 16, NV = 2, NR = NV * VL, MR = 12;
-#include "vector.inc"
-#include "gemm_kernels.inc"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define INNER_LOOPS "gemm.inc"
+#include "kernels/for_each_instruction_set.inc"
 
 const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 

@@ -32,7 +32,8 @@ inline CpuLevel cpu_level() {
   return level;
 }
 
-// `name` of the namespace baseline, avx2 or avx512 that belongs to this machine. Each file has its own three.
+// `name` of the namespace baseline, avx2 or avx512 that belongs to this machine. Each file has its own three, by
+// kernels/for_each_instruction_set.inc.
 #ifdef DFS_X86
 #define DFS_DISPATCH(name)                        \
   (cpu_level() == CpuLevel::avx512 ? avx512::name \

@@ -75,31 +75,8 @@ struct Kernels {
       const T*, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*);
 };
 
-namespace baseline {
-constexpr int VL = 4;
-#include "vector.inc"
-#include "norm_act_kernels.inc"
-}  // namespace baseline
-
-#ifdef DFS_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-constexpr int VL = 8;
-#include "vector.inc"
-#include "norm_act_kernels.inc"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-constexpr int VL = 16;
-#include "vector.inc"
-#include "norm_act_kernels.inc"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define INNER_LOOPS "norm_act.inc"
+#include "kernels/for_each_instruction_set.inc"
 
 template <typename T>
 Kernels<T> kernels(bool relu_first, End end) { return DFS_DISPATCH(kernels<T>(relu_first, end)); }

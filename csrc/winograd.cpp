@@ -61,32 +61,8 @@ struct Kernels {
   }
 };
 
-// MR x NV sums (GR x NV in the weight gradient), NV factors and one value have to fit in the registers: 16 of them, or 32.
-namespace baseline {
-constexpr int VL = 4, NV = 2, NR = NV * VL, MR = 6, GR = 4;
-#include "vector.inc"
-#include "winograd_kernels.inc"
-}  // namespace baseline
-
-#ifdef DFS_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-constexpr int VL = 8, NV = 2, NR = NV * VL, MR = 6, GR = 4;
-#include "vector.inc"
-#include "winograd_kernels.inc"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-constexpr int VL = 16, NV = 2, NR = NV * VL, MR = 12, GR = 8;
-#include "vector.inc"
-#include "winograd_kernels.inc"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define INNER_LOOPS "winograd.inc"
+#include "kernels/for_each_instruction_set.inc"
 
 const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
