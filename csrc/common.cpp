@@ -20,7 +20,7 @@ constexpr int64_t kRowsPerBlock = 512;
 template <typename scalar_t>
 void sum_blocks(const scalar_t* matrix, int64_t rows, int64_t columns, at::opmath_type<scalar_t>* partial) {
   using acc_t = at::opmath_type<scalar_t>;
-  const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t blocks = ceil_div(rows, kRowsPerBlock);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       acc_t* sums = partial + block * columns;
@@ -53,7 +53,7 @@ at::Tensor dense(const at::Tensor& tensor, at::ScalarType dtype, bool channels_l
 at::Tensor column_sum(const at::Tensor& matrix) {
   TORCH_INTERNAL_ASSERT(matrix.dim() == 2 && matrix.is_contiguous());
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t blocks = ceil_div(rows, kRowsPerBlock);
   const auto acc = at::toOpMathType(matrix.scalar_type());
   auto partial = at::empty({blocks, columns}, matrix.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, matrix.scalar_type(), "dfs_engine::column_sum", [&] {

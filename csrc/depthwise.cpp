@@ -1,7 +1,6 @@
 #include "depthwise.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -201,11 +200,8 @@ at::Tensor depthwise_conv2d(
   const auto float_bias = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const float* shift = bias.has_value() ? float_bias.const_data_ptr<float>() : nullptr;
   const Filter filter(kernel, out_size, size, stride, padding, dilation);
-  if (input.scalar_type() == at::kFloat) {
-    gather<float>(input, weight, shift, filter, output);
-  } else {
-    gather<c10::BFloat16>(input, weight, shift, filter, output);
-  }
+  dispatch_float_or_bfloat16(
+      input.scalar_type(), "depthwise_conv2d", [&]<typename T>() { gather<T>(input, weight, shift, filter, output); });
   return output;
 }
 
@@ -224,11 +220,8 @@ at::Tensor depthwise_grad_input(
       {input_size[0], stop - start, input_size[2], input_size[3]}, gradient.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Filter filter(
       weight.sizes().slice(2), input_size.slice(2), gradient.sizes().slice(2), stride, padding, dilation, /*adjoint=*/true);
-  if (gradient.scalar_type() == at::kFloat) {
-    gather<float>(gradient, filters, nullptr, filter, grad_input);
-  } else {
-    gather<c10::BFloat16>(gradient, filters, nullptr, filter, grad_input);
-  }
+  dispatch_float_or_bfloat16(
+      gradient.scalar_type(), "depthwise_grad_input", [&]<typename T>() { gather<T>(gradient, filters, nullptr, filter, grad_input); });
   return grad_input;
 }
 
@@ -241,8 +234,9 @@ at::Tensor depthwise_grad_weight(
     at::IntArrayRef dilation) {
   const Filter filter(
       weight_size.slice(2), grad_output.sizes().slice(2), input.sizes().slice(2), stride, padding, dilation);
-  return input.scalar_type() == at::kFloat ? reduce<float>(grad_output, input, weight_size, filter)
-                                           : reduce<c10::BFloat16>(grad_output, input, weight_size, filter);
+  return dispatch_float_or_bfloat16(input.scalar_type(), "depthwise_grad_weight", [&]<typename T>() {
+    return reduce<T>(grad_output, input, weight_size, filter);
+  });
 }
 
 }  // namespace dfs_engine

@@ -4,12 +4,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "common.h"
 #include "instruction_set.h"
 
 namespace dfs_engine {
@@ -23,25 +23,20 @@ constexpr int64_t kTask = 1 << 14;  // elements; a multiple of 64
 
 at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p) {
   TORCH_CHECK(0 <= p && p < 1, "dropout: expected 0 <= p < 1, got ", p);
-  TORCH_CHECK(
-      input.scalar_type() == at::kFloat || input.scalar_type() == at::kBFloat16,
-      "dropout: expected float32 or bfloat16, got ", input.scalar_type());
   TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "dropout: expected one int64 as seed, got ", seed.sizes());
   const auto from = input.contiguous();
   auto output = at::empty(from.sizes(), from.options().memory_format(at::MemoryFormat::Contiguous));
   const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());
   const auto threshold = static_cast<uint32_t>(std::min(std::llround(p * 4294967296.0), 4294967295LL));
   const auto scale = static_cast<float>(1 / (1 - p));
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
+  dispatch_float_or_bfloat16(input.scalar_type(), "dropout", [&]<typename T>() {
     const T* source = from.const_data_ptr<T>();
     T* target = output.mutable_data_ptr<T>();
     const int64_t count = from.numel();
     at::parallel_for(0, ceil_div(count, kTask), 1, [&](int64_t begin, int64_t end) {
       DFS_DISPATCH(drop<T>(source, key, threshold, scale, begin * kTask, std::min(count, end * kTask), target));
     });
-  };
-  input.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
+  });
   return output;
 }
 

@@ -1,9 +1,9 @@
 // Run-time dispatch: one build serves every x86-64 machine, and any other through the baseline.
 #pragma once
 
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DFS_X86 1
@@ -32,6 +32,15 @@ inline CpuLevel cpu_level() {
   return level;
 }
 
+// Its name, as DFS_CPU spells it.
+inline std::string instruction_set() {
+  switch (cpu_level()) {
+    case CpuLevel::avx512: return "avx512";
+    case CpuLevel::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
 // `name` of the namespace baseline, avx2 or avx512 that belongs to this machine. Each file has its own three, by
 // kernels/for_each_instruction_set.inc.
 #ifdef DFS_X86
@@ -42,7 +51,5 @@ inline CpuLevel cpu_level() {
 #else
 #define DFS_DISPATCH(name) (baseline::name)
 #endif
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace dfs_engine

@@ -8,8 +8,8 @@
 #include <map>
 #include <string>
 
+#include "instruction_set.h"
 #include "memory.h"
-#include "winograd.h"
 
 namespace {
 

@@ -232,12 +232,4 @@ at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor&
   return result;
 }
 
-std::string instruction_set() {
-  switch (cpu_level()) {
-    case CpuLevel::avx512: return "avx512";
-    case CpuLevel::avx2: return "avx2";
-    default: return "baseline";
-  }
-}
-
 }  // namespace dfs_engine

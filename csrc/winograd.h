@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <optional>
-#include <string>
 
 namespace dfs_engine {
 
@@ -34,8 +33,5 @@ at::Tensor winograd_conv2d(
 // Gradient (out, in, 3, 3) of the weight, in float, from channels_last tensors of a `winograd_dtype`. The same for any number
 // of threads.
 at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef padding);
-
-// The instruction set in use: "avx512", "avx2" or "baseline".
-std::string instruction_set();
 
 }  // namespace dfs_engine
