@@ -41,30 +41,39 @@ struct GradWeight {  // (out, in, 3, 3), contiguous
   int64_t in_channels;
 };
 
-struct TileKernels {  // what touches the images; everything between is float
-  void (*input)(const Image&, int64_t, int64_t, float*, int64_t, int64_t);
-  void (*grad_output)(const Image&, int64_t, int64_t, float*, int64_t, int64_t);
-  void (*output)(const float*, int64_t, int64_t, const float*, const Image&, int64_t, int64_t);
+// Transformed tiles, of which channel c is in panel c / VL, lane c % VL: [36][panels][tiles][VL].
+struct Panels {
+  at::Tensor memory;
+  float* data;
+  int64_t xi_stride, panel_stride;
+
+  Panels(int64_t panels, int64_t tiles, int64_t vector)
+      : memory(at::empty({36, panels, tiles, vector}, at::kFloat)),
+        data(memory.mutable_data_ptr<float>()),
+        xi_stride(panels * tiles * vector),
+        panel_stride(tiles * vector) {}
+  float* of(int64_t xi, int64_t panel = 0) const { return data + xi * xi_stride + panel * panel_stride; }
 };
 
 struct Kernels {
   int64_t vector, vectors, rows;  // VL, NV, MR
-  TileKernels of_float, of_bfloat16;
+  void (*transform_input)(const Image&, int64_t, int64_t, const Panels&, int64_t);
+  void (*transform_grad_output)(const Image&, int64_t, int64_t, const Panels&, int64_t);
+  void (*transform_output)(const Panels&, int64_t, const float*, const Image&, int64_t, int64_t);
   void (*weight_panel)(const Weight&, int64_t, float*, int64_t);
   void (*multiply)(const float*, int64_t, const float*, int64_t, int64_t, float*);
   void (*accumulate)(const float*, const float*, int64_t, int64_t, int64_t, bool, float*);
   void (*grad_weight_panel)(const float*, int64_t, int64_t, const GradWeight&, int64_t, int64_t);
 
   int64_t pair() const { return vector * vectors; }
-  const TileKernels& tiles(const at::Tensor& image) const {
-    return image.scalar_type() == at::kBFloat16 ? of_bfloat16 : of_float;
-  }
 };
 
 #define INNER_LOOPS "winograd.inc"
 #include "kernels/for_each_instruction_set.inc"
 
-const Kernels& kernels() { return DFS_DISPATCH(kernels); }
+Kernels kernels(at::ScalarType of_images) {
+  return dispatch_float_or_bfloat16(of_images, "winograd", []<typename T>() { return DFS_DISPATCH(kernels<T>()); });
+}
 
 // The tiles of a batch of images, in the order of memory.
 struct Tiling {
@@ -97,11 +106,24 @@ at::Tensor transform_weights(const Kernels& k, const at::Tensor& weight, bool fl
   const int64_t rows = ceil_div(view.in_channels, k.vector) * k.vector;
   const int64_t pairs = ceil_div(view.out_channels, k.pair());
   const int64_t pair_size = rows * k.pair();
-  auto result = at::empty({36, pairs, rows, k.pair()}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  auto result = at::empty({36, pairs, rows, k.pair()}, at::kFloat);
   float* out = result.mutable_data_ptr<float>();
   at::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       k.weight_panel(view, pair * k.pair(), out + pair * pair_size, pairs * pair_size);
+    }
+  });
+  return result;
+}
+
+// `sums` of accumulate, [36][pairs][out channels rounded up][pair], to the gradient of the weight.
+at::Tensor transform_grad_weights(const Kernels& k, const at::Tensor& sums, int64_t out_channels, int64_t in_channels) {
+  auto result = at::empty({out_channels, in_channels, 3, 3}, at::kFloat);
+  const GradWeight out{result.mutable_data_ptr<float>(), in_channels};
+  const float* totals = sums.const_data_ptr<float>();
+  at::parallel_for(0, out_channels, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = 0; pair < sums.size(1); ++pair) {
+      k.grad_weight_panel(totals + pair * sums.stride(1), sums.stride(0), pair * k.pair(), out, begin, end);
     }
   });
   return result;
@@ -136,8 +158,7 @@ at::Tensor winograd_conv2d(
     const std::optional<at::Tensor>& bias,
     at::IntArrayRef padding,
     bool flipped) {
-  const Kernels& k = kernels();
-  const TileKernels& tiles = k.tiles(input);
+  const Kernels k = kernels(input.scalar_type());
   const int64_t height = input.size(2) + 2 * padding[0] - 2, width = input.size(3) + 2 * padding[1] - 2;
   auto output = at::empty(
       {input.size(0), weight.size(0), height, width}, input.options().memory_format(at::MemoryFormat::ChannelsLast));
@@ -146,33 +167,26 @@ at::Tensor winograd_conv2d(
   const float* shift = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
 
   const Tiling tiling(input.size(0), height, width);
-  const int64_t in_panels = ceil_div(input.size(1), k.vector), pairs = ceil_div(weight.size(0), k.pair());
-  const int64_t out_panels = pairs * k.vectors;
+  const int64_t in_panels = ceil_div(input.size(1), k.vector), pairs = weights.size(1), out_panels = pairs * k.vectors;
   // A block of tiles whose transforms fit in about half a megabyte, at least two rows of the kernel's registers.
   const int64_t floats_per_tile = 36 * k.vector * (in_panels + out_panels);
   int64_t block = std::max<int64_t>(2, (1 << 17) / floats_per_tile / k.rows) * k.rows;
   block = std::min(block, ceil_div(ceil_div(tiling.count(), at::get_num_threads()), k.rows) * k.rows);
   at::parallel_for(0, ceil_div(tiling.count(), block), 1, [&](int64_t begin, int64_t end) {
     // Of a last block that is not full the rest holds anything: products of tiles are apart, and those are never read.
-    auto data = at::empty({36 * in_panels * block * k.vector}, weights.options());
-    auto products = at::empty({36 * out_panels * block * k.vector}, weights.options());
-    float* values = data.mutable_data_ptr<float>();
-    float* sums = products.mutable_data_ptr<float>();
-    const int64_t panel_stride = block * k.vector;
+    const Panels data(in_panels, block, k.vector), products(out_panels, block, k.vector);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * block, last = std::min(tiling.count(), first + block);
       for (int64_t tile = first; tile < last; ++tile) {
-        const Image image = image_of(input, tiling.image(tile));
-        tiles.input(image, tiling.y(tile) - padding[0], tiling.x(tile) - padding[1],
-                     values + (tile - first) * k.vector, in_panels * panel_stride, panel_stride);
+        const int64_t y = tiling.y(tile) - padding[0], x = tiling.x(tile) - padding[1];
+        k.transform_input(image_of(input, tiling.image(tile)), y, x, data, tile - first);
       }
       for (int64_t xi = 0; xi < 36; ++xi) {
-        k.multiply(values + xi * in_panels * panel_stride, in_panels, factors + xi * weights.stride(0), pairs, block,
-                   sums + xi * out_panels * panel_stride);
+        k.multiply(data.of(xi), in_panels, factors + xi * weights.stride(0), pairs, block, products.of(xi));
       }
       for (int64_t tile = first; tile < last; ++tile) {
-        tiles.output(sums + (tile - first) * k.vector, out_panels * panel_stride, panel_stride, shift,
-                      image_of(output, tiling.image(tile)), tiling.y(tile), tiling.x(tile));
+        const Image image = image_of(output, tiling.image(tile));
+        k.transform_output(products, tile - first, shift, image, tiling.y(tile), tiling.x(tile));
       }
     }
   });
@@ -180,56 +194,40 @@ at::Tensor winograd_conv2d(
 }
 
 at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef padding) {
-  const Kernels& k = kernels();
-  const TileKernels& tiles = k.tiles(input);
+  const Kernels k = kernels(input.scalar_type());
   const int64_t out_channels = grad_output.size(1), in_channels = input.size(1);
   const int64_t out_panels = ceil_div(out_channels, k.vector), pairs = ceil_div(in_channels, k.pair());
-  const int64_t in_panels = pairs * k.vectors, rows = out_panels * k.vector;
+  const int64_t in_panels = pairs * k.vectors;
   const Tiling tiling(grad_output.size(0), grad_output.size(2), grad_output.size(3));
 
   // Tiles are transformed in chunks of four megabytes by all threads; then the 36 products are shared out among them, so
   // that each sum has one owner and one order.
   const int64_t floats_per_tile = 36 * k.vector * (in_panels + out_panels);
   const int64_t chunk = std::clamp<int64_t>((1 << 20) / floats_per_tile, 32, 1024);
-  const auto options = input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-  auto data = at::empty({36, in_panels, chunk * k.vector}, options);
+  const Panels data(in_panels, chunk, k.vector), gradients(out_panels, chunk, k.vector);
   // The last pair may have a panel without channels: nobody reads its sums, but denormals in it would cost time.
   const int64_t filled = ceil_div(in_channels, k.vector);
-  data.narrow(1, filled, in_panels - filled).zero_();
-  auto grads = at::empty({36 * out_panels * chunk * k.vector}, options);
-  auto sums = at::empty({36 * pairs * rows * k.pair()}, options);
-  float* values = data.mutable_data_ptr<float>();
-  float* gradients = grads.mutable_data_ptr<float>();
+  data.memory.narrow(1, filled, in_panels - filled).zero_();
+  auto sums = at::empty({36, pairs, out_panels * k.vector, k.pair()}, at::kFloat);
   float* totals = sums.mutable_data_ptr<float>();
-  const int64_t panel_stride = chunk * k.vector, pair_size = rows * k.pair();
   for (int64_t first = 0; first < tiling.count(); first += chunk) {
     const int64_t num_tiles = std::min(chunk, tiling.count() - first);
     at::parallel_for(0, num_tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
-        const int64_t tile = first + index;
-        const int64_t n = tiling.image(tile), y = tiling.y(tile), x = tiling.x(tile);
-        tiles.input(image_of(input, n), y - padding[0], x - padding[1], values + index * k.vector,
-                     in_panels * panel_stride, panel_stride);
-        tiles.grad_output(image_of(grad_output, n), y, x, gradients + index * k.vector,
-                           out_panels * panel_stride, panel_stride);
+        const int64_t n = tiling.image(first + index), y = tiling.y(first + index), x = tiling.x(first + index);
+        k.transform_input(image_of(input, n), y - padding[0], x - padding[1], data, index);
+        k.transform_grad_output(image_of(grad_output, n), y, x, gradients, index);
       }
     });
     at::parallel_for(0, 36 * pairs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t xi = item / pairs, pair = item % pairs;
-        k.accumulate(values + (xi * in_panels + pair * k.vectors) * panel_stride, gradients + xi * out_panels * panel_stride,
-                     out_panels, num_tiles, panel_stride, first == 0, totals + item * pair_size);
+        const int64_t xi = item / pairs, panel = item % pairs * k.vectors;
+        k.accumulate(data.of(xi, panel), gradients.of(xi), out_panels, num_tiles, data.panel_stride, first == 0,
+                     totals + item * sums.stride(1));
       }
     });
   }
-  auto result = at::empty({out_channels, in_channels, 3, 3}, options);
-  const GradWeight out{result.mutable_data_ptr<float>(), in_channels};
-  at::parallel_for(0, out_channels, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      k.grad_weight_panel(totals + pair * pair_size, pairs * pair_size, pair * k.pair(), out, begin, end);
-    }
-  });
-  return result;
+  return transform_grad_weights(k, sums, out_channels, in_channels);
 }
 
 }  // namespace dfs_engine
