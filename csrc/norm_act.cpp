@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -26,6 +25,7 @@ struct Shape {
 
   int64_t row() const { return width * channels; }
   int64_t pixels() const { return height * width; }
+  int64_t numbers() const { return pixels() * channels; }
   int64_t out_height() const { return pool ? height / 2 : height; }
   int64_t out_width() const { return pool ? width / 2 : width; }
   int64_t out_pixels() const { return out_height() * out_width(); }
@@ -35,44 +35,54 @@ struct Affine {  // per channel; scale = gamma * inverse_std
   const float *mean, *inverse_std, *scale, *beta;
 };
 
+// What flows back through the statistics, per channel: grad_z = scale * (grad_y - offset - x_hat * slope).
+struct ThroughStatistics {
+  const float *offset, *slope;
+};
+
 // What the kernels normalise with. A mean that is large beside the deviation needs more digits than a float has, so they work
 // with its float part, and their x_hat is too large by `rest`: `beta` makes up for it in y, the callers in their sums.
 struct Normalisation {
   std::vector<float> mean, rest, scale, beta;
   const float* inverse_std;
 
-  Normalisation(const double* exact_mean, const float* inverse, const float* gamma, const float* shift, int64_t channels)
-      : mean(channels), rest(channels), scale(channels), beta(channels), inverse_std(inverse) {
-    for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = static_cast<float>(exact_mean[c]);
-      rest[c] = static_cast<float>((exact_mean[c] - mean[c]) * inverse[c]);
-      scale[c] = gamma[c] * inverse[c];
-      beta[c] = shift[c] - rest[c] * gamma[c];
+  Normalisation(const at::Tensor& exact_mean, const at::Tensor& inverse, const at::Tensor& gamma, const at::Tensor& shift)
+      : mean(gamma.numel()), rest(mean), scale(mean), beta(mean), inverse_std(inverse.const_data_ptr<float>()) {
+    const auto weight = gamma.to(at::kFloat).contiguous(), bias = shift.to(at::kFloat).contiguous();
+    const double* exact = exact_mean.const_data_ptr<double>();
+    const float *weights = weight.const_data_ptr<float>(), *biases = bias.const_data_ptr<float>();
+    for (size_t c = 0; c < mean.size(); ++c) {
+      mean[c] = static_cast<float>(exact[c]);
+      rest[c] = static_cast<float>((exact[c] - mean[c]) * inverse_std[c]);
+      scale[c] = weights[c] * inverse_std[c];
+      beta[c] = biases[c] - rest[c] * weights[c];
     }
   }
 
   Affine affine() const { return {mean.data(), inverse_std, scale.data(), beta.data()}; }
 };
 
-// What reaches one image in the backward.
+// What reaches an image in the backward, or the first of several.
 template <typename T>
 struct Incoming {
   const T* shared;  // gradient of the first `shared_channels` channels, its pixels `stride` numbers apart
   int64_t shared_channels, stride;
   const float* exit;  // per channel, of each of its output pixels
   const T* feature;   // not read without a residual
+
+  Incoming of_image(const Shape& s, int64_t n) const {
+    return {shared + n * s.out_pixels() * stride, shared_channels, stride, exit + n * s.channels, feature + n * s.numbers()};
+  }
 };
 
 template <typename T>
 struct Kernels {
   void (*block_statistics)(const T*, int64_t, int64_t, double*, double*);
   void (*normalise_rows)(const T*, const T*, const Shape&, const Affine&, int64_t, int64_t, T*, double*);
-  void (*reduce_rows)(
-      const T*, const Incoming<T>&, const Shape&, const Affine&, int64_t, int64_t, double*, double*);
+  void (*reduce_rows)(const T*, const Incoming<T>&, const Shape&, const Affine&, int64_t, int64_t, double*, double*);
   void (*gradient_rows)(
-      const T*, const Incoming<T>&, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*, T*);
-  void (*gradient_pixels)(
-      const T*, const Shape&, const Affine&, const float*, const float*, int64_t, int64_t, T*);
+      const T*, const Incoming<T>&, const Shape&, const Affine&, const ThroughStatistics&, int64_t, int64_t, T*, T*);
+  void (*gradient_pixels)(const T*, const Shape&, const Affine&, const ThroughStatistics&, int64_t, int64_t, T*);
 };
 
 #define INNER_LOOPS "norm_act.inc"
@@ -124,12 +134,14 @@ void for_each_task(const Shape& s, const Work& work) {
 
 int64_t num_tasks(const Shape& s) { return s.images * ceil_div(s.out_height(), rows_per_task(s)); }
 
-// Mean and biased variance per channel of what is normalised, by Chan's pairwise update of block statistics in double.
+// Mean, inverse deviation and biased variance per channel of what is normalised, by Chan's pairwise update of block statistics
+// in double.
 template <typename T>
-void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<double>& mean, std::vector<double>& variance) {
+void statistics(
+    const Kernels<T>& k, const T* z, const Shape& s, double eps, at::Tensor& mean, at::Tensor& inverse_std, at::Tensor& variance) {
   const int64_t pixels = s.images * s.pixels(), channels = s.channels;
   const int64_t per_block = std::max<int64_t>(64, 8192 / channels), blocks = ceil_div(pixels, per_block);
-  std::vector<double> means(blocks * channels), deviations(blocks * channels);
+  std::vector<double> means(blocks * channels), deviations(blocks * channels), squares(channels, 0);
   at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * per_block, count = std::min(per_block, pixels - first);
@@ -137,19 +149,61 @@ void statistics(const Kernels<T>& k, const T* z, const Shape& s, std::vector<dou
           z + first * channels, count, channels, &means[block * channels], &deviations[block * channels]);
     }
   });
-  mean.assign(channels, 0);
-  variance.assign(channels, 0);
+  double* center = mean.zero_().mutable_data_ptr<double>();
   double seen = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const double count = std::min(per_block, pixels - block * per_block), share = count / (seen + count);
     for (int64_t c = 0; c < channels; ++c) {
-      const double delta = means[block * channels + c] - mean[c];
-      mean[c] += delta * share;
-      variance[c] += deviations[block * channels + c] + delta * delta * (seen * share);
+      const double delta = means[block * channels + c] - center[c];
+      center[c] += delta * share;
+      squares[c] += deviations[block * channels + c] + delta * delta * (seen * share);
     }
     seen += count;
   }
-  for (auto& value : variance) value /= seen;
+  float *inverse = inverse_std.mutable_data_ptr<float>(), *biased = variance.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < channels; ++c) {
+    biased[c] = static_cast<float>(squares[c] / seen);
+    inverse[c] = static_cast<float>(1 / std::sqrt(squares[c] / seen + eps));
+  }
+}
+
+constexpr int64_t kSums = 3;  // of normalise_rows
+
+// Writes the feature; returns the sums of each task over its pixels, (tasks, kSums, channels), if they are wanted.
+template <typename T>
+std::vector<double> normalise(
+    const Kernels<T>& k, const T* z, const T* residual, const Shape& s, const Affine& affine, bool averages, T* feature) {
+  std::vector<double> sums(averages ? num_tasks(s) * kSums * s.channels : 0, 0);
+  for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
+    const int64_t start = image * s.numbers();
+    k.normalise_rows(
+        z + start, residual + start, s, affine, first, last, feature + image * s.out_pixels() * s.channels,
+        averages ? &sums[task * kSums * s.channels] : nullptr);
+  });
+  return sums;
+}
+
+// From these sums what norm_act returns per image and channel.
+void average_images(
+    const std::vector<double>& sums, const Shape& s, const std::vector<float>& rest, at::Tensor& average,
+    at::Tensor& average_hat, at::Tensor& passed) {
+  const int64_t per_image = num_tasks(s) / s.images;
+  float *averages = average.mutable_data_ptr<float>(), *hats = average_hat.mutable_data_ptr<float>();
+  float* shares = passed.mutable_data_ptr<float>();
+  for (int64_t n = 0, index = 0; n < s.images; ++n) {
+    for (int64_t c = 0; c < s.channels; ++c, ++index) {
+      double hat = 0, count = 0, total = 0;
+      for (int64_t task = n * per_image; task < (n + 1) * per_image; ++task) {
+        const double* of_task = &sums[task * kSums * s.channels + c];
+        hat += of_task[0];
+        count += of_task[s.channels];
+        total += of_task[2 * s.channels];
+      }
+      hats[index] = static_cast<float>((hat - rest[c] * count) / s.out_pixels());
+      shares[index] = static_cast<float>(count / s.out_pixels());
+      averages[index] = static_cast<float>(total / s.out_pixels());
+    }
+  }
 }
 
 // (feature, average, average of x_hat over the pixels, mean, inverse_std, biased variance, share of the pixels that averages count);
@@ -166,87 +220,111 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     bool pool,
     bool relu_first,
     bool averages) {
-  TORCH_CHECK(
-      z_any.scalar_type() == at::kFloat || z_any.scalar_type() == at::kBFloat16,
-      "norm_act: expected float32 or bfloat16, got ", z_any.scalar_type());
   const End end = end_of(pool, residual.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const auto added = residual.has_value() ? dense(*residual, z.scalar_type(), /*channels_last=*/true) : z;
   TORCH_CHECK(added.sizes() == z.sizes(), "norm_act: expected residual of z's shape ", z.sizes(), ", got ", added.sizes());
   const Shape s = shape_of(z, pool, averages);
-  const auto options = z.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   const int64_t shrink = pool ? 2 : 1, averaged = averages ? s.images : 0;
   auto feature = at::empty(
       {z.size(0), s.channels, z.size(2) / shrink, z.size(3) / shrink}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
-  auto average_hat = at::empty({averaged, s.channels}, options), passed = at::empty({averaged, s.channels}, options);
-  auto average = at::empty({averaged, s.channels}, options);
-  auto mean = at::empty({s.channels}, options.dtype(at::kDouble)), inverse_std = at::empty({s.channels}, options);
-  auto variance = at::empty({s.channels}, options);
-  const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
-  const bool training = !running_mean.has_value();
-  if (!training) {
-    mean.copy_(*running_mean);
-    variance.copy_(*running_var);
-  }
-  if (z.numel() == 0) {
-    return {feature, average.to(z.scalar_type()), average_hat, mean.zero_(), inverse_std.zero_(), variance.zero_(), passed};
-  }
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
+  auto average = at::empty({averaged, s.channels}, at::kFloat);
+  auto average_hat = at::empty_like(average), passed = at::empty_like(average);
+  auto mean = at::empty({s.channels}, at::kDouble);
+  auto inverse_std = at::empty({s.channels}, at::kFloat), variance = at::empty_like(inverse_std);
+  dispatch_float_or_bfloat16(z.scalar_type(), "norm_act", [&]<typename T>() {
+    if (z.numel() == 0) {
+      for (const auto& statistic : {mean, inverse_std, variance}) statistic.zero_();
+      return;
+    }
     const auto k = kernels<T>(relu_first, end);
-    const T* from = z.const_data_ptr<T>();
-    if (training) {
-      std::vector<double> means, variances;
-      statistics(k, from, s, means, variances);
-      std::copy(means.begin(), means.end(), mean.mutable_data_ptr<double>());
-      std::copy(variances.begin(), variances.end(), variance.mutable_data_ptr<float>());
-      float* inverse = inverse_std.mutable_data_ptr<float>();
-      for (int64_t c = 0; c < s.channels; ++c) inverse[c] = static_cast<float>(1 / std::sqrt(variances[c] + eps));
-    } else {
+    if (running_mean.has_value()) {
+      mean.copy_(*running_mean);
+      variance.copy_(*running_var);
       inverse_std.copy_((variance + eps).rsqrt());
+    } else {
+      statistics(k, z.const_data_ptr<T>(), s, eps, mean, inverse_std, variance);
     }
-    const Normalisation normalisation(
-        mean.const_data_ptr<double>(), inverse_std.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-        shift.const_data_ptr<float>(), s.channels);
-    const Affine affine = normalisation.affine();
-    constexpr int64_t kinds = 3;  // of sums; see normalise_rows
-    std::vector<double> sums(averages ? num_tasks(s) * kinds * s.channels : 0, 0);
-    const T* beside = added.const_data_ptr<T>();
-    T* to = feature.mutable_data_ptr<T>();
-    for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
-      const int64_t start = image * s.pixels() * s.channels;
-      k.normalise_rows(
-          from + start, beside + start, s, affine, first, last, to + image * s.out_pixels() * s.channels,
-          averages ? &sums[task * kinds * s.channels] : nullptr);
-    });
-    if (!averages) return;
-    float *hats = average_hat.mutable_data_ptr<float>(), *shares = passed.mutable_data_ptr<float>();
-    float* averages = average.mutable_data_ptr<float>();
-    const int64_t per_image = num_tasks(s) / s.images;
-    for (int64_t n = 0; n < s.images; ++n) {
-      for (int64_t c = 0; c < s.channels; ++c) {
-        double hat = 0, count = 0, total = 0;
-        for (int64_t task = 0; task < per_image; ++task) {
-          const double* of_task = &sums[(n * per_image + task) * kinds * s.channels];
-          hat += of_task[c];
-          count += of_task[s.channels + c];
-          total += of_task[2 * s.channels + c];
-        }
-        hats[n * s.channels + c] = static_cast<float>((hat - normalisation.rest[c] * count) / s.out_pixels());
-        shares[n * s.channels + c] = static_cast<float>(count / s.out_pixels());
-        averages[n * s.channels + c] = static_cast<float>(total / s.out_pixels());
-      }
-    }
-  };
-  z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
+    const Normalisation normalisation(mean, inverse_std, gamma, beta);
+    const auto sums = normalise(
+        k, z.const_data_ptr<T>(), added.const_data_ptr<T>(), s, normalisation.affine(), averages,
+        feature.mutable_data_ptr<T>());
+    if (averages) average_images(sums, s, normalisation.rest, average, average_hat, passed);
+  });
   return {feature, average.to(z.scalar_type()), average_hat, mean, inverse_std, variance, passed};
+}
+
+// What the gradients of beta and gamma are, and what flows back through the statistics: the sums per channel of the gradient
+// of y, and of that times x_hat.
+struct GradientSums {
+  std::vector<double> beta, gamma;
+};
+
+// The exit's gradient of each output pixel, per image and channel. Its part of the sums needs no pixels.
+std::vector<float> exit_gradient(
+    const at::Tensor& grad_average, const at::Tensor& passed, const at::Tensor& average_hat, const Shape& s, GradientSums& sums) {
+  const auto gradient = grad_average.to(at::kFloat).contiguous();
+  const float *grads = gradient.const_data_ptr<float>(), *shares = passed.const_data_ptr<float>();
+  const float* hats = average_hat.const_data_ptr<float>();
+  std::vector<float> exit(s.images * s.channels);
+  for (int64_t n = 0, index = 0; n < s.images; ++n) {
+    for (int64_t c = 0; c < s.channels; ++c, ++index) {
+      exit[index] = grads[index] / static_cast<float>(s.out_pixels());
+      sums.beta[c] += static_cast<double>(grads[index]) * shares[index];
+      sums.gamma[c] += static_cast<double>(grads[index]) * hats[index];
+    }
+  }
+  return exit;
+}
+
+// Adds what the shared channels' gradient has in the sums.
+template <typename T>
+void reduce_shared(
+    const Kernels<T>& k, const T* z, const Incoming<T>& incoming, const Shape& s, const Normalisation& normalisation,
+    GradientSums& totals) {
+  const int64_t shared = incoming.shared_channels;
+  std::vector<double> sums(num_tasks(s) * shared, 0), products(sums);
+  for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
+    k.reduce_rows(
+        z + image * s.numbers(), incoming.of_image(s, image), s, normalisation.affine(), first, last,
+        sums.data() + task * shared, products.data() + task * shared);
+  });
+  for (int64_t task = 0; task < num_tasks(s); ++task) {
+    for (int64_t c = 0; c < shared; ++c) {
+      const double sum = sums[task * shared + c];
+      totals.beta[c] += sum;
+      totals.gamma[c] += products[task * shared + c] - normalisation.rest[c] * sum;
+    }
+  }
+}
+
+// Writes grad_z and, with a residual, grad_residual.
+template <typename T>
+void write_gradients(
+    const Kernels<T>& k, const T* z, const Incoming<T>& incoming, const Shape& s, const Affine& affine,
+    const ThroughStatistics& through, T* grad_z, T* grad_residual) {
+  for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {
+    const int64_t start = image * s.numbers();
+    k.gradient_rows(
+        z + start, incoming.of_image(s, image), s, affine, through, first, last, grad_z + start, grad_residual + start);
+  });
+  // What an odd size leaves outside every window.
+  const bool odd_height = s.pool && s.height % 2, odd_width = s.pool && s.width % 2;
+  at::parallel_for(0, odd_height || odd_width ? s.images : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      const int64_t last_row = image * s.numbers() + (s.height - 1) * s.row();
+      const int64_t last_column = image * s.numbers() + (s.width - 1) * s.channels;
+      if (odd_height) k.gradient_pixels(z + last_row, s, affine, through, s.width, s.channels, grad_z + last_row);
+      if (odd_width) k.gradient_pixels(z + last_column, s, affine, through, s.height, s.row(), grad_z + last_column);
+    }
+  });
 }
 
 // (grad_z, grad_gamma, grad_beta, grad_residual). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit
 // trains nothing, or none; feature: with a residual, and only then grad_residual is not empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward_cpu(
     const at::Tensor& grad_shared_any,
-    const std::optional<at::Tensor>& grad_average_any,
+    const std::optional<at::Tensor>& grad_average,
     const at::Tensor& z_any,
     const at::Tensor& gamma,
     const at::Tensor& beta,
@@ -261,99 +339,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward_cpu
   const End end = end_of(pool, feature.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const auto made = feature.has_value() ? dense(*feature, z.scalar_type(), /*channels_last=*/true) : z;
-  const bool averages = grad_average_any.has_value();
-  const Shape s = shape_of(z, pool, averages);
+  const Shape s = shape_of(z, pool, grad_average.has_value());
   auto grad_z = at::empty_like(z, z.options().memory_format(at::MemoryFormat::ChannelsLast));
   auto grad_residual = end == End::residual ? at::empty_like(grad_z) : at::empty({0}, z.options());
-  const auto weight = gamma.to(at::kFloat).contiguous(), shift = beta.to(at::kFloat).contiguous();
-  auto grad_beta = at::zeros({s.channels}, weight.options()), grad_gamma = at::zeros({s.channels}, weight.options());
   if (z.numel() == 0) {
-    return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type()), grad_residual};
+    return {grad_z, at::zeros({s.channels}, gamma.options()), at::zeros({s.channels}, beta.options()), grad_residual};
   }
   const bool fits = grad_shared_any.scalar_type() == z.scalar_type() && pixel_stride(grad_shared_any) > 0;
   const auto grad_shared = fits ? grad_shared_any : dense(grad_shared_any, z.scalar_type(), /*channels_last=*/true);
   const int64_t shared = grad_shared.size(1), stride = fits ? pixel_stride(grad_shared) : shared;
-  const Normalisation normalisation(
-      mean.const_data_ptr<double>(), inverse_std.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-      shift.const_data_ptr<float>(), s.channels);
-  const Affine affine = normalisation.affine();
-  // Of each output pixel, per image; without averages one image's zeros.
-  std::vector<float> exit(s.images * s.channels, 0);
-  std::vector<double> beta_sums(s.channels, 0), gamma_sums(s.channels, 0);
-  if (averages) {
-    const auto grad_average = grad_average_any->to(at::kFloat).contiguous();
-    const float *grads = grad_average.const_data_ptr<float>(), *shares = passed.const_data_ptr<float>();
-    const float* hats = average_hat.const_data_ptr<float>();
-    for (int64_t n = 0, index = 0; n < s.images; ++n) {
-      for (int64_t c = 0; c < s.channels; ++c, ++index) {
-        exit[index] = grads[index] / static_cast<float>(s.out_pixels());
-        beta_sums[c] += static_cast<double>(grads[index]) * shares[index];
-        gamma_sums[c] += static_cast<double>(grads[index]) * hats[index];
-      }
-    }
-  }
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
+  const Normalisation normalisation(mean, inverse_std, gamma, beta);
+  GradientSums sums{std::vector<double>(s.channels, 0), std::vector<double>(s.channels, 0)};
+  const auto exit = grad_average.has_value() ? exit_gradient(*grad_average, passed, average_hat, s, sums)
+                                             : std::vector<float>(s.images * s.channels, 0);
+  dispatch_float_or_bfloat16(z.scalar_type(), "norm_act_backward", [&]<typename T>() {
     const auto k = kernels<T>(relu_first, end);
     const T* from = z.const_data_ptr<T>();
-    const T* gradient = grad_shared.const_data_ptr<T>();
-    const int64_t image_size = s.pixels() * s.channels, gradient_size = s.out_pixels() * stride;
-    const auto incoming = [&](int64_t image) -> Incoming<T> {
-      return {gradient + image * gradient_size, shared, stride, &exit[image * s.channels],
-              made.template const_data_ptr<T>() + image * image_size};
-    };
-    std::vector<double> sums(num_tasks(s) * shared, 0), products(num_tasks(s) * shared, 0);
-    for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
-      k.reduce_rows(
-          from + image * image_size, incoming(image), s, affine, first, last, sums.data() + task * shared,
-          products.data() + task * shared);
-    });
-    for (int64_t task = 0; task < num_tasks(s); ++task) {
-      for (int64_t c = 0; c < shared; ++c) {
-        const double sum = sums[task * shared + c];
-        beta_sums[c] += sum;
-        gamma_sums[c] += products[task * shared + c] - normalisation.rest[c] * sum;
-      }
-    }
-    std::copy(beta_sums.begin(), beta_sums.end(), grad_beta.mutable_data_ptr<float>());
-    std::copy(gamma_sums.begin(), gamma_sums.end(), grad_gamma.mutable_data_ptr<float>());
+    const Incoming<T> incoming{
+        grad_shared.const_data_ptr<T>(), shared, stride, exit.data(), made.const_data_ptr<T>()};
+    reduce_shared(k, from, incoming, s, normalisation, sums);
     // In eval mode the statistics are constants, and nothing flows through them.
     std::vector<float> offset(s.channels, 0), slope(s.channels, 0);
-    if (training) {
-      const double count = static_cast<double>(s.images * s.pixels());
-      for (int64_t c = 0; c < s.channels; ++c) {
-        slope[c] = static_cast<float>(gamma_sums[c] / count);
-        offset[c] = static_cast<float>((beta_sums[c] - normalisation.rest[c] * gamma_sums[c]) / count);
-      }
+    const double count = static_cast<double>(s.images * s.pixels());
+    for (int64_t c = 0; training && c < s.channels; ++c) {
+      slope[c] = static_cast<float>(sums.gamma[c] / count);
+      offset[c] = static_cast<float>((sums.beta[c] - normalisation.rest[c] * sums.gamma[c]) / count);
     }
-    const float *constant = offset.data(), *factor = slope.data();
     T* to = grad_z.mutable_data_ptr<T>();
-    T* beside = end == End::residual ? grad_residual.mutable_data_ptr<T>() : to;  // not written to without a residual
-    for_each_task(s, [&](int64_t, int64_t image, int64_t first, int64_t last) {
-      const int64_t start = image * image_size;
-      k.gradient_rows(
-          from + start, incoming(image), s, affine, constant, factor, first, last, to + start, beside + start);
-    });
-    if (pool && (s.height % 2 || s.width % 2)) {
-      at::parallel_for(0, s.images, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t image = begin; image < end; ++image) {
-          const T* source = from + image * image_size;
-          T* target = to + image * image_size;
-          if (s.height % 2) {
-            const int64_t last_row = (s.height - 1) * s.row();
-            k.gradient_pixels(source + last_row, s, affine, constant, factor, s.width, s.channels, target + last_row);
-          }
-          if (s.width % 2) {
-            const int64_t last_column = (s.width - 1) * s.channels;
-            k.gradient_pixels(
-                source + last_column, s, affine, constant, factor, s.height, s.row(), target + last_column);
-          }
-        }
-      });
-    }
+    T* beside = end == End::residual ? grad_residual.mutable_data_ptr<T>() : to;  // not written to without one
+    write_gradients(k, from, incoming, s, normalisation.affine(), {offset.data(), slope.data()}, to, beside);
+  });
+  const auto as_tensor = [](const std::vector<double>& values, const at::Tensor& like) {
+    return at::tensor(at::ArrayRef<double>(values), at::kFloat).to(like.scalar_type());
   };
-  z.scalar_type() == at::kFloat ? run(float{}) : run(c10::BFloat16{});
-  return {grad_z, grad_gamma.to(gamma.scalar_type()), grad_beta.to(beta.scalar_type()), grad_residual};
+  return {grad_z, as_tensor(sums.gamma, gamma), as_tensor(sums.beta, beta), grad_residual};
 }
 
 }  // namespace
