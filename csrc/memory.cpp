@@ -22,6 +22,9 @@ constexpr size_t smallest = size_t{1} << 18;
 // system clears the page. So freed blocks are kept, as torch does on CUDA. They never make what is held more than half
 // as much again as the live tensors were at their peak; who was not wanted for the longest time goes first.
 //
+// c10::CPUCachingAllocator has the same idea for phones: its header supports it on mobile builds alone, and it finds a block by
+// its exact size and keeps every freed one until it is destroyed or an allocation fails.
+//
 // The lock is for the bookkeeping alone: the system may take milliseconds for a large block, in which other threads allocate.
 //
 // Blocks are plain ones of c10::alloc_cpu, without a header, so that a pointer which one allocator handed out may come
