@@ -47,8 +47,9 @@ struct Images {
   const T* row_of(int64_t index, int64_t y) const { return data + index * image + y * row; }
 };
 
-// What a filter does along one axis. For output position p and tap t the convolution reads p * stride - padding + t * dilation;
-// its adjoint reads, for position p of the input, (p + padding - t * dilation) / stride where that divides.
+// What a filter does along one axis. For output position p and tap t the convolution reads
+// p * stride - padding + t * dilation; its adjoint reads, for position p of the input,
+// (p + padding - t * dilation) / stride where that divides.
 class Axis {
  public:
   Axis(int64_t taps, int64_t outputs, int64_t inputs, int64_t stride, int64_t padding, int64_t dilation, bool adjoint)
@@ -150,7 +151,7 @@ at::Tensor reduce(const at::Tensor& grad_output, const at::Tensor& input, at::In
   // A few large blocks: each has sums of its own.
   const int64_t per_block = std::max(ceil_div(rows, 32), std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width * channels)));
   const int64_t blocks = ceil_div(rows, per_block);
-  auto sums = at::zeros({blocks, num_taps, channels}, grad_output.options().dtype(at::kDouble).memory_format(at::MemoryFormat::Contiguous));
+  auto sums = at::zeros({blocks, num_taps, channels}, at::kDouble);
   double* to = sums.mutable_data_ptr<double>();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Tap<T>> taps;

@@ -1,4 +1,4 @@
-// Blocked matrix product: B packed into panels that fit in L1, A packed block by block into L2, MR x NR sums in registers.
+// Blocked matrix product: B packed into panels that fit in L1, A block by block into L2, MR x NR sums in registers.
 
 #include "gemm.h"
 
@@ -61,7 +61,7 @@ struct Columns {
 };
 
 // out (rows, width) = [bias +] A B, B given by panels: `columns_of(panel)` are those of the result, at most NR, and
-// `pack(panel, first, depth, to)` writes rows [first, first + depth) of the panel as [depth][NR], zero where it has no column.
+// `pack(panel, first, depth, to)` writes its rows [first, first + depth) as [depth][NR], zeros after its columns.
 template <typename ColumnsOf, typename Pack>
 void multiply(
     const Left& left, int64_t panels, const ColumnsOf& columns_of, const Pack& pack, const float* bias, float* out,

@@ -89,15 +89,15 @@ struct Tiling {
 
 // Image n of a channels_last tensor.
 Image image_of(const at::Tensor& tensor, int64_t n) {
-  const auto bytes = n * tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
-  return {
-      static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + bytes,
-      tensor.size(2), tensor.size(3), tensor.size(1), tensor.stride(2), tensor.stride(3)};
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  const auto bytes = n * stride[0] * static_cast<int64_t>(tensor.element_size());
+  return {data + bytes, size[2], size[3], size[1], stride[2], stride[3]};
 }
 
 at::Tensor transform_weights(const Kernels& k, const at::Tensor& weight, bool flipped) {
-  Weight view{weight.const_data_ptr<float>(), weight.size(0), weight.size(1),
-              weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  const auto size = weight.sizes(), stride = weight.strides();
+  Weight view{weight.const_data_ptr<float>(), size[0], size[1], stride[0], stride[1], stride[2], stride[3]};
   if (flipped) {
     view.data += 2 * view.row_stride + 2 * view.column_stride;
     view.row_stride = -view.row_stride;
