@@ -4,6 +4,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -11,9 +12,7 @@ namespace dfs_engine {
 
 namespace {
 
-bool ask(const char* op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<bool()>().call();
-}
+bool ask(const char* op) { return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<bool()>().call(); }
 
 constexpr int64_t kRowsPerBlock = 512;
 
@@ -46,7 +45,8 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
 }
 
 at::Tensor dense(const at::Tensor& tensor, at::ScalarType dtype, bool channels_last) {
-  const auto format = channels_last && tensor.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto format =
+      channels_last && tensor.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   return tensor.to(tensor.options().dtype(dtype), /*non_blocking=*/false, /*copy=*/false, format).contiguous(format);
 }
 

@@ -26,8 +26,8 @@ inline bool is_channels_last(const at::Tensor& tensor) {
   return tensor.is_contiguous(at::MemoryFormat::ChannelsLast) && !tensor.is_contiguous();
 }
 
-// Sums of a dense (rows, columns) matrix over its rows, in float at least. The blocks are fixed and reduced in order, so that the
-// result does not depend on the number of threads.
+// Sums of a dense (rows, columns) matrix over its rows, in float at least. The blocks are fixed and reduced in order,
+// so that the result does not depend on the number of threads.
 at::Tensor column_sum(const at::Tensor& matrix);
 
 }  // namespace dfs_engine

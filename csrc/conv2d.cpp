@@ -1,5 +1,5 @@
-// The CPU kernels of dfs_engine::conv2d*: the core that the caller names multiplies (winograd.cpp, depthwise.cpp, gemm.cpp or
-// ATen's), and around it are the slice, layouts, dtypes and the bias gradient.
+// The CPU kernels of dfs_engine::conv2d*: the core that the caller names multiplies (winograd.cpp, depthwise.cpp,
+// gemm.cpp or ATen's), and around it are the slice, layouts, dtypes and the bias gradient.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -18,27 +18,17 @@ at::MemoryFormat memory_format(bool channels_last) {
 }
 
 at::Tensor aten_conv2d(
-    const at::Tensor& input,
-    const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups) {
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const auto dtype = compute_dtype(input.scalar_type());
   const auto wide_bias = bias.has_value() ? std::optional<at::Tensor>(bias->to(dtype)) : bias;
-  return at::conv2d(input.to(dtype), weight.to(dtype), wide_bias, stride, padding, dilation, groups).to(input.scalar_type());
+  return at::conv2d(input.to(dtype), weight.to(dtype), wide_bias, stride, padding, dilation, groups)
+      .to(input.scalar_type());
 }
 
 at::Tensor conv2d_cpu(
-    const at::Tensor& input,
-    const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups,
-    c10::string_view kernel) {
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view kernel) {
   if (kernel == "aten" || input.numel() == 0) {
     return aten_conv2d(input, weight, bias, stride, padding, dilation, groups);
   }
@@ -62,15 +52,8 @@ at::Tensor conv2d_cpu(
 }
 
 at::Tensor aten_grad_input(
-    const at::Tensor& grad_output,
-    const at::Tensor& weight,
-    at::IntArrayRef input_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups,
-    int64_t start,
-    int64_t stop,
+    const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t start, int64_t stop,
     bool channels_last) {
   const auto dtype = compute_dtype(grad_output.scalar_type());
   // One group: exactly the slice. Several: all channels of the groups at hand, then the slice.
@@ -82,36 +65,22 @@ at::Tensor aten_grad_input(
       {input_size[0], channels, input_size[2], input_size[3]},
       grad_output.options().dtype(dtype).memory_format(memory_format(channels_last)));
   const auto gradient = std::get<0>(at::convolution_backward(
-      dense(grad_output, dtype, channels_last),
-      shape_of_input,
-      dense(columns, dtype, channels_last),
-      std::nullopt,
-      stride,
-      padding,
-      dilation,
+      dense(grad_output, dtype, channels_last), shape_of_input, dense(columns, dtype, channels_last), std::nullopt,
+      stride, padding, dilation,
       /*transposed=*/false,
-      /*output_padding=*/{0, 0},
-      groups,
-      {true, false, false}));
+      /*output_padding=*/{0, 0}, groups, {true, false, false}));
   const auto slice = single ? gradient : gradient.narrow(1, start, stop - start);
   return dense(slice, grad_output.scalar_type(), channels_last);
 }
 
 at::Tensor conv2d_grad_input_cpu(
-    const at::Tensor& grad_output,
-    const at::Tensor& weight,
-    at::IntArrayRef input_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups,
-    int64_t start,
-    int64_t stop,
-    bool channels_last,
+    const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t start, int64_t stop, bool channels_last,
     c10::string_view kernel) {
   TORCH_CHECK(
       0 <= start && start <= stop && stop <= input_size[1],
-      "conv2d_grad_input: expected 0 <= start <= stop <= in_channels=", input_size[1], ", got start=", start, ", stop=", stop);
+      "conv2d_grad_input: expected 0 <= start <= stop <= in_channels=", input_size[1], ", got start=", start,
+      ", stop=", stop);
   if (input_size[0] == 0 || start == stop) {
     return at::zeros(
         {input_size[0], stop - start, input_size[2], input_size[3]},
@@ -139,26 +108,13 @@ at::Tensor conv2d_grad_input_cpu(
 }
 
 at::Tensor aten_grad_weight(
-    const at::Tensor& grad_output,
-    const at::Tensor& input,
-    at::IntArrayRef weight_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups,
-    at::MemoryFormat weight_format) {
+    const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, at::MemoryFormat weight_format) {
   return std::get<1>(at::convolution_backward(
-      grad_output,
-      input,
-      at::empty(weight_size, grad_output.options().memory_format(weight_format)),
-      std::nullopt,
-      stride,
-      padding,
-      dilation,
+      grad_output, input, at::empty(weight_size, grad_output.options().memory_format(weight_format)), std::nullopt,
+      stride, padding, dilation,
       /*transposed=*/false,
-      /*output_padding=*/{0, 0},
-      groups,
-      {false, true, false}));
+      /*output_padding=*/{0, 0}, groups, {false, true, false}));
 }
 
 // Sums over images and pixels. Through convolution_backward's mask they would cost a second weight gradient.
@@ -168,17 +124,9 @@ at::Tensor bias_gradient(const at::Tensor& grad_output, bool channels_last, at::
 }
 
 std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
-    const at::Tensor& grad_output,
-    const at::Tensor& input,
-    at::IntArrayRef weight_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups,
-    bool bias,
-    bool weight_channels_last,
-    std::optional<at::ScalarType> result_dtype,
-    c10::string_view kernel) {
+    const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool bias, bool weight_channels_last,
+    std::optional<at::ScalarType> result_dtype, c10::string_view kernel) {
   const auto given = grad_output.scalar_type(), result = result_dtype.value_or(given);
   const auto options = grad_output.options().dtype(result);
   const auto weight_format = memory_format(weight_channels_last);
@@ -187,15 +135,15 @@ std::tuple<at::Tensor, at::Tensor> conv2d_grad_weight_cpu(
         at::zeros(weight_size, options.memory_format(weight_format)), at::zeros({bias ? weight_size[0] : 0}, options)};
   }
   // With fewer channels than its block of 8, oneDNN on AVX2 writes past its workspace here (uxlfoundation/oneDNN#6035).
-  const bool spoilt = groups == 1 && input.size(1) < 8 && weight_size[2] * weight_size[3] == 1 && stride[0] * stride[1] > 1;
+  const bool spoilt =
+      groups == 1 && input.size(1) < 8 && weight_size[2] * weight_size[3] == 1 && stride[0] * stride[1] > 1;
   bool channels_last = true;
   at::Tensor output_gradient, gradient;
   if (kernel == "aten") {
     channels_last = !spoilt && (is_channels_last(input) || is_channels_last(grad_output));
     output_gradient = dense(grad_output, compute_dtype(given), channels_last);
     const auto image = dense(input, compute_dtype(given), channels_last);
-    gradient =
-        aten_grad_weight(output_gradient, image, weight_size, stride, padding, dilation, groups, weight_format);
+    gradient = aten_grad_weight(output_gradient, image, weight_size, stride, padding, dilation, groups, weight_format);
   } else if (kernel == "winograd") {
     check_winograd("conv2d_grad_weight", given, weight_size, stride, padding, dilation, groups);
     output_gradient = dense(grad_output, winograd_dtype(given), true);

@@ -32,7 +32,9 @@ struct Kernels {
 #include "kernels/for_each_instruction_set.inc"
 
 template <typename T>
-Kernels<T> kernels() { return DFS_DISPATCH(kernels<T>()); }
+Kernels<T> kernels() {
+  return DFS_DISPATCH(kernels<T>());
+}
 
 constexpr int64_t kTaskElements = 1 << 14;  // what one task writes or reads, about
 
@@ -42,7 +44,8 @@ struct Images {
   const T* data;
   int64_t image, row, pixel;  // strides
 
-  explicit Images(const at::Tensor& t) : data(t.const_data_ptr<T>()), image(t.stride(0)), row(t.stride(2)), pixel(t.stride(3)) {}
+  explicit Images(const at::Tensor& t)
+      : data(t.const_data_ptr<T>()), image(t.stride(0)), row(t.stride(2)), pixel(t.stride(3)) {}
 
   const T* row_of(int64_t index, int64_t y) const { return data + index * image + y * row; }
 };
@@ -85,13 +88,8 @@ struct Filter {
   Axis y, x;
 
   Filter(
-      at::IntArrayRef kernel,
-      at::IntArrayRef output,
-      at::IntArrayRef input,
-      at::IntArrayRef stride,
-      at::IntArrayRef padding,
-      at::IntArrayRef dilation,
-      bool adjoint = false)
+      at::IntArrayRef kernel, at::IntArrayRef output, at::IntArrayRef input, at::IntArrayRef stride,
+      at::IntArrayRef padding, at::IntArrayRef dilation, bool adjoint = false)
       : y(kernel[0], output[0], input[0], stride[0], padding[0], dilation[0], adjoint),
         x(kernel[1], output[1], input[1], stride[1], padding[1], dilation[1], adjoint) {}
 };
@@ -99,15 +97,8 @@ struct Filter {
 // The taps that row `y` of an image's output needs, with their weights or sums, both (taps, channels).
 template <typename T>
 void taps_of_row(
-    const Filter& filter,
-    const Axis& offsets,
-    const Images<T>& images,
-    int64_t index,
-    int64_t y,
-    int64_t channels,
-    const float* weights,
-    double* sums,
-    std::vector<Tap<T>>& taps) {
+    const Filter& filter, const Axis& offsets, const Images<T>& images, int64_t index, int64_t y, int64_t channels,
+    const float* weights, double* sums, std::vector<Tap<T>>& taps) {
   taps.clear();
   for (int64_t ky = 0; ky < filter.y.taps(); ++ky) {
     const int64_t source = filter.y.source(ky, y);
@@ -123,7 +114,8 @@ void taps_of_row(
 
 // Convolution or, with a filter of adjoint axes, its transpose: writes every element of `output`, dense channels_last.
 template <typename T>
-void gather(const at::Tensor& input, const at::Tensor& weight, const float* bias, const Filter& filter, at::Tensor& output) {
+void gather(
+    const at::Tensor& input, const at::Tensor& weight, const float* bias, const Filter& filter, at::Tensor& output) {
   const auto k = kernels<T>();
   const Images<T> images(input);
   const Axis offsets = filter.x.scaled(images.pixel);
@@ -142,14 +134,16 @@ void gather(const at::Tensor& input, const at::Tensor& weight, const float* bias
 }
 
 template <typename T>
-at::Tensor reduce(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size, const Filter& filter) {
+at::Tensor reduce(
+    const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size, const Filter& filter) {
   const auto k = kernels<T>();
   const Images<T> images(input), gradients(grad_output);
   const Axis offsets = filter.x.scaled(images.pixel);
   const int64_t channels = weight_size[0], num_taps = filter.y.taps() * filter.x.taps();
   const int64_t height = grad_output.size(2), width = grad_output.size(3), rows = grad_output.size(0) * height;
   // A few large blocks: each has sums of its own.
-  const int64_t per_block = std::max(ceil_div(rows, 32), std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width * channels)));
+  const int64_t per_block =
+      std::max(ceil_div(rows, 32), std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width * channels)));
   const int64_t blocks = ceil_div(rows, per_block);
   auto sums = at::zeros({blocks, num_taps, channels}, at::kDouble);
   double* to = sums.mutable_data_ptr<double>();
@@ -172,9 +166,9 @@ at::Tensor reduce(const at::Tensor& grad_output, const at::Tensor& input, at::In
 
 void check_depthwise(const char* op, at::ScalarType dtype, at::IntArrayRef weight_size, int64_t groups) {
   TORCH_CHECK(
-      (dtype == at::kFloat || dtype == at::kBFloat16) && groups > 1 && groups == weight_size[0] && weight_size[1] == 1, op,
-      ": the kernel depthwise computes one filter per channel in float32 and bfloat16, got a weight of size ", weight_size,
-      ", groups=", groups, " and ", dtype);
+      (dtype == at::kFloat || dtype == at::kBFloat16) && groups > 1 && groups == weight_size[0] && weight_size[1] == 1,
+      op, ": the kernel depthwise computes one filter per channel in float32 and bfloat16, got a weight of size ",
+      weight_size, ", groups=", groups, " and ", dtype);
 }
 
 at::Tensor with_adjacent_channels(const at::Tensor& images) {
@@ -185,19 +179,16 @@ at::Tensor with_adjacent_channels(const at::Tensor& images) {
 }
 
 at::Tensor depthwise_conv2d(
-    const at::Tensor& input,
-    const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation) {
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto kernel = weight.sizes().slice(2), size = input.sizes().slice(2);
   std::vector<int64_t> out_size;
   for (int axis = 0; axis < 2; ++axis) {
     out_size.push_back((size[axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1);
   }
   auto output = at::empty(
-      {input.size(0), weight.size(0), out_size[0], out_size[1]}, input.options().memory_format(at::MemoryFormat::ChannelsLast));
+      {input.size(0), weight.size(0), out_size[0], out_size[1]},
+      input.options().memory_format(at::MemoryFormat::ChannelsLast));
   const auto float_bias = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const float* shift = bias.has_value() ? float_bias.const_data_ptr<float>() : nullptr;
   const Filter filter(kernel, out_size, size, stride, padding, dilation);
@@ -207,32 +198,25 @@ at::Tensor depthwise_conv2d(
 }
 
 at::Tensor depthwise_grad_input(
-    const at::Tensor& grad_output,
-    const at::Tensor& weight,
-    at::IntArrayRef input_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t start,
-    int64_t stop) {
+    const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t start, int64_t stop) {
   const auto gradient = grad_output.narrow(1, start, stop - start);
   const auto filters = weight.narrow(0, start, stop - start);
   auto grad_input = at::empty(
-      {input_size[0], stop - start, input_size[2], input_size[3]}, gradient.options().memory_format(at::MemoryFormat::ChannelsLast));
+      {input_size[0], stop - start, input_size[2], input_size[3]},
+      gradient.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Filter filter(
-      weight.sizes().slice(2), input_size.slice(2), gradient.sizes().slice(2), stride, padding, dilation, /*adjoint=*/true);
-  dispatch_float_or_bfloat16(
-      gradient.scalar_type(), "depthwise_grad_input", [&]<typename T>() { gather<T>(gradient, filters, nullptr, filter, grad_input); });
+      weight.sizes().slice(2), input_size.slice(2), gradient.sizes().slice(2), stride, padding, dilation,
+      /*adjoint=*/true);
+  dispatch_float_or_bfloat16(gradient.scalar_type(), "depthwise_grad_input", [&]<typename T>() {
+    gather<T>(gradient, filters, nullptr, filter, grad_input);
+  });
   return grad_input;
 }
 
 at::Tensor depthwise_grad_weight(
-    const at::Tensor& grad_output,
-    const at::Tensor& input,
-    at::IntArrayRef weight_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation) {
+    const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
   const Filter filter(
       weight_size.slice(2), grad_output.sizes().slice(2), input.sizes().slice(2), stride, padding, dilation);
   return dispatch_float_or_bfloat16(input.scalar_type(), "depthwise_grad_weight", [&]<typename T>() {

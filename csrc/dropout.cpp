@@ -1,6 +1,6 @@
-// The CPU kernel of dfs_engine::dropout. The mask is a function of a seed and of an element's place: nothing is kept for the
-// backward, which is the same call on the gradient, and every number of threads gives the same. ATen draws its numbers one by one,
-// on one thread, where the CPU is not Intel's.
+// The CPU kernel of dfs_engine::dropout. The mask is a function of a seed and of an element's place: nothing is kept
+// for the backward, which is the same call on the gradient, and every number of threads gives the same. ATen draws its
+// numbers one by one, on one thread, where the CPU is not Intel's.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -23,7 +23,8 @@ constexpr int64_t kTask = 1 << 14;  // elements; a multiple of 64
 
 at::Tensor dropout_cpu(const at::Tensor& input, const at::Tensor& seed, double p) {
   TORCH_CHECK(0 <= p && p < 1, "dropout: expected 0 <= p < 1, got ", p);
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, "dropout: expected one int64 as seed, got ", seed.sizes());
+  TORCH_CHECK(
+      seed.scalar_type() == at::kLong && seed.numel() == 1, "dropout: expected one int64 as seed, got ", seed.sizes());
   const auto from = input.contiguous();
   auto output = at::empty(from.sizes(), from.options().memory_format(at::MemoryFormat::Contiguous));
   const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());

@@ -19,8 +19,7 @@ struct Kernels {
   void (*pack_rows)(const float*, int64_t, int64_t, int64_t, int64_t, float*);
   void (*pack_columns)(const float*, int64_t, int64_t, int64_t, int64_t, float*);
   void (*copy_columns)(const float*, int64_t, float*);
-  void (*multiply_tile)(
-      const float*, const float*, int64_t, float*, int64_t, int64_t, int64_t, bool, const float*);
+  void (*multiply_tile)(const float*, const float*, int64_t, float*, int64_t, int64_t, int64_t, bool, const float*);
 };
 
 #define INNER_LOOPS "gemm.inc"
@@ -28,12 +27,12 @@ struct Kernels {
 
 const Kernels& kernels() { return DFS_DISPATCH(kernels); }
 
-constexpr int64_t kDepth = 320;    // at most: a panel of B is 20 KB (AVX-512: 40 KB)
-constexpr int64_t kRowPanels = 16;  // a block of A: 120 KB in L2
+constexpr int64_t kDepth = 320;       // at most: a panel of B is 20 KB (AVX-512: 40 KB)
+constexpr int64_t kRowPanels = 16;    // a block of A: 120 KB in L2
 constexpr int64_t kPacked = 1 << 20;  // floats of B that are packed at a time
 
-// How a product is cut: the depth into chunks, of which some are packed at a time, and the result into blocks of rows by strips
-// of panels, one of which is a task.
+// How a product is cut: the depth into chunks, of which some are packed at a time, and the result into blocks of rows
+// by strips of panels, one of which is a task.
 struct Blocking {
   int64_t chunk, chunks_at_once, block, blocks, panels_per_strip, strips;
 
@@ -114,8 +113,8 @@ void multiply(
 
 void check_gemm(const char* op, at::ScalarType dtype, int64_t groups) {
   TORCH_CHECK(
-      groups == 1 && compute_dtype(dtype) == at::kFloat, op, ": the kernel gemm computes one group in float, got groups=",
-      groups, " and ", dtype);
+      groups == 1 && compute_dtype(dtype) == at::kFloat, op,
+      ": the kernel gemm computes one group in float, got groups=", groups, " and ", dtype);
 }
 
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
@@ -132,8 +131,8 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at
     k.pack_columns(right + first * b.stride(0) + column * b.stride(1), b.stride(0), b.stride(1), size, count, to);
   };
   multiply(
-      {a.const_data_ptr<float>(), a.stride(0), a.stride(1), rows, depth}, ceil_div(columns, k.columns), columns_of, pack,
-      bias.has_value() ? shift.const_data_ptr<float>() : nullptr, result.mutable_data_ptr<float>(), columns);
+      {a.const_data_ptr<float>(), a.stride(0), a.stride(1), rows, depth}, ceil_div(columns, k.columns), columns_of,
+      pack, bias.has_value() ? shift.const_data_ptr<float>() : nullptr, result.mutable_data_ptr<float>(), columns);
   return result;
 }
 
@@ -170,8 +169,8 @@ at::Tensor gemm_grad_weight(
     }
   };
   multiply(
-      {grad_output.const_data_ptr<float>(), 1, out_channels, out_channels, pixels}, taps * per_tap, columns_of, pack, nullptr,
-      result.mutable_data_ptr<float>(), taps * channels);
+      {grad_output.const_data_ptr<float>(), 1, out_channels, out_channels, pixels}, taps * per_tap, columns_of, pack,
+      nullptr, result.mutable_data_ptr<float>(), taps * channels);
   return result.permute({0, 3, 1, 2});
 }
 

@@ -44,10 +44,8 @@ inline std::string instruction_set() {
 // `name` of the namespace baseline, avx2 or avx512 that belongs to this machine. Each file has its own three, by
 // kernels/for_each_instruction_set.inc.
 #ifdef DFS_X86
-#define DFS_DISPATCH(name)                        \
-  (cpu_level() == CpuLevel::avx512 ? avx512::name \
-   : cpu_level() == CpuLevel::avx2 ? avx2::name   \
-                                   : baseline::name)
+#define DFS_DISPATCH(name) \
+  (cpu_level() == CpuLevel::avx512 ? avx512::name : cpu_level() == CpuLevel::avx2 ? avx2::name : baseline::name)
 #else
 #define DFS_DISPATCH(name) (baseline::name)
 #endif

@@ -25,7 +25,9 @@ at::Tensor as_image(const at::Tensor& rows) {
   return rows.as_strided({1, rows.size(1), rows.size(0), 1}, {rows.numel(), 1, rows.size(1), rows.size(1)});
 }
 
-at::Tensor as_rows(const at::Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({image.size(2), image.size(1)}); }
+at::Tensor as_rows(const at::Tensor& image) {
+  return image.permute({0, 2, 3, 1}).reshape({image.size(2), image.size(1)});
+}
 
 at::Tensor onednn_linear(const at::Tensor& rows, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   return as_rows(at::conv2d(as_image(rows), weight.unsqueeze(-1).unsqueeze(-1), bias));
@@ -35,11 +37,12 @@ at::Tensor onednn_linear(const at::Tensor& rows, const at::Tensor& weight, const
 at::Tensor onednn_grad_input(const at::Tensor& rows, const at::Tensor& columns) {
   const auto image = as_image(rows);
   // Only the shape of the input matters.
-  const auto input = at::empty(
-      {1, columns.size(1), rows.size(0), 1}, image.options().memory_format(at::MemoryFormat::ChannelsLast));
-  return as_rows(std::get<0>(at::convolution_backward(
-      image, input, columns.unsqueeze(-1).unsqueeze(-1), std::nullopt, {1, 1}, {0, 0}, {1, 1}, /*transposed=*/false,
-      /*output_padding=*/{0, 0}, 1, {true, false, false})));
+  const auto input =
+      at::empty({1, columns.size(1), rows.size(0), 1}, image.options().memory_format(at::MemoryFormat::ChannelsLast));
+  return as_rows(
+      std::get<0>(at::convolution_backward(
+          image, input, columns.unsqueeze(-1).unsqueeze(-1), std::nullopt, {1, 1}, {0, 0}, {1, 1}, /*transposed=*/false,
+          /*output_padding=*/{0, 0}, 1, {true, false, false})));
 }
 
 at::Tensor linear_cpu(
@@ -59,7 +62,8 @@ at::Tensor linear_grad_input_cpu(
     const at::Tensor& grad_output, const at::Tensor& weight, int64_t start, int64_t stop, c10::string_view kernel) {
   TORCH_CHECK(
       0 <= start && start <= stop && stop <= weight.size(1),
-      "linear_grad_input: expected 0 <= start <= stop <= in_features=", weight.size(1), ", got start=", start, ", stop=", stop);
+      "linear_grad_input: expected 0 <= start <= stop <= in_features=", weight.size(1), ", got start=", start,
+      ", stop=", stop);
   const auto sizes = with_last(grad_output.sizes(), stop - start);
   if (grad_output.numel() == 0 || start == stop) {
     return at::zeros(sizes, grad_output.options());
@@ -76,10 +80,7 @@ at::Tensor linear_grad_input_cpu(
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_grad_weight_cpu(
-    const at::Tensor& grad_output,
-    const at::Tensor& input,
-    bool bias,
-    std::optional<at::ScalarType> result_dtype,
+    const at::Tensor& grad_output, const at::Tensor& input, bool bias, std::optional<at::ScalarType> result_dtype,
     c10::string_view kernel) {
   const auto given = grad_output.scalar_type(), dtype = compute_dtype(given), result = result_dtype.value_or(given);
   const auto options = grad_output.options().dtype(result);

@@ -18,14 +18,15 @@ namespace {
 // The C library keeps smaller blocks by itself.
 constexpr size_t smallest = size_t{1} << 18;
 
-// The C library gives large blocks back to the system at once, and fresh memory costs a page fault per 4 KiB, in which the
-// system clears the page. So freed blocks are kept, as torch does on CUDA. They never make what is held more than half
-// as much again as the live tensors were at their peak; who was not wanted for the longest time goes first.
+// The C library gives large blocks back to the system at once, and fresh memory costs a page fault per 4 KiB, in which
+// the system clears the page. So freed blocks are kept, as torch does on CUDA. They never make what is held more than
+// half as much again as the live tensors were at their peak; who was not wanted for the longest time goes first.
 //
-// c10::CPUCachingAllocator has the same idea for phones: its header supports it on mobile builds alone, and it finds a block by
-// its exact size and keeps every freed one until it is destroyed or an allocation fails.
+// c10::CPUCachingAllocator has the same idea for phones: its header supports it on mobile builds alone, and it finds a
+// block by its exact size and keeps every freed one until it is destroyed or an allocation fails.
 //
-// The lock is for the bookkeeping alone: the system may take milliseconds for a large block, in which other threads allocate.
+// The lock is for the bookkeeping alone: the system may take milliseconds for a large block, in which other threads
+// allocate.
 //
 // Blocks are plain ones of c10::alloc_cpu, without a header, so that a pointer which one allocator handed out may come
 // back to the other after a switch (ATen and oneDNN pass raw pointers through whichever is registered).
@@ -40,7 +41,9 @@ class CachingAllocator final : public c10::Allocator {
 
   at::DeleterFnPtr raw_deleter() const override { return &release; }
 
-  void copy_data(void* target, const void* source, size_t nbytes) const override { default_copy_data(target, source, nbytes); }
+  void copy_data(void* target, const void* source, size_t nbytes) const override {
+    default_copy_data(target, source, nbytes);
+  }
 
   // The registered allocator is process-wide, and so is this.
   bool enable(bool enabled) {
@@ -165,8 +168,8 @@ class CachingAllocator final : public c10::Allocator {
     return by_age_.extract(cached);
   }
 
-  // Takes blocks out, oldest first, until at most so many bytes are cached; the caller frees them without the lock. Moves
-  // them, because there may be no memory for anything new.
+  // Takes blocks out, oldest first, until at most so many bytes are cached; the caller frees them without the lock.
+  // Moves them, because there may be no memory for anything new.
   Blocks evict_to(size_t bytes) {
     Blocks evicted;
     while (cached_ > bytes) evicted.insert(evicted.end(), take_out(by_age_.begin()));
@@ -175,7 +178,7 @@ class CachingAllocator final : public c10::Allocator {
 
   std::mutex mutex_;
   bool enabled_ = false;
-  c10::Allocator* stock_ = nullptr;  // what was registered before
+  c10::Allocator* stock_ = nullptr;                // what was registered before
   std::unordered_map<void*, size_t> sizes_;        // of live blocks
   Blocks by_age_;                                  // cached ones
   std::set<std::pair<size_t, uint64_t>> by_size_;  // the same: size, and when it was freed

@@ -1,6 +1,7 @@
-// The fused producer of a feature: ReLU and batch normalisation in either order, a residual or a 2x2 max pool, and the exit's global
-// average, on a convolution's output. One pass for the statistics, one that writes the feature; backward: one pass of reductions over the shared channels
-// only (the exit's gradient is one number per image and channel, so its sums need no pixels), one that writes grad_z.
+// The fused producer of a feature: ReLU and batch normalisation in either order, a residual or a 2x2 max pool, and the
+// exit's global average, on a convolution's output. One pass for the statistics, one that writes the feature; backward:
+// one pass of reductions over the shared channels only (the exit's gradient is one number per image and channel, so its
+// sums need no pixels), one that writes grad_z.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -40,13 +41,15 @@ struct ThroughStatistics {
   const float *offset, *slope;
 };
 
-// What the kernels normalise with. A mean that is large beside the deviation needs more digits than a float has, so they work
-// with its float part, and their x_hat is too large by `rest`: `beta` makes up for it in y, the callers in their sums.
+// What the kernels normalise with. A mean that is large beside the deviation needs more digits than a float has, so
+// they work with its float part, and their x_hat is too large by `rest`: `beta` makes up for it in y, the callers in
+// their sums.
 struct Normalisation {
   std::vector<float> mean, rest, scale, beta;
   const float* inverse_std;
 
-  Normalisation(const at::Tensor& exact_mean, const at::Tensor& inverse, const at::Tensor& gamma, const at::Tensor& shift)
+  Normalisation(
+      const at::Tensor& exact_mean, const at::Tensor& inverse, const at::Tensor& gamma, const at::Tensor& shift)
       : mean(gamma.numel()), rest(mean), scale(mean), beta(mean), inverse_std(inverse.const_data_ptr<float>()) {
     const auto weight = gamma.to(at::kFloat).contiguous(), bias = shift.to(at::kFloat).contiguous();
     const double* exact = exact_mean.const_data_ptr<double>();
@@ -71,7 +74,9 @@ struct Incoming {
   const T* feature;   // not read without a residual
 
   Incoming of_image(const Shape& s, int64_t n) const {
-    return {shared + n * s.out_pixels() * stride, shared_channels, stride, exit + n * s.channels, feature + n * s.numbers()};
+    return {
+        shared + n * s.out_pixels() * stride, shared_channels, stride, exit + n * s.channels,
+        feature + n * s.numbers()};
   }
 };
 
@@ -89,7 +94,9 @@ struct Kernels {
 #include "kernels/for_each_instruction_set.inc"
 
 template <typename T>
-Kernels<T> kernels(bool relu_first, End end) { return DFS_DISPATCH(kernels<T>(relu_first, end)); }
+Kernels<T> kernels(bool relu_first, End end) {
+  return DFS_DISPATCH(kernels<T>(relu_first, end));
+}
 
 // As the kernels can do it: a residual goes with the ReLU behind it and without a pool.
 End end_of(bool pool, bool residual, bool relu_first) {
@@ -97,14 +104,14 @@ End end_of(bool pool, bool residual, bool relu_first) {
   return residual ? End::residual : pool ? End::pool : End::plain;
 }
 
-// Output rows that one task works on: enough to amortise it, few enough to spread a small batch over the threads. Depends on
-// the shape alone, so that sums over tasks have one order.
+// Output rows that one task works on: enough to amortise it, few enough to spread a small batch over the threads.
+// Depends on the shape alone, so that sums over tasks have one order.
 int64_t rows_per_task(const Shape& s) {
   return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, s.out_width() * s.channels));
 }
 
-// Without a pool, and where nobody asks for averages of an image, images do not matter: one long one, in rows long enough to
-// amortise what is done once a row.
+// Without a pool, and where nobody asks for averages of an image, images do not matter: one long one, in rows long
+// enough to amortise what is done once a row.
 Shape shape_of(const at::Tensor& z, bool pool, bool averages) {
   const Shape s{z.size(0), z.size(1), z.size(2), z.size(3), pool};
   if (pool || averages || z.numel() == 0) return s;
@@ -115,12 +122,13 @@ Shape shape_of(const at::Tensor& z, bool pool, bool averages) {
 // How far apart its pixels are, where that is one number; 0 where it is not.
 int64_t pixel_stride(const at::Tensor& images) {
   const auto stride = images.strides();
-  const bool even = images.numel() > 0 && stride[1] == 1 && stride[3] >= images.size(1) && stride[2] == images.size(3) * stride[3] &&
-      stride[0] == images.size(2) * stride[2];
+  const bool even = images.numel() > 0 && stride[1] == 1 && stride[3] >= images.size(1) &&
+      stride[2] == images.size(3) * stride[3] && stride[0] == images.size(2) * stride[2];
   return even ? stride[3] : 0;
 }
 
-// Calls work(task, image, first row, last row) for every task, in parallel; returns nothing. Tasks of an image are consecutive.
+// Calls work(task, image, first row, last row) for every task, in parallel; returns nothing. Tasks of an image are
+// consecutive.
 template <typename Work>
 void for_each_task(const Shape& s, const Work& work) {
   const int64_t rows = rows_per_task(s), per_image = ceil_div(s.out_height(), rows);
@@ -134,11 +142,12 @@ void for_each_task(const Shape& s, const Work& work) {
 
 int64_t num_tasks(const Shape& s) { return s.images * ceil_div(s.out_height(), rows_per_task(s)); }
 
-// Mean, inverse deviation and biased variance per channel of what is normalised, by Chan's pairwise update of block statistics
-// in double.
+// Mean, inverse deviation and biased variance per channel of what is normalised, by Chan's pairwise update of block
+// statistics in double.
 template <typename T>
 void statistics(
-    const Kernels<T>& k, const T* z, const Shape& s, double eps, at::Tensor& mean, at::Tensor& inverse_std, at::Tensor& variance) {
+    const Kernels<T>& k, const T* z, const Shape& s, double eps, at::Tensor& mean, at::Tensor& inverse_std,
+    at::Tensor& variance) {
   const int64_t pixels = s.images * s.pixels(), channels = s.channels;
   const int64_t per_block = std::max<int64_t>(64, 8192 / channels), blocks = ceil_div(pixels, per_block);
   std::vector<double> means(blocks * channels), deviations(blocks * channels), squares(channels, 0);
@@ -172,7 +181,8 @@ constexpr int64_t kSums = 3;  // of normalise_rows
 // Writes the feature; returns the sums of each task over its pixels, (tasks, kSums, channels), if they are wanted.
 template <typename T>
 std::vector<double> normalise(
-    const Kernels<T>& k, const T* z, const T* residual, const Shape& s, const Affine& affine, bool averages, T* feature) {
+    const Kernels<T>& k, const T* z, const T* residual, const Shape& s, const Affine& affine, bool averages,
+    T* feature) {
   std::vector<double> sums(averages ? num_tasks(s) * kSums * s.channels : 0, 0);
   for_each_task(s, [&](int64_t task, int64_t image, int64_t first, int64_t last) {
     const int64_t start = image * s.numbers();
@@ -206,28 +216,23 @@ void average_images(
   }
 }
 
-// (feature, average, average of x_hat over the pixels, mean, inverse_std, biased variance, share of the pixels that averages count);
-// mean double, the other last ones float. ReLU last: only the pixels that it let through count, in both averages. Without
-// `averages` those three are empty, (0, C).
+// (feature, average, average of x_hat over the pixels, mean, inverse_std, biased variance, share of the pixels that
+// averages count); mean double, the other last ones float. ReLU last: only the pixels that it let through count, in
+// both averages. Without `averages` those three are empty, (0, C).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_cpu(
-    const at::Tensor& z_any,
-    const at::Tensor& gamma,
-    const at::Tensor& beta,
-    const std::optional<at::Tensor>& residual,
-    const std::optional<at::Tensor>& running_mean,
-    const std::optional<at::Tensor>& running_var,
-    double eps,
-    bool pool,
-    bool relu_first,
-    bool averages) {
+    const at::Tensor& z_any, const at::Tensor& gamma, const at::Tensor& beta, const std::optional<at::Tensor>& residual,
+    const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var, double eps, bool pool,
+    bool relu_first, bool averages) {
   const End end = end_of(pool, residual.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const auto added = residual.has_value() ? dense(*residual, z.scalar_type(), /*channels_last=*/true) : z;
-  TORCH_CHECK(added.sizes() == z.sizes(), "norm_act: expected residual of z's shape ", z.sizes(), ", got ", added.sizes());
+  TORCH_CHECK(
+      added.sizes() == z.sizes(), "norm_act: expected residual of z's shape ", z.sizes(), ", got ", added.sizes());
   const Shape s = shape_of(z, pool, averages);
   const int64_t shrink = pool ? 2 : 1, averaged = averages ? s.images : 0;
   auto feature = at::empty(
-      {z.size(0), s.channels, z.size(2) / shrink, z.size(3) / shrink}, z.options().memory_format(at::MemoryFormat::ChannelsLast));
+      {z.size(0), s.channels, z.size(2) / shrink, z.size(3) / shrink},
+      z.options().memory_format(at::MemoryFormat::ChannelsLast));
   auto average = at::empty({averaged, s.channels}, at::kFloat);
   auto average_hat = at::empty_like(average), passed = at::empty_like(average);
   auto mean = at::empty({s.channels}, at::kDouble);
@@ -254,15 +259,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {feature, average.to(z.scalar_type()), average_hat, mean, inverse_std, variance, passed};
 }
 
-// What the gradients of beta and gamma are, and what flows back through the statistics: the sums per channel of the gradient
-// of y, and of that times x_hat.
+// What the gradients of beta and gamma are, and what flows back through the statistics: the sums per channel of the
+// gradient of y, and of that times x_hat.
 struct GradientSums {
   std::vector<double> beta, gamma;
 };
 
 // The exit's gradient of each output pixel, per image and channel. Its part of the sums needs no pixels.
 std::vector<float> exit_gradient(
-    const at::Tensor& grad_average, const at::Tensor& passed, const at::Tensor& average_hat, const Shape& s, GradientSums& sums) {
+    const at::Tensor& grad_average, const at::Tensor& passed, const at::Tensor& average_hat, const Shape& s,
+    GradientSums& sums) {
   const auto gradient = grad_average.to(at::kFloat).contiguous();
   const float *grads = gradient.const_data_ptr<float>(), *shares = passed.const_data_ptr<float>();
   const float* hats = average_hat.const_data_ptr<float>();
@@ -320,22 +326,13 @@ void write_gradients(
   });
 }
 
-// (grad_z, grad_gamma, grad_beta, grad_residual). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where the exit
-// trains nothing, or none; feature: with a residual, and only then grad_residual is not empty.
+// (grad_z, grad_gamma, grad_beta, grad_residual). grad_shared: (N, shared, H', W'); grad_average: (N, C), zero where
+// the exit trains nothing, or none; feature: with a residual, and only then grad_residual is not empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward_cpu(
-    const at::Tensor& grad_shared_any,
-    const std::optional<at::Tensor>& grad_average,
-    const at::Tensor& z_any,
-    const at::Tensor& gamma,
-    const at::Tensor& beta,
-    const std::optional<at::Tensor>& feature,
-    const at::Tensor& average_hat,
-    const at::Tensor& mean,
-    const at::Tensor& inverse_std,
-    const at::Tensor& passed,
-    bool training,
-    bool pool,
-    bool relu_first) {
+    const at::Tensor& grad_shared_any, const std::optional<at::Tensor>& grad_average, const at::Tensor& z_any,
+    const at::Tensor& gamma, const at::Tensor& beta, const std::optional<at::Tensor>& feature,
+    const at::Tensor& average_hat, const at::Tensor& mean, const at::Tensor& inverse_std, const at::Tensor& passed,
+    bool training, bool pool, bool relu_first) {
   const End end = end_of(pool, feature.has_value(), relu_first);
   const auto z = dense(z_any, z_any.scalar_type(), /*channels_last=*/true);
   const auto made = feature.has_value() ? dense(*feature, z.scalar_type(), /*channels_last=*/true) : z;
@@ -355,8 +352,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward_cpu
   dispatch_float_or_bfloat16(z.scalar_type(), "norm_act_backward", [&]<typename T>() {
     const auto k = kernels<T>(relu_first, end);
     const T* from = z.const_data_ptr<T>();
-    const Incoming<T> incoming{
-        grad_shared.const_data_ptr<T>(), shared, stride, exit.data(), made.const_data_ptr<T>()};
+    const Incoming<T> incoming{grad_shared.const_data_ptr<T>(), shared, stride, exit.data(), made.const_data_ptr<T>()};
     reduce_shared(k, from, incoming, s, normalisation, sums);
     // In eval mode the statistics are constants, and nothing flows through them.
     std::vector<float> offset(s.channels, 0), slope(s.channels, 0);

@@ -2,8 +2,8 @@
 //
 // A 6x6 tile of the input yields a 4x4 tile of the output with 36 multiplications per channel pair instead of 144:
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A,   dg = G^T [ sum over tiles of (A dY A^T) * (B^T d B) ] G.
-// The products are 36 matrix products over channels. The usual points 0, +-1, +-2 lose twice as many digits: measured RMS
-// error against float64 1.9e-6, here 0.9e-6 (direct convolution 0.2e-6).
+// The products are 36 matrix products over channels. The usual points 0, +-1, +-2 lose twice as many digits: measured
+// RMS error against float64 1.9e-6, here 0.9e-6 (direct convolution 0.2e-6).
 
 #include "winograd.h"
 
@@ -132,31 +132,25 @@ at::Tensor transform_grad_weights(const Kernels& k, const at::Tensor& sums, int6
 }  // namespace
 
 void check_winograd(
-    const char* op,
-    at::ScalarType dtype,
-    at::IntArrayRef weight_size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    int64_t groups) {
+    const char* op, at::ScalarType dtype, at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups) {
   const auto all = [](at::IntArrayRef values, int64_t value) {
     return std::all_of(values.begin(), values.end(), [=](int64_t v) { return v == value; });
   };
   TORCH_CHECK(
       dtype != at::kDouble && groups == 1 && all(weight_size.slice(2), 3) && all(stride, 1) && all(dilation, 1) &&
           padding[0] <= 2 && padding[1] <= 2,
-      op, ": the kernel winograd computes 3x3 convolutions of stride 1, dilation 1, one group and a padding of at most 2 in ",
-      "float32 or less, got a weight of size ", weight_size, ", stride ", stride, ", dilation ", dilation, ", padding ", padding,
-      ", groups=", groups, " and ", dtype);
+      op,
+      ": the kernel winograd computes 3x3 convolutions of stride 1, dilation 1, one group and a padding of at most 2 "
+      "in ",
+      "float32 or less, got a weight of size ", weight_size, ", stride ", stride, ", dilation ", dilation, ", padding ",
+      padding, ", groups=", groups, " and ", dtype);
 }
 
 at::ScalarType winograd_dtype(at::ScalarType dtype) { return dtype == at::kBFloat16 ? dtype : at::kFloat; }
 
 at::Tensor winograd_conv2d(
-    const at::Tensor& input,
-    const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias,
-    at::IntArrayRef padding,
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef padding,
     bool flipped) {
   const Kernels k = kernels(input.scalar_type());
   const int64_t height = input.size(2) + 2 * padding[0] - 2, width = input.size(3) + 2 * padding[1] - 2;
@@ -200,8 +194,8 @@ at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor&
   const int64_t in_panels = pairs * k.vectors;
   const Tiling tiling(grad_output.size(0), grad_output.size(2), grad_output.size(3));
 
-  // Tiles are transformed in chunks of four megabytes by all threads; then the 36 products are shared out among them, so
-  // that each sum has one owner and one order.
+  // Tiles are transformed in chunks of four megabytes by all threads; then the 36 products are shared out among them,
+  // so that each sum has one owner and one order.
   const int64_t floats_per_tile = 36 * k.vector * (in_panels + out_panels);
   const int64_t chunk = std::clamp<int64_t>((1 << 20) / floats_per_tile, 32, 1024);
   const Panels data(in_panels, chunk, k.vector), gradients(out_panels, chunk, k.vector);
@@ -222,8 +216,9 @@ at::Tensor winograd_grad_weight(const at::Tensor& grad_output, const at::Tensor&
     at::parallel_for(0, 36 * pairs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t xi = item / pairs, panel = item % pairs * k.vectors;
-        k.accumulate(data.of(xi, panel), gradients.of(xi), out_panels, num_tiles, data.panel_stride, first == 0,
-                     totals + item * sums.stride(1));
+        k.accumulate(
+            data.of(xi, panel), gradients.of(xi), out_panels, num_tiles, data.panel_stride, first == 0,
+            totals + item * sums.stride(1));
       }
     });
   }
