@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 UV := build/uv/bin/uv
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.inc)
 RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: train test test-all test-oldest test-latest lock sanitize lint format clean
@@ -55,11 +56,13 @@ sanitize: $(VENV)/.built
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 $(VENV)/.requirements: $(REQUIREMENTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
