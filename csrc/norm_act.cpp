@@ -158,7 +158,8 @@ void statistics(
           z + first * channels, count, channels, &means[block * channels], &deviations[block * channels]);
     }
   });
-  double* center = mean.zero_().mutable_data_ptr<double>();
+  double* center = mean.mutable_data_ptr<double>();
+  std::fill(center, center + channels, 0);
   double seen = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const double count = std::min(per_block, pixels - block * per_block), share = count / (seen + count);
@@ -233,10 +234,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   auto feature = at::empty(
       {z.size(0), s.channels, z.size(2) / shrink, z.size(3) / shrink},
       z.options().memory_format(at::MemoryFormat::ChannelsLast));
-  auto average = at::empty({averaged, s.channels}, at::kFloat);
-  auto average_hat = at::empty_like(average), passed = at::empty_like(average);
+  const auto floats = [](at::IntArrayRef size) { return at::empty(size, at::kFloat); };
+  auto average = floats({averaged, s.channels}), average_hat = floats({averaged, s.channels});
+  auto passed = floats({averaged, s.channels}), inverse_std = floats({s.channels}), variance = floats({s.channels});
   auto mean = at::empty({s.channels}, at::kDouble);
-  auto inverse_std = at::empty({s.channels}, at::kFloat), variance = at::empty_like(inverse_std);
   dispatch_float_or_bfloat16(z.scalar_type(), "norm_act", [&]<typename T>() {
     if (z.numel() == 0) {
       for (const auto& statistic : {mean, inverse_std, variance}) statistic.zero_();
