@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfs_engine import create_model, reference
+from dfs_engine import create_model, ops, reference
 from dfs_engine.nn import Fork, apply_norm_relu, convert_layers, produce_readings
 from dfs_engine.ops import ProducedFeature, norm_act
 from dfs_engine.runtime import backend as backends
@@ -637,3 +637,8 @@ def test_the_backward_fills_no_feature_with_zeros():
     filled = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::fill_"]
     assert filled
     assert not [shape for shape in filled if shape[0:1] == [4] and len(shape) == 4 and math.prod(shape[1:]) > 0]
+
+
+def test_the_old_name_warns():
+    with pytest.warns(FutureWarning, match="ops.conv_block is now ops.norm_act"):
+        assert ops.conv_block is ops.norm_act
