@@ -1,6 +1,5 @@
 """`dfs bench tune` without a GPU: what it would measure, what it writes, how it goes on. Clock and GPU are made up."""
 
-import importlib
 import json
 import re
 import time
@@ -20,6 +19,7 @@ from dfs_engine.benchmarks.step_models import StepModel
 from dfs_engine.benchmarks.tune import BenchTuneConfig
 from dfs_engine.kernels import config as kernels
 from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import choice
 
 pytest.importorskip("triton")
 
@@ -230,9 +230,7 @@ def test_a_step_asks_for_the_classes_that_are_tuned(monkeypatch):
         assert wins is None or op == "partitioned_linear" or wins("triton")
         return "aten"
 
-    for name in ("conv2d", "norm_act"):
-        module = importlib.import_module(f"dfs_engine.ops.{name}")  # some have functions of the same name
-        monkeypatch.setattr(module, "prefers_triton", prefers)
+    monkeypatch.setattr(choice, "prefers_triton", prefers)
     monkeypatch.setattr(backends, "select", select)
     with precision("fp32"):
         step = dfs_engine.create_model("vgg7_64", num_classes=3, width=32)

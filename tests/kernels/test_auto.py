@@ -1,7 +1,6 @@
 """What `auto` asks the tuned table on CUDA is what the kernels are then launched for, and tuning writes under."""
 
 import contextlib
-import importlib
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from dfs_engine import ops
 from dfs_engine.kernels import config
 from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import choice
 from dfs_engine.validate.tolerances import assert_close
 
 
@@ -21,11 +21,11 @@ def last(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-# op -> its file in ops/, and its leaves
+# op -> its leaves
 CALLS = {
-    "partitioned_linear": ("linear", lambda: [leaf(9, 5, 40), leaf(23, 40)]),
-    "partitioned_norm_linear": ("norm_linear", lambda: [leaf(9, 40), leaf(40), leaf(40), leaf(23, 40)]),
-    "partitioned_conv2d": ("conv2d", lambda: [last(leaf(2, 20, 9, 7)), leaf(6, 20, 3, 1)]),
+    "partitioned_linear": lambda: [leaf(9, 5, 40), leaf(23, 40)],
+    "partitioned_norm_linear": lambda: [leaf(9, 40), leaf(40), leaf(40), leaf(23, 40)],
+    "partitioned_conv2d": lambda: [last(leaf(2, 20, 9, 7)), leaf(6, 20, 3, 1)],
 }
 
 
@@ -35,7 +35,7 @@ def call(op: str, leaves: list[Tensor], **options) -> Tensor:
 
 
 @contextlib.contextmanager
-def table(monkeypatch, *modules: str, answer: bool = True):
+def table(monkeypatch, answer: bool = True):
     """`auto` on this device is as on CUDA, and its table says `answer`; gives what it was asked."""
     asked: set[tuple] = set()
 
@@ -45,8 +45,7 @@ def table(monkeypatch, *modules: str, answer: bool = True):
         return answer
 
     with monkeypatch.context() as patch:
-        for module in modules:
-            patch.setattr(importlib.import_module(f"dfs_engine.ops.{module}"), "prefers_triton", prefers)
+        patch.setattr(choice, "prefers_triton", prefers)
         patch.setattr(backends, "_automatic", lambda _, wins: "triton" if wins("triton") else "aten")
         yield asked
 
@@ -62,8 +61,8 @@ def test_it_asks_about_what_is_launched(op, referencing, device, monkeypatch):
         return candidates(*question)
 
     monkeypatch.setattr(config, "candidates", record)
-    file, make = CALLS[op]
-    with torch.device(device), table(monkeypatch, file) as asked:
+    make = CALLS[op]
+    with torch.device(device), table(monkeypatch) as asked:
         call(op, make(), reference=referencing).sum().backward()
     assert backends.last_used(op) == "triton"
     assert asked == launched
@@ -71,8 +70,8 @@ def test_it_asks_about_what_is_launched(op, referencing, device, monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_a_slower_kernel_is_not_taken(op, monkeypatch):
-    file, make = CALLS[op]
-    with table(monkeypatch, file, answer=False) as asked:
+    make = CALLS[op]
+    with table(monkeypatch, answer=False) as asked:
         call(op, make())
     assert asked
     assert backends.last_used(op) == "aten"
@@ -84,9 +83,9 @@ def test_it_asks_while_torch_compile_traces(op, wins, monkeypatch):
     """On the CPU, whose kernels stand in for Triton's."""
     if config.INTERPRETED:
         pytest.skip("torch.compile does not trace kernels that the interpreter runs")
-    file, make = CALLS[op]
+    make = CALLS[op]
     leaves = make()
-    with table(monkeypatch, file) as asked:
+    with table(monkeypatch) as asked:
         expected = call(op, leaves)
     entry = {"config": [16, 16, 16, 4, 1, 1], "triton_us": 1.0, "aten_us": 2.0 if wins else 0.5}
     monkeypatch.setattr(config, "_tables", {"GPU": {config.table_key(*question): entry for question in asked}})
@@ -120,13 +119,13 @@ def test_the_table_knows_channels_last_and_one_group_alone(monkeypatch):
         (lambda: produce(image), False),
         (lambda: produce(last(image), residual=last(image), relu_first=False), False),
     ):
-        with table(monkeypatch, "conv2d", "norm_act", answer=False) as asked:
+        with table(monkeypatch, answer=False) as asked:
             run()
         assert bool(asked) is is_asked
 
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_a_producer_asks_for_its_own_class(pool, monkeypatch):
-    with table(monkeypatch, "norm_act", answer=False) as asked:
+    with table(monkeypatch, answer=False) as asked:
         produce(last(leaf(2, 4, 6, 5)), pool=pool)
     assert asked == {("norm_act_pool" if pool else "norm_act", 60, 4, 1, torch.float32)}
