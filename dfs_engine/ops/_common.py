@@ -58,21 +58,20 @@ def run(op: str, backend: str, *arguments: Any) -> Any:
     """
     if backend == "aten":
         return ATEN[op](*arguments)
-    overloads = getattr(torch.ops.dfs_engine, op)
-    if backend == "triton" or not choice.has_kernels(op):
-        return overloads.default(*arguments)
-    asked = choice.asked_kernel(op, backend)
-    if asked is None and torch.compiler.is_compiling():
-        return overloads.default(*arguments)
-    return _run_kernel(op, asked or choice.kernel(op, *arguments), *arguments)
+    if backend == "triton" or op not in choice.KERNEL_OF:
+        return getattr(torch.ops.dfs_engine, op).default(*arguments)
+    kernel = None if backend == "cpp" else choice.asked_kernel(op, backend)
+    if kernel is None and torch.compiler.is_compiling():
+        return getattr(torch.ops.dfs_engine, op).default(*arguments)
+    return _run_kernel(op, kernel or choice.KERNEL_OF[op](*arguments), arguments)
 
 
 def _pick_and_run(op: str, *arguments: Any) -> Any:
-    return _run_kernel(op, choice.kernel(op, *arguments), *arguments)
+    return _run_kernel(op, choice.KERNEL_OF[op](*arguments), arguments)
 
 
-def _run_kernel(op: str, kernel: str, *arguments: Any) -> Any:
-    backends.record(op, f"cpp:{kernel}")
+def _run_kernel(op: str, kernel: str, arguments: tuple) -> Any:
+    backends.record(op, kernel)
     return getattr(torch.ops.dfs_engine, op).kernel(*arguments, kernel=kernel)
 
 
@@ -110,13 +109,14 @@ def check_tensors(op: str, *, same_dtype: bool = True, **tensors: Tensor | None)
                 f"Convert it, e.g. `{name}.float()`."
             )
         if first is None:
-            first, device, dtype = name, tensor.device, autocast_dtype(tensor)
+            first, device, given = name, tensor.device, tensor.dtype
+            dtype = autocast_dtype(tensor)
         elif tensor.device != device:
             raise ValueError(
                 f"{op}: expected all tensors on one device, got {first} on {device} and {name} on {tensor.device}. "
                 "Move one of them."
             )
-        elif same_dtype and autocast_dtype(tensor) != dtype:
+        elif same_dtype and tensor.dtype != given and autocast_dtype(tensor) != dtype:
             raise TypeError(
                 f"{op}: expected tensors of one dtype, got {first}={dtype} and {name}={tensor.dtype}. "
                 "Convert one, or use torch.autocast."
@@ -183,6 +183,9 @@ def autocast(*tensors: Tensor | None, wide: bool = False) -> list[Tensor | None]
 
     `register_autocast` knows one fixed dtype, and a Function's body would be cast or not depending on what it calls.
     """
+    first = next((tensor for tensor in tensors if tensor is not None), None)
+    if first is None or not is_autocast(first.device.type):
+        return list(tensors)  # as casting would; asking is faster
     return [None if tensor is None else tensor.to(autocast_dtype(tensor, wide)) for tensor in tensors]
 
 

@@ -202,7 +202,7 @@ def select(
 
 
 def record(op: str, used: str) -> None:
-    """Remembers for `last_used` what serves an op, or one of its passes."""
+    """Remembers for `last_used` the backend that serves an op, or the kernel that serves one of its passes."""
     if not torch.compiler.is_compiling():
         _last_used[op] = used
 
@@ -229,8 +229,8 @@ def last_used(op: str) -> str | None:
     passes = [name for names in CPP_KERNELS.values() for name in names]
     used = _last_used.get(check_choice("op", op, [*OPS, *passes]))
     if used is not None and used.startswith("cpp") and op in CPP_KERNELS:
-        return _last_used.get(_forward(op), used)
-    return used
+        return last_used(_forward(op)) or used
+    return f"cpp:{used}" if used is not None and op in passes else used
 
 
 def _forward(op: str) -> str:

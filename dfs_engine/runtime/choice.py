@@ -162,9 +162,10 @@ def _computes_in_float(dtype: torch.dtype) -> bool:
 
 def _is_winograd(weight_size: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     """With fewer channels the transforms cost more than the multiplications they save."""
-    out_channels, in_channels, *kernel = weight_size
-    is_plain = max(stride) == max(dilation) == groups == 1 and max(padding) <= 2
-    return _winograd is not False and is_plain and kernel == [3, 3] and min(out_channels, in_channels) >= 16
+    if groups != 1 or stride != (1, 1) or dilation != (1, 1) or _winograd is False:
+        return False
+    out_channels, in_channels, height, width = weight_size
+    return height == width == 3 and out_channels >= 16 and in_channels >= 16 and max(padding) <= 2
 
 
 def _is_depthwise(weight_size: torch.Size, groups: int, dtype: torch.dtype) -> bool:
@@ -255,11 +256,8 @@ def _conv2d_grad_weight(
     return "depthwise" if _is_depthwise(weight_size, groups, dtype) and _has_adjacent_channels(input) else "aten"
 
 
-def _product(dtype: torch.dtype, rows: int, depth: int, columns: int, may_be_onednn: bool = True) -> str:
+def _product(wins: calibration.Wins, rows: int, depth: int, columns: int, may_be_onednn: bool = True) -> str:
     """Of (rows, depth) by (depth, columns)."""
-    if not _computes_in_float(dtype):
-        return "aten"
-    wins = calibration.wins()
     # So many rows that what oneDNN does to the weights first, whatever their number, does not count. On one thread ATen
     # takes what csrc/linear.cpp gives it elsewhere.
     is_large = rows >= 1024 and min(depth, columns) >= 192
@@ -275,20 +273,30 @@ def _rows(tensor: Tensor) -> int:
     return tensor.numel() // max(tensor.size(-1), 1)
 
 
+def _product_wins(dtype: torch.dtype) -> calibration.Wins | None:
+    """None: whatever the sizes, ATen's is the product."""
+    wins = calibration.wins() if _computes_in_float(dtype) else None
+    return wins if wins is not None and wins.in_linear else None
+
+
 def _linear(input: Tensor, weight: Tensor, bias: object) -> str:
-    return _product(input.dtype, _rows(input), weight.size(1), weight.size(0))
+    wins = _product_wins(input.dtype)
+    return "aten" if wins is None else _product(wins, _rows(input), weight.size(1), weight.size(0))
 
 
 def _linear_grad_input(grad_output: Tensor, weight: Tensor, start: int, stop: int) -> str:
-    return _product(grad_output.dtype, _rows(grad_output), weight.size(0), stop - start)
+    wins = _product_wins(grad_output.dtype)
+    return "aten" if wins is None else _product(wins, _rows(grad_output), weight.size(0), stop - start)
 
 
 def _linear_grad_weight(grad_output: Tensor, input: Tensor, *_: object) -> str:
-    return _product(grad_output.dtype, grad_output.size(-1), _rows(grad_output), input.size(-1), may_be_onednn=False)
+    wins = _product_wins(grad_output.dtype)
+    sizes = grad_output.size(-1), _rows(grad_output), input.size(-1)
+    return "aten" if wins is None else _product(wins, *sizes, may_be_onednn=False)
 
 
-# By the names of the ops in torch.ops.dfs_engine, with their arguments.
-_KERNEL_OF: dict[str, Callable[..., str]] = {
+# The cpp backend's kernel for a call, by the name of the op in torch.ops.dfs_engine, from its arguments.
+KERNEL_OF: dict[str, Callable[..., str]] = {
     "conv2d": _conv2d,
     "conv2d_grad_input": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
@@ -296,16 +304,6 @@ _KERNEL_OF: dict[str, Callable[..., str]] = {
     "linear_grad_input": _linear_grad_input,
     "linear_grad_weight": _linear_grad_weight,
 }
-
-
-def has_kernels(op: str) -> bool:
-    """Whether the cpp backend has several kernels of `dfs_engine::op`."""
-    return op in _KERNEL_OF
-
-
-def kernel(op: str, *arguments: object) -> str:
-    """The cpp backend's kernel for a call of `dfs_engine::op` with these arguments."""
-    return _KERNEL_OF[op](*arguments)
 
 
 def asked_kernel(op: str, backend: str) -> str | None:

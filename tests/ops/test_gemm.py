@@ -115,9 +115,9 @@ def picked(rows: int, inputs: int, outputs: int) -> list[str]:
     """For each pass of a linear layer."""
     x, weight, grad = torch.empty(rows, inputs), torch.empty(outputs, inputs), torch.empty(rows, outputs)
     return [
-        choice.kernel("linear", x, weight, None),
-        choice.kernel("linear_grad_input", grad, weight, 0, inputs),
-        choice.kernel("linear_grad_weight", grad, x, True),
+        choice.KERNEL_OF["linear"](x, weight, None),
+        choice.KERNEL_OF["linear_grad_input"](grad, weight, 0, inputs),
+        choice.KERNEL_OF["linear_grad_weight"](grad, x, True),
     ]
 
 
@@ -139,10 +139,10 @@ def test_what_the_calibration_found_is_picked_where_it_is_large_enough(gemm, one
 def test_the_weight_gradient_of_a_strided_convolution_is_picked(faster, monkeypatch):
     monkeypatch.setattr(calibration, "wins", wins(conv_grad_weight=faster))
     grad, x, geometry = torch.empty(2, 32, 4, 4), torch.empty(2, 16, 8, 8), ((2, 2), (1, 1), (1, 1), 1, True)
-    kernel = choice.kernel("conv2d_grad_weight", grad, x, torch.Size((32, 16, 3, 3)), *geometry)
+    kernel = choice.KERNEL_OF["conv2d_grad_weight"](grad, x, torch.Size((32, 16, 3, 3)), *geometry)
     assert kernel == ("gemm" if faster else "aten")
     for size in ((32, 16, 1, 1), (15, 16, 3, 3), (32, 15, 3, 3)):
-        assert choice.kernel("conv2d_grad_weight", grad, x, torch.Size(size), *geometry) == "aten"
+        assert choice.KERNEL_OF["conv2d_grad_weight"](grad, x, torch.Size(size), *geometry) == "aten"
 
 
 def test_it_refuses_half_precision_that_the_cpu_computes_itself_and_groups():

@@ -219,7 +219,7 @@ def test_it_refuses_what_it_cannot_compute_and_is_not_picked_for_it(kernel, stri
     with pytest.raises(RuntimeError, match="conv2d: the kernel winograd computes 3x3 convolutions of stride 1"):
         OPS.conv2d.kernel(input, weight, None, *geometry, kernel="winograd")
     with choice.use_winograd(True):
-        assert choice.kernel("conv2d", input, weight, None, *geometry) != "winograd"
+        assert choice.KERNEL_OF["conv2d"](input, weight, None, *geometry) != "winograd"
 
 
 def test_an_unknown_kernel_is_refused():
@@ -234,9 +234,9 @@ def picked(input: Tensor, weight: Tensor) -> list[str]:
     """For each pass."""
     geometry, channels = ((1, 1), (1, 1), (1, 1), 1), weight.size(1)
     return [
-        choice.kernel("conv2d", input, weight, None, *geometry),
-        choice.kernel("conv2d_grad_input", input, weight, input.shape, *geometry, 0, channels, True),
-        choice.kernel("conv2d_grad_weight", input, input, weight.shape, *geometry, False),
+        choice.KERNEL_OF["conv2d"](input, weight, None, *geometry),
+        choice.KERNEL_OF["conv2d_grad_input"](input, weight, input.shape, *geometry, 0, channels, True),
+        choice.KERNEL_OF["conv2d_grad_weight"](input, input, weight.shape, *geometry, False),
     ]
 
 
