@@ -1,8 +1,6 @@
 // Run-time dispatch: one build serves every x86-64 machine, and any other through the baseline.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
 #include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -13,31 +11,31 @@ namespace dfs_engine {
 
 enum class CpuLevel { baseline, avx2, avx512 };
 
-// DFS_CPU=baseline|avx2|avx512 asks for less than the machine has; more is not granted.
-inline CpuLevel cpu_level() {
-  static const CpuLevel level = [] {
-    CpuLevel best = CpuLevel::baseline;
+inline CpuLevel best_cpu_level() {
 #ifdef DFS_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = CpuLevel::avx2;
-    if (best == CpuLevel::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      best = CpuLevel::avx512;
-    }
-    const char* asked = std::getenv("DFS_CPU");
-    if (asked != nullptr && std::strcmp(asked, "baseline") == 0) return CpuLevel::baseline;
-    if (asked != nullptr && std::strcmp(asked, "avx2") == 0 && best == CpuLevel::avx512) return CpuLevel::avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? CpuLevel::avx512 : avx2 ? CpuLevel::avx2 : CpuLevel::baseline;
+#else
+  return CpuLevel::baseline;
 #endif
-    return best;
-  }();
+}
+
+// What the kernels run on: the machine's best, or less where Python asked for less when it loaded the extension.
+inline CpuLevel& cpu_level() {
+  static CpuLevel level = best_cpu_level();
   return level;
 }
 
-// Its name, as DFS_CPU spells it.
-inline std::string instruction_set() {
-  switch (cpu_level()) {
-    case CpuLevel::avx512: return "avx512";
-    case CpuLevel::avx2: return "avx2";
-    default: return "baseline";
+inline std::string name_of(CpuLevel level) {
+  return level == CpuLevel::avx512 ? "avx512" : level == CpuLevel::avx2 ? "avx2" : "baseline";
+}
+
+// More than the machine has is not granted.
+inline void limit_instruction_set(const std::string& name) {
+  for (const auto level : {CpuLevel::baseline, CpuLevel::avx2}) {
+    if (name_of(level) == name && level < best_cpu_level()) cpu_level() = level;
   }
 }
 

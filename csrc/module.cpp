@@ -41,7 +41,12 @@ int num_parallel_threads() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++/OpenMP kernels of dfs_engine";
   m.def("build_info", &build_info, "What the extension was built with.");
-  m.def("instruction_set", &dfs_engine::instruction_set, "What the kernels run on here: avx512, avx2 or baseline.");
+  m.def(
+      "instruction_set", [] { return dfs_engine::name_of(dfs_engine::cpu_level()); },
+      "What the kernels run on here: avx512, avx2 or baseline.");
+  m.def(
+      "limit_instruction_set", &dfs_engine::limit_instruction_set,
+      "Lets them run on no more than avx2 or baseline; before any has run.");
   m.def(
       "caching_allocator_enable", &dfs_engine::caching_allocator_enable,
       "Switches the caching allocator of CPU tensors; returns what it was.");

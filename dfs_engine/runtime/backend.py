@@ -58,16 +58,22 @@ _said: set[str] = set()
 
 
 def _load_extension() -> str | None:
-    """Loads csrc's kernels into the dispatcher; returns why it cannot, or None."""
+    """Loads csrc's kernels into the dispatcher; returns why it cannot, or None.
+
+    Raises:
+        ValueError: DFS_CPU is no instruction set.
+    """
     if INTERPRETED:
         return "TRITON_INTERPRET=1 is set, with which the Triton kernels serve CPU tensors in its place"
     try:
-        importlib.import_module("dfs_engine._C")
+        extension = importlib.import_module("dfs_engine._C")
     except ImportError as error:
         return (
             f"the C++ extension dfs_engine._C is not built for this torch ({error}); "
             "install g++ and run `pip install --no-build-isolation -e .`"
         )
+    if limit := os.environ.get("DFS_CPU"):
+        extension.limit_instruction_set(check_choice("DFS_CPU", limit, ("baseline", "avx2", "avx512")))
     return None
 
 

@@ -256,3 +256,11 @@ def test_environment_variable_that_is_misspelt():
     done = run(CALL, DFS_BACKEND="attn")
     assert done.returncode == 1
     assert "backend: expected one of reference, aten, cpp, triton, got 'attn'. Did you mean 'aten'?" in done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    if backends.unavailable_reason("cpp") is not None:
+        pytest.skip(backends.unavailable_reason("cpp"))
+    done = run("", DFS_CPU="avx3")
+    assert done.returncode == 1
+    assert "DFS_CPU: expected one of baseline, avx2, avx512, got 'avx3'. Did you mean 'avx" in done.stderr
