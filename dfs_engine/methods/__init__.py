@@ -6,6 +6,7 @@ from typing import Any
 from dfs_engine.checks import check_choice
 from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_widths
 from dfs_engine.methods.cagrad import CAGrad, CAGradConfig, create_cagrad
+from dfs_engine.methods.ge import GE, GEConfig, create_ge
 from dfs_engine.methods.joint import Joint, exit_losses
 from dfs_engine.methods.method import Method
 from dfs_engine.methods.nash_mtl import NashMTL, NashMTLConfig, create_nash_mtl
@@ -15,6 +16,7 @@ from dfs_engine.models import MultiExitModel
 _METHODS: dict[str, Callable[..., Method]] = {
     "byot": lambda model, **options: create_byot(model, ByotConfig(**options)),
     "cagrad": lambda model, **options: create_cagrad(model, CAGradConfig(**options)),
+    "ge": lambda model, **options: create_ge(model, GEConfig(**options)),
     "joint": lambda model: Joint(),
     "nash_mtl": lambda model, **options: create_nash_mtl(model, NashMTLConfig(**options)),
     "pcgrad": lambda model, **options: create_pcgrad(model, PCGradConfig(**options)),
@@ -43,9 +45,11 @@ def create_method(name: str, model: MultiExitModel, **options: Any) -> Method:
 
 __all__ = [
     "BYOT",
+    "GE",
     "ByotConfig",
     "CAGrad",
     "CAGradConfig",
+    "GEConfig",
     "Joint",
     "Method",
     "NashMTL",

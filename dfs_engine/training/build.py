@@ -123,7 +123,7 @@ def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method
     accelerator = accelerator_for(config.device, config.precision)
     if accelerator.num_processes > 1 and method.combines:
         raise ValueError(
-            f"method: expected joint or byot with {accelerator.num_processes} processes, got {config.method}: "
+            f"method: expected joint, byot or ge with {accelerator.num_processes} processes, got {config.method}: "
             "DistributedDataParallel averages the gradient of one loss, not each exit's own. Train in one process, "
             "with --micro_batch_size if the batch is too large for it."
         )

@@ -16,7 +16,7 @@ class CrashError(Exception):
     """What the test interrupts a run with."""
 
 
-@pytest.mark.parametrize("method", ["nash_mtl", "pcgrad"])
+@pytest.mark.parametrize("method", ["nash_mtl", "pcgrad", "ge"])
 def test_resumes_bit_for_bit(make_config, make_model, tmp_path, method):
     options = {
         "method": method,
@@ -50,7 +50,7 @@ def test_resumes_bit_for_bit(make_config, make_model, tmp_path, method):
     assert load_adapters(config.run_dir) == {}  # state, but nothing that was trained
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "cagrad", "nash_mtl"])
+@pytest.mark.parametrize("method", ["pcgrad", "cagrad", "nash_mtl", "ge"])
 def test_trains_in_bf16(make_config, make_model, method):
     trainer = Trainer(make_config(epochs=2, precision="bf16", method=method), model=make_model(dropout=0.0))
     rows = trainer.fit().rows
@@ -68,7 +68,7 @@ def test_does_not_go_with_several_processes(make_config, make_model, monkeypatch
         num_processes = 2
 
     monkeypatch.setattr(build, "accelerator_for", lambda *_: Two())
-    with pytest.raises(ValueError, match=r"method: expected joint or byot with 2 processes, got nash_mtl"):
+    with pytest.raises(ValueError, match=r"method: expected joint, byot or ge with 2 processes, got nash_mtl"):
         Trainer(make_config(method="nash_mtl"), model=make_model())
 
 
