@@ -23,6 +23,7 @@ LAYERS = (
     {"ops"},
     {"nn"},
     {"models"},
+    {"gradients"},
     {"methods", "data", "evaluation", "validate"},
     {"training"},
     {"cli", "benchmarks"},

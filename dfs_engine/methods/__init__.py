@@ -1,17 +1,25 @@
-"""Training methods: how the exits' losses, and later their gradients, become one update. One file each."""
+"""Training methods: how the exits' losses, or their gradients, become one update. One file each."""
 
 from collections.abc import Callable
 from typing import Any
 
 from dfs_engine.checks import check_choice
 from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_widths
+from dfs_engine.methods.cagrad import CAGrad, CAGradConfig, create_cagrad
+from dfs_engine.methods.ge import GE, GEConfig, create_ge
 from dfs_engine.methods.joint import Joint, exit_losses
 from dfs_engine.methods.method import Method
+from dfs_engine.methods.nash_mtl import NashMTL, NashMTLConfig, create_nash_mtl
+from dfs_engine.methods.pcgrad import PCGrad, PCGradConfig, create_pcgrad
 from dfs_engine.models import MultiExitModel
 
 _METHODS: dict[str, Callable[..., Method]] = {
     "byot": lambda model, **options: create_byot(model, ByotConfig(**options)),
+    "cagrad": lambda model, **options: create_cagrad(model, CAGradConfig(**options)),
+    "ge": lambda model, **options: create_ge(model, GEConfig(**options)),
     "joint": lambda model: Joint(),
+    "nash_mtl": lambda model, **options: create_nash_mtl(model, NashMTLConfig(**options)),
+    "pcgrad": lambda model, **options: create_pcgrad(model, PCGradConfig(**options)),
 }
 
 
@@ -29,9 +37,27 @@ def create_method(name: str, model: MultiExitModel, **options: Any) -> Method:
         options: the method's own, e.g. the fields of `ByotConfig`.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones. TypeError: an option the method does not have.
+        ValueError: unknown name; the message lists the known ones. A model that the method makes no sense with.
+        TypeError: an option the method does not have.
     """
     return _METHODS[check_choice("method", name, _METHODS)](model, **options)
 
 
-__all__ = ["BYOT", "ByotConfig", "Joint", "Method", "create_method", "exit_losses", "feature_widths", "list_methods"]
+__all__ = [
+    "BYOT",
+    "GE",
+    "ByotConfig",
+    "CAGrad",
+    "CAGradConfig",
+    "GEConfig",
+    "Joint",
+    "Method",
+    "NashMTL",
+    "NashMTLConfig",
+    "PCGrad",
+    "PCGradConfig",
+    "create_method",
+    "exit_losses",
+    "feature_widths",
+    "list_methods",
+]

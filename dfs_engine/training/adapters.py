@@ -23,7 +23,7 @@ def adapters_path(weights: Path | str) -> Path:
 
 
 def save_adapters(weights: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a method's tensors beside the weight file; of a method without any, removes what lies there."""
+    """Writes a method's parameters beside the weight file; of a method without any, removes what lies there."""
     path = adapters_path(weights)
     if tensors:
         write_tensors(path, tensors)

@@ -35,9 +35,30 @@ def _model_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def build_method(config: TrainConfig, model: MultiExitModel) -> Method:
-    """The method that `config` names, with the options in the config's section of the same name."""
+    """The method that `config` names, with the options in the config's section of the same name.
+
+    Raises:
+        ValueError: it does not go with the model, or with what else the config asks for.
+    """
     section = getattr(config, config.method, None)
-    return create_method(config.method, model, **(vars(section) if section else {}))
+    method = create_method(config.method, model, **(vars(section) if section else {}))
+    if method.combines:
+        _check_combines(config)
+    return method
+
+
+def _check_combines(config: TrainConfig) -> None:
+    """That each exit's gradient can be had alone, and means something."""
+    if config.compile:
+        raise ValueError(
+            f"compile: expected false with method={config.method}, got true: a compiled backward computes all exits' "
+            "gradients at once, and the method needs each exit's own. Leave it out."
+        )
+    if config.precision == "fp16":
+        raise ValueError(
+            f"precision: expected fp32 or bf16 with method={config.method}, got fp16, whose loss scaling the method's "
+            "own backwards would go round. Use --precision bf16."
+        )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -92,10 +113,20 @@ def accelerator_for(device: str, precision: str) -> "Accelerator":
 
 
 def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method) -> "Accelerator":
-    """`accelerator_for` the run, told whether some parameters of `model` get no gradient."""
+    """`accelerator_for` the run, told whether some parameters of `model` get no gradient.
+
+    Raises:
+        ValueError: several processes, with a method that combines gradients.
+    """
     from accelerate.utils import DistributedDataParallelKwargs
 
     accelerator = accelerator_for(config.device, config.precision)
+    if accelerator.num_processes > 1 and method.combines:
+        raise ValueError(
+            f"method: expected joint, byot or ge with {accelerator.num_processes} processes, got {config.method}: "
+            "DistributedDataParallel averages the gradient of one loss, not each exit's own. Train in one process, "
+            "with --micro_batch_size if the batch is too large for it."
+        )
     if accelerator.num_processes > 1:
         # Looking for them costs a walk over the graph in every step, so only where there are any.
         unused = _has_unused_parameters(model, method)

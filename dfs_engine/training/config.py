@@ -7,7 +7,7 @@ from typing import Any
 
 from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data.config import TEXT_DATASETS, DataConfig
-from dfs_engine.methods import ByotConfig, list_methods
+from dfs_engine.methods import ByotConfig, CAGradConfig, GEConfig, NashMTLConfig, PCGradConfig, list_methods
 from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.partition import check_beta
 from dfs_engine.runtime.backend import BACKENDS
@@ -132,9 +132,19 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer and its schedule."""
     method: str = "joint"
-    """Training method: joint (sum of all exits' losses) or byot (the deepest exit also teaches the others)."""
+    """Training method: joint (sum of all exits' losses), byot (the deepest exit also teaches the others), ge (the
+    exits' gradients are averaged in every block), or one that combines them by their inner products: pcgrad, cagrad,
+    nash_mtl (a backward for each exit)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
+    ge: GEConfig = field(default_factory=GEConfig)
+    """Options of method ge."""
+    pcgrad: PCGradConfig = field(default_factory=PCGradConfig)
+    """Options of method pcgrad."""
+    cagrad: CAGradConfig = field(default_factory=CAGradConfig)
+    """Options of method cagrad."""
+    nash_mtl: NashMTLConfig = field(default_factory=NashMTLConfig)
+    """Options of method nash_mtl."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 100

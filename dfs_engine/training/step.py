@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_engine.data.mixup import Mixup
+from dfs_engine.gradients import ExitGradients
 from dfs_engine.methods import Method, exit_losses
 from dfs_engine.models import MultiExitModel
 from dfs_engine.nn import smooth_labels
@@ -38,6 +39,7 @@ class OptimizerStep:
         self.raw_method = cast(Method, accelerator.unwrap_model(method))
         self.parameters = dict(itertools.chain(raw_model.named_parameters(), self.raw_method.named_parameters()))
         self.num_classes = raw_model.num_classes
+        self.exit_gradients = ExitGradients(raw_model) if self.raw_method.combines else None
         _check_targets(config, raw_model)
         self.mixup: Mixup | None = None
         if config.data.mixup or config.data.cutmix:
@@ -79,10 +81,19 @@ class OptimizerStep:
                     for module in (self.model, self.method):
                         stack.enter_context(self.accelerator.no_sync(module))
                 logits, features = self.raw_method.run(self.model, part)
-                loss = self.method(logits, part_target, features) * share
-                self.accelerator.backward(loss)
+                loss = self.method(logits, part_target, features)
+                if self.exit_gradients is None:
+                    loss = loss * share
+                    self.accelerator.backward(loss)
+                else:
+                    losses = [exit_loss * share for exit_loss in loss]
+                    self.exit_gradients.add(losses)
+                    loss = torch.stack(losses).sum()
             loss_parts.append(loss.detach())
             exit_parts.append(exit_losses([exit_logits.detach() for exit_logits in logits], part_target) * share)
+        if self.exit_gradients is not None:
+            self.raw_method.combine(self.exit_gradients)
+            self.exit_gradients.clear()
         return torch.stack(loss_parts).sum(0), torch.stack(exit_parts).sum(0)
 
     def _gradient_norm(self) -> Tensor | None:

@@ -144,8 +144,8 @@ class Trainer:
         self.raw_method.to(self.accelerator.device)
         trained = nn.ModuleList([self.raw_model, self.raw_method])
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, build_optimizer(trained, config.optim))
-        has_parameters = next(self.raw_method.parameters(), None) is not None  # then they are part of the checkpoint
-        self.method = self.accelerator.prepare(self.raw_method) if has_parameters else self.raw_method
+        has_state = bool(self.raw_method.state_dict())  # then it is part of the checkpoint
+        self.method = self.accelerator.prepare(self.raw_method) if has_state else self.raw_method
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
 
@@ -309,7 +309,7 @@ class Trainer:
                 at = {"epoch": progress.epoch, "step": progress.step, "weights": weights}
                 extras = {"data": config["data"], "class_names": self.data.class_names, **at}
                 save_weights(file, model, extras)
-                save_adapters(file, self.raw_method.state_dict())
+                save_adapters(file, dict(self.raw_method.named_parameters()))
         description = {
             "model": self.raw_model.get_config(),
             "config": config,
