@@ -92,6 +92,9 @@ def _time_cases(
         models = {case: builder.build(case, dtype) for case in dict.fromkeys(map(_on_stock, config.cases))}
         steps = {case: models[_on_stock(case)].on(case.allocator) for case in config.cases}
         builder.check_kernels(dtype, steps)
+        if config.dropout:
+            for step in models.values():
+                step.use_dropout()
         built.append((builder, steps, {}))
     for rounds, warmup in laps:
         for builder, steps, times in built:

@@ -44,8 +44,7 @@ class StepCase(NamedTuple):
 class BenchTrainConfig:
     """What `dfs bench train` times. Lists are comma-separated.
 
-    Data is synthetic: normal images or random tokens, random labels. Dropout is off, so that the variants can be
-    compared.
+    Data is synthetic: normal images or random tokens, random labels. Dropout is off, unless it is asked for.
 
     Attributes:
         model: A model's name, as of `dfs train --model.name`.
@@ -58,6 +57,8 @@ class BenchTrainConfig:
             there, on the CPU with the C++ extension.
         dtypes: Some of fp32, bf16, fp16 (autocast, float32 parameters), fp64. Each is a measurement of its own.
         beta: Shares of channels that the deeper layers train, timed in turns with each other.
+        dropout: Time steps with the model's own dropout rates, as people train. The variants are compared without,
+            because what is drawn anew each time cannot be.
         backend: Kernels of the dfs variant: auto, aten, cpp or triton.
         num_classes: Width of every exit's logits.
         image_size: Height and width of the images. Default: what the model was made for.
@@ -82,6 +83,7 @@ class BenchTrainConfig:
     allocators: str = "auto"
     dtypes: str = "fp32,bf16"
     beta: str = "0.5"
+    dropout: bool = False
     backend: str = "auto"
     num_classes: int = 10
     image_size: int | None = None

@@ -72,10 +72,12 @@ class TrainReport:
 
     def table(self) -> str:
         """Markdown: conditions, then one row per case."""
+        dropout = "at the model's own rates, compared without" if self.config.dropout else "off"
         lines = [
             f"Training step of {self.config.model} on synthetic data, SGD with momentum, weight decay; cases "
             "interleaved.",
             *str(self.stamp).splitlines(),
+            f"Dropout {dropout}.",
             "Compared before: in float64 dfs by aten (no kernel computes in float64) with the plain formulation; every "
             "case, in its dtype, with float64.",
             f"Load average at the end {self.loadavg_end:.2f}. Times in ms, median / minimum of n. Peak: MiB beyond "

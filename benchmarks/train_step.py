@@ -40,6 +40,10 @@ class Step:
         autocast: torch.dtype | None,
         backend_used: str,
     ) -> None:
+        # Off at first: what is drawn anew each time cannot be compared.
+        self.dropout_rates = {module: module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        for module in self.dropout_rates:
+            module.p = 0.0
         self.inputs, self.target, self.method, self.backend_used = inputs, target, method, backend_used
         trained = torch.nn.ModuleDict({"model": model, "method": method})
         self.parameters = {name.removeprefix("model."): value for name, value in trained.named_parameters()}
@@ -50,6 +54,11 @@ class Step:
         # The smallest learning rate that still is work: random labels must not drive the weights to infinity.
         self.optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, foreach=True)
         self.caching = False
+
+    def use_dropout(self) -> None:
+        """The model's own rates, from now on."""
+        for module, rate in self.dropout_rates.items():
+            module.p = rate
 
     def on(self, allocator: str) -> "Step":
         """The same step, model and all, on the memory of `allocator`."""
@@ -130,7 +139,7 @@ class StepBuilder:
 
     def _model(self, variant: str, beta: float | None, backend: str | None = None) -> MultiExitModel:
         config = self.config
-        model = create_model(
+        return create_model(
             config.model,
             num_classes=config.num_classes,
             beta=0.5 if beta is None else beta,
@@ -138,10 +147,6 @@ class StepBuilder:
             backend=backend or config.backend,
             **config.options,
         )
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # what is drawn anew each time cannot be compared
-        return model
 
     def build(self, case: StepCase, dtype: str, batch_size: int | None = None, backend: str | None = None) -> Step:
         """The step of `case`; on the first `batch_size` inputs, default all; by `backend`, default the config's."""
@@ -193,7 +198,7 @@ class StepBuilder:
         """All that is told of a step; `peak_bytes` is beyond weights and optimizer state."""
         counts = {"peak_memory": peak_bytes, "flops_forward": flops.forward, "flops_backward": flops.backward}
         return Measurement(
-            suite="train",
+            suite="train_dropout" if self.config.dropout else "train",
             model=self.config.model,
             variant=case.variant,
             backend_used=backend_used,

@@ -252,3 +252,24 @@ def test_a_kink_on_some_images_is_no_defect_and_one_on_all_is(monkeypatch, tiny,
             tiny(variants="dfs")
     assert len(seen) == (2 if is_kink else 3)
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_is_timed_and_compared_without(monkeypatch, dropout):
+    """Each draw is another loss; without, a step that hardly learns repeats its own."""
+    losses, update = {}, train_step.Step.update
+
+    def note(step):
+        losses.setdefault(step.backend_used, []).append(step.loss.item())
+        update(step)
+
+    monkeypatch.setattr(train_step.Step, "update", note)
+    sizes = {"model": "msdnet_cifar", "options": {"channels": 4, "growth": 4}, "image_size": 16, "batch_size": "4"}
+    cases = {"variants": "dense,dfs", "layouts": "nchw", "compile": "off", "allocators": "stock", "dtypes": "fp32"}
+    report = train.run(BenchTrainConfig(**sizes, **cases, rounds=3, warmup=1, progress=False, dropout=dropout))
+    assert {row.suite for row in report.rows} == {"train_dropout" if dropout else "train"}
+    assert ("own rates" in report.table()) is dropout
+    assert len(losses) == 2
+    for seen in losses.values():
+        assert len(seen) >= 4
+        assert (max(seen) - min(seen) > 0.3) is dropout
