@@ -199,6 +199,8 @@ class _PartitionedConv2d(torch.autograd.Function):
             # Stock convolutions refuse to read nothing, and of a sum of zeros not all of them make zero.
             output = full.new_zeros(_output_size(full, weight, geometry))
             return output if bias is None else output + bias.view(-1, 1, 1)
+        if full.size(1) == 1:
+            full, weight = _in_strides_of_nchw(full), _in_strides_of_nchw(weight)
         with _common.no_autocast(weight.device.type):
             return _common.run("conv2d", backend, full, weight, bias, *geometry)
 
@@ -226,6 +228,11 @@ class _PartitionedConv2d(torch.autograd.Function):
                 grad_weight = torch.zeros_like(weight) if needs_weight else None  # without elements
                 grad_bias = grad_output.sum((0, 2, 3), dtype=weight.dtype) if needs_bias else None
         return grad_input, None, grad_weight, grad_bias if needs_bias else None, None, None, None
+
+
+def _in_strides_of_nchw(one_channel: Tensor) -> Tensor:
+    """Of a slice of one channel that lies in channels_last oneDNN computes some convolutions wrongly (torch 2.15)."""
+    return one_channel.contiguous().squeeze(1).unsqueeze(1)
 
 
 def _output_size(data: Tensor, weight: Tensor, geometry: choice.Geometry) -> torch.Size:

@@ -296,3 +296,14 @@ def test_a_depthwise_slice_costs_its_own_groups_only(monkeypatch):
     assert seen == [2]
     (stock,) = torch.autograd.grad(torch.nn.functional.conv2d(input, weight, groups=8).square().sum(), input)
     assert_close("grad_input", grad[:, 3:5], stock[:, 3:5])
+
+
+def test_a_slice_of_one_channel_in_channels_last(backend, exact_dtype, check):
+    """Stock convolves it wrongly (torch 2.15, AVX-512)."""
+    tensors = {
+        "input": channels_last(torch.randn(3, 8, 3, 5, dtype=exact_dtype)),
+        "weight": channels_last(torch.randn(2, 8, 3, 5, dtype=exact_dtype)),
+        "bias": None,
+    }
+    options = {"stride": (1, 3), "padding": 1, "start": 5, "stop": 6, "reference": False}
+    check(partitioned_conv2d, tensors, **options, backend=backend)
