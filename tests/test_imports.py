@@ -25,7 +25,7 @@ LAYERS = (
     {"models"},
     {"gradients"},
     {"methods", "data", "evaluation", "validate"},
-    {"training"},
+    {"training", "inference"},
     {"cli", "benchmarks"},
     {"__main__"},
 )

@@ -14,11 +14,13 @@ from dfs_engine.models.backbone import (
     check_names,
     copy_to_try,
     find_consumers,
+    find_cuts,
     image_for,
     next_partitionable,
     observe,
 )
-from dfs_engine.models.multi_exit import Distillation, MultiExitModel, path_of
+from dfs_engine.models.leaving import AllLeftError, Leaving, say_where_all_wait
+from dfs_engine.models.multi_exit import Distillation, MultiExitModel, OnExit, check_no_features, path_of
 from dfs_engine.nn import (
     SLICED_VARIANTS,
     ExitHead,
@@ -93,11 +95,11 @@ def attach_exits(
         classifier.to(feature.device, feature.dtype)
         exits.append(AttachedExit(name, classifier, make_fork(dim=dim), feature.size(dim)))
     try:
-        consumers, reason = find_consumers(twin, names), None
+        consumers, cuts, reason = find_consumers(twin, names), find_cuts(twin, names), None
     except Exception as error:  # the backbone's code runs on proxies, and may raise anything there
-        consumers = dict.fromkeys(names, Consumers((), ("whatever reads it",), writes=True))
+        consumers, cuts = dict.fromkeys(names, Consumers((), ("whatever reads it",), writes=True)), frozenset()
         reason = f"{type(error).__name__}: {one_line(error)}"
-    model = AttachedModel(backbone, exits, fork, seen, consumers)
+    model = AttachedModel(backbone, exits, fork, seen, consumers, cuts)
     if variant in SLICED_VARIANTS:
         _log(model.consumers, reason, twin, seen)
     return model
@@ -205,6 +207,10 @@ class AttachedExit(nn.Module):
         head: a module on tensors, or an `ExitHead` or `TokenHead`, which take any `Reading`.
         fork: routes the feature.
         num_channels: of the feature.
+
+    Attributes:
+        is_cut: whether the rest of the backbone reads nothing but the feature, so that samples can leave here.
+        leaving: of the forward pass that runs, if samples leave in it.
     """
 
     def __init__(self, name: str, head: nn.Module, fork: Fork, num_channels: int) -> None:
@@ -216,6 +222,8 @@ class AttachedExit(nn.Module):
         if self.takes_readings:
             convert_layers(head, fork.variant, fork.backend)
         self._deeper_side: _Side | None = None
+        self.is_cut = False
+        self.leaving: Leaving | None = None
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def _side_of_head(self) -> _Side:
@@ -249,8 +257,11 @@ class AttachedExit(nn.Module):
         deeper, reading = self.fork(feature)
         if self._head_side is not None:
             reading = (self._head_side.tensor(feature, reading),)
-        self._kept = self.head(*reading), feature
-        return self._deeper_side.tensor(feature, deeper)
+        logits, output = self.head(*reading), self._deeper_side.tensor(feature, deeper)
+        if self.leaving is not None:
+            return self.leaving(logits, output, is_cut=self.is_cut)
+        self._kept = logits, feature
+        return output
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(logits, feature) of the forward pass that has just ended."""
@@ -277,6 +288,9 @@ class _LastInput(nn.Module):
         assert kept is not None
         return kept
 
+    def drop(self) -> None:
+        self._kept = None
+
 
 class AttachedModel(MultiExitModel):
     """What `attach_exits` returns: the `MultiExitModel` contract on a backbone of any kind.
@@ -299,10 +313,13 @@ class AttachedModel(MultiExitModel):
         fork: Fork,
         seen: Observation,
         consumers: dict[str, Consumers],
+        cuts: frozenset[str],
     ) -> None:
         super().__init__([], [], fork, num_classes=seen.output.size(1), input_shape=seen.input_shape)
         self.backbone, self.exits = backbone, nn.ModuleList(exits)
         self.consumers = {exit.name: exit.connect(backbone, consumers[exit.name]) for exit in exits}
+        for exit in exits:
+            exit.is_cut = exit.name in cuts
         self._reached, self._classifier = seen.reached, seen.classifier
         self._last_input = _LastInput()
         self._hook = backbone.get_submodule(seen.classifier).register_forward_hook(self._last_input)
@@ -311,15 +328,39 @@ class AttachedModel(MultiExitModel):
     def num_exits(self) -> int:
         return len(self.exits) + 1
 
-    def forward(self, input: Tensor, *, return_features: bool | str = False) -> Any:
-        """As `MultiExitModel.forward`, on what the backbone takes; of the features it has the "blocks" alone."""
+    def forward(self, input: Tensor, *, return_features: bool | str = False, on_exit: OnExit | None = None) -> Any:
+        """As `MultiExitModel.forward`, on what the backbone takes; of the features it has the "blocks" alone.
+
+        With `on_exit`, samples leave the batch at an exit behind which the backbone reads nothing but its feature, as
+        torch.fx sees it. At another, and where torch.fx cannot trace the backbone, the pass ends when all have left.
+        """
         if return_features not in (False, True):
             check_choice("return_features", return_features, ("blocks",))
+        if return_features:
+            check_no_features(on_exit)
+        if on_exit is not None:
+            return self._run_leaving(input, on_exit)
         output = self.backbone(input)
         taken = [cast(AttachedExit, exit).take() for exit in self.exits]
         last = self._last_input.take()
         logits = [*(exit_logits for exit_logits, _ in taken), output]
         return (logits, [*(feature for _, feature in taken), last]) if return_features else logits
+
+    def _run_leaving(self, input: Tensor, on_exit: OnExit) -> list[Tensor]:
+        exits = [cast(AttachedExit, exit) for exit in self.exits]
+        say_where_all_wait([exit.name for exit in exits if not exit.is_cut])
+        leaving = Leaving(on_exit)
+        for exit in exits:
+            exit.leaving = leaving
+        try:
+            leaving.end(self.backbone(input))
+        except AllLeftError:
+            pass
+        finally:
+            for exit in exits:
+                exit.leaving = None
+            self._last_input.drop()
+        return leaving.logits
 
     def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
         """Parameters of exit `index`'s classifier alone; of the last exit: of the backbone's last layer."""

@@ -208,6 +208,22 @@ class _Tracer(fx.Tracer):
         return output if name is None else self.create_proxy("call_function", _feature, (output, name), {})
 
 
+def find_cuts(backbone: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Those of the named modules behind which an evaluation pass reads their output and nothing that was made before.
+
+    Raises as `find_consumers`.
+    """
+    graph, _ = _graph(backbone.eval(), list(names))
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    made = [node for node in graph.nodes if node.op not in ("get_attr", "output")]
+    last_read = {node: max((position[user] for user in node.users), default=-1) for node in made}
+    return frozenset(
+        str(feature.args[1])
+        for feature in made
+        if feature.target is _feature and not any(position[node] < position[feature] < last_read[node] for node in made)
+    )
+
+
 def next_partitionable(backbone: nn.Module, name: str, kind: type[nn.Module]) -> str | None:
     """The module nearest behind `name` whose output a layer of `kind` reads itself; None: there is none.
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dfs_engine.models.multi_exit import Block, MultiExitModel
+from dfs_engine.models.multi_exit import Block, MultiExitModel, OnExit
 from dfs_engine.models.pretrained import pretrained_folder
 from dfs_engine.models.registry import register_models
 from dfs_engine.nn import (
@@ -155,6 +155,7 @@ class MultiExitBert(MultiExitModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         return_features: bool | str = False,
+        on_exit: OnExit | None = None,
     ) -> Any:
         """Returns every exit's logits, shallow to deep; with labels, a `MultiExitClassifierOutput`.
 
@@ -165,14 +166,19 @@ class MultiExitBert(MultiExitModel):
                 None unless set: where there are labels.
             return_features: also return features, as `MultiExitModel.forward`; f_k are the hidden states (N, T, C)
                 behind each layer.
+            on_exit: as `MultiExitModel.forward`; without labels.
 
         Returns:
             list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features.
             As a `MultiExitClassifierOutput`: `logits` of the last exit, `exit_logits` of all, a tuple, `hidden_states`
             the features, a tuple too, and `loss`, the sum of all exits' losses.
         """
+        if on_exit is not None and (labels is not None or return_dict):
+            raise ValueError("on_exit: expected neither labels nor return_dict beside it, since samples leave.")
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        result = self._run((input_ids, token_type_ids), return_features, mask=mask)
+        result = self._run((input_ids, token_type_ids), return_features, on_exit, mask=mask)
+        if on_exit is not None:
+            return result
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if not (labels is not None if return_dict is None else return_dict):
             return result

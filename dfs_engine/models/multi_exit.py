@@ -1,17 +1,21 @@
 """The contract of every multi-exit model."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
 from dfs_engine.nn.fork import Fork
-from dfs_engine.nn.reading import Reading, flat, readings
+from dfs_engine.nn.reading import Reading, flat, readings, select_rows, select_samples
 from dfs_engine.partition import ChannelSlice
 
 FEATURES = ("blocks", "exits")
+
+OnExit: TypeAlias = Callable[[int, Tensor], Tensor | None]
+"""What `MultiExitModel.forward` calls behind each exit, with its index and its logits (n, num_classes) of the n samples
+that are still there. It returns which of them go on, int64 row numbers; None: all. Behind the last exit nobody does."""
 
 
 class Distillation(NamedTuple):
@@ -71,6 +75,19 @@ def run_model(model: nn.Module, input: Tensor | Mapping[str, Tensor], **options:
     return model(**input, **options) if isinstance(input, Mapping) else model(input, **options)
 
 
+def check_no_features(on_exit: OnExit | None) -> None:
+    """That `on_exit` is not asked for together with features."""
+    if on_exit is not None:
+        raise ValueError(
+            "on_exit: expected return_features=False beside it, since samples leave. Leave out one of both."
+        )
+
+
+def _select_context(value: Any, num_samples: int, rows: Tensor) -> Any:
+    has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == num_samples
+    return select_rows(value, rows) if has_rows else value
+
+
 class MultiExitModel(nn.Module):
     """A chain of blocks, each feeding one exit; every feature but the last is forked by Deep Feature Surgery.
 
@@ -112,7 +129,7 @@ class MultiExitModel(nn.Module):
     def variant(self) -> str:
         return self.fork.variant
 
-    def forward(self, input: Tensor, *, return_features: bool | str = False) -> Any:
+    def forward(self, input: Tensor, *, return_features: bool | str = False, on_exit: OnExit | None = None) -> Any:
         """Returns every exit's logits, shallow to deep.
 
         Args:
@@ -120,18 +137,28 @@ class MultiExitModel(nn.Module):
             return_features: "exits": also return each exit's own last feature (N, D_k), which its last layer reads:
                 gradient that comes in there goes where the exit's goes. "blocks", or True: also return what the blocks
                 make, f_k, whole and with full gradient; a `dfs` model computes without its fused blocks then.
+            on_exit: says behind each exit which samples go on. The others leave the batch, and where none goes on, the
+                pass ends. See `dfs_engine.inference.EarlyExit`.
 
         Returns:
-            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and a list of features.
+            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and a list of features;
+            with `on_exit`, as many tensors as exits have run, each of the samples that reached it.
+
+        Raises:
+            ValueError: `return_features` and `on_exit` together.
         """
         if self.fork.variant == "dfs" and self.fork.dim == 1:  # the kernels behind it want that, and it is small
             input = input.contiguous(memory_format=torch.channels_last)
-        return self._run((input,), return_features)
+        return self._run((input,), return_features, on_exit)
 
-    def _run(self, deeper: tuple, return_features: bool | str, **context: Any) -> Any:
-        """`forward` of the first block's arguments; `context` is what all blocks are called with besides."""
+    def _run(self, deeper: tuple, return_features: bool | str, on_exit: OnExit | None = None, **context: Any) -> Any:
+        """`forward` of the first block's arguments; `context` is what all blocks are called with besides.
+
+        A tensor of `context` has a row for each sample, or one for all.
+        """
         if return_features is not False:
             check_choice("return_features", "blocks" if return_features is True else return_features, FEATURES)
+            check_no_features(on_exit)
         wants_blocks, wants_exits = return_features in (True, "blocks"), return_features == "exits"
         logits, features = [], []
         last = self.num_exits - 1
@@ -148,6 +175,13 @@ class MultiExitModel(nn.Module):
             else:
                 exit_logits = exit(*reading)
             logits.append(exit_logits)
+            kept = None if on_exit is None else on_exit(index, exit_logits)
+            if kept is None or index == last:
+                continue
+            if len(kept) == 0:
+                break
+            deeper = select_samples(deeper, kept)
+            context = {name: _select_context(value, len(exit_logits), kept) for name, value in context.items()}
         return (logits, features) if return_features else logits
 
     def example_input(self, batch: int = 1) -> Any:

@@ -20,6 +20,8 @@ from dfs_engine.nn.reading import (
     map_channels,
     multiply,
     readings,
+    select_rows,
+    select_samples,
     whole,
 )
 
@@ -56,6 +58,8 @@ __all__ = [
     "partition_layer",
     "produce_readings",
     "readings",
+    "select_rows",
+    "select_samples",
     "smooth_labels",
     "to_stock",
     "whole",

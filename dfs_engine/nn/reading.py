@@ -48,14 +48,14 @@ def apply_layer(layer: nn.Module, reading: Reading) -> Any:
     """
     if len(reading) == 1 or getattr(layer, "takes_slices", False):
         return layer(*reading)
-    _say_once(
+    say_once(
         f"{type(layer).__module__}.{type(layer).__qualname__} takes whole features only, so it reads a split one as "
         "the detach variant does: the same gradients, nothing saved."
     )
     return layer(whole(reading))
 
 
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
     if text not in _said and not torch.compiler.is_compiling():
         _said.add(text)
         logger.warning(text)
@@ -75,6 +75,34 @@ def readings(made: tuple) -> list[Reading]:
 def flat(parts: Iterable[Reading]) -> tuple:
     """The inverse of `readings`."""
     return tuple(item for part in parts for item in part)
+
+
+def select_samples(made: tuple, rows: Tensor) -> tuple:
+    """The readings in `made`, of the samples at `rows` alone; what is no tensor stays as it is.
+
+    Args:
+        made: readings one after the other, whose tensors have a row (dimension 0) for each sample.
+        rows: int64 (n,).
+    """
+    return flat(_select(reading, rows) for reading in readings(made))
+
+
+def _select(reading: Reading, rows: Tensor) -> Reading:
+    if len(reading) == 1:
+        return (select_rows(*reading, rows),)
+    live, full, columns = reading
+    full = select_rows(full, rows)
+    return full.narrow(columns.dim, columns.start, live.size(columns.dim)), full, columns
+
+
+def select_rows(value: Any, rows: Tensor) -> Any:
+    """``value.index_select(0, rows)`` in the memory format of `value`, which that does not keep."""
+    if not isinstance(value, Tensor):
+        return value
+    is_channels_last = value.dim() == 4 and not value.is_contiguous() and value.stride(1) == 1
+    if is_channels_last:
+        return value.movedim(1, -1).index_select(0, rows).movedim(-1, 1)
+    return value.index_select(0, rows)
 
 
 def global_avg_pool(reading: Reading) -> Reading:

@@ -350,6 +350,35 @@ def test_consumers(name, variant):
         assert [bool(found.partitioned) for found in model.consumers.values()] == [False, False, False, True]
 
 
+# Behind these, an evaluation pass reads their output and nothing that was made before.
+CUTS = {
+    "chain": ["stem", "depthwise", "grouped", "reflect"],
+    "straight": ["0", "1", "2"],
+    "residual": ["stem", "join"],
+    "dense": ["stem"],
+    "in_place": ["conv1", "conv2", "conv3", "conv4"],
+    "tokens": ["embed", "block"],
+    "untraceable": [],
+}
+
+
+@pytest.mark.parametrize("variant", ["dense", "dfs"])
+def test_samples_leave_where_nothing_else_is_read(name, variant):
+    model, input = make(name, variant=variant)[0].eval(), make(name)[1]
+    assert [exit.name for exit in model.exits if exit.is_cut] == CUTS[name]
+    kept, expected = torch.arange(len(input)), model(input)
+    seen = []
+
+    def drop_first(index, logits):
+        torch.testing.assert_close(logits, expected[index][kept[index:]])
+        seen.append(index)
+        return torch.arange(1, len(logits))
+
+    found = model(input, on_exit=drop_first)
+    assert [len(logits) for logits in found] == [len(input) - index for index in seen]
+    assert len(found) == min(len(input), model.num_exits)
+
+
 def count(name, **options):
     """FLOPs of one step as they run."""
     model, input, target = make(name, **options)

@@ -14,6 +14,7 @@ from dfs_engine.nn import (
     global_avg_pool,
     map_channels,
     readings,
+    select_samples,
     whole,
 )
 from dfs_engine.validate.tolerances import assert_close
@@ -303,3 +304,23 @@ def test_map_channels(variant, reference):
     assert torch.equal(after, before)
     grads = [torch.autograd.grad(output.square().sum(), feature, retain_graph=True) for output in (after, before)]
     assert_close("feature", *grads[0], *grads[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reader", [0, 1], ids=["deeper", "exit"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
+def test_select_samples(variant, reader, reference):
+    feature = torch.randn(5, CHANNELS, 3, 2).to(memory_format=torch.channels_last)
+    reading = Fork(0.3, variant, reference=reference)(feature)[reader]
+    other, rows = torch.randn(5, 2, 3, 2), torch.tensor([0, 3])
+    first, *selected = select_samples((other, *reading), rows)
+    assert torch.equal(first, other[rows])
+    assert first.is_contiguous()
+    assert torch.equal(whole(tuple(selected)), whole(reading)[rows])
+    for each, before in zip(selected[:2], reading[:2], strict=True):
+        assert each.stride()[1:] == before.stride()[1:]
+    if len(selected) == 3:
+        live, full, columns = selected
+        assert live.shape[1:] == reading[0].shape[1:]
+        assert live.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()
+        assert columns == reading[2]
