@@ -3,6 +3,7 @@
 from dfs_engine.inference.early_exit import EarlyExit
 from dfs_engine.inference.policies import Entropy, MaxProbability, Patience, Policy
 from dfs_engine.inference.prediction import Prediction
+from dfs_engine.inference.prepare import prepare
 from dfs_engine.inference.simulate import simulate
 from dfs_engine.inference.thresholds import OperatingPoint, find_thresholds
 
@@ -15,5 +16,6 @@ __all__ = [
     "Policy",
     "Prediction",
     "find_thresholds",
+    "prepare",
     "simulate",
 ]

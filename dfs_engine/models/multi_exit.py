@@ -207,6 +207,18 @@ class MultiExitModel(nn.Module):
         """
         yield from ()
 
+    def for_inference(self) -> "MultiExitModel":
+        """What `dfs_engine.inference.prepare` does to the copy that it makes, before it comes to the parts.
+
+        Images' features are read whole, since nothing needs a gradient for a part of them; without referencing each
+        reader gets zeros in the other's part. Of tokens the sliced form stays, which leaves out what no exit reads.
+        """
+        fork = self.fork
+        if fork.dim == 1 and fork.variant != "dense":
+            variant = "dense" if fork.reference else "detach"
+            self.fork = Fork(fork.beta, variant, reference=fork.reference, exit_gradient=fork.exit_gradient)
+        return self
+
     def get_config(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`.
 

@@ -19,10 +19,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dfs_engine.checks import is_transforming
 from dfs_engine.kernels.config import convolution, prefers_triton
 from dfs_engine.partition import dense_memory_format
 from dfs_engine.runtime import backend as backends
@@ -148,6 +150,45 @@ def norm_act_backend(z: Tensor, residual: Tensor | None, pool: bool, request: st
 def norm_act_table(pool: bool) -> str:
     """What the tuned tables call forward and backward together; their sizes are (pixels, channels, 1)."""
     return "norm_act_pool" if pool else "norm_act"
+
+
+def conv_act_kernel(input: Tensor, weight_size: torch.Size, geometry: Geometry, pool: bool, request: str | None) -> str:
+    """Of `conv_act`: "winograd" or "onednn" with a weight that was brought into their order before, else "aten".
+
+    Without the extension, in other dtypes, on other devices and under torch.compile, which fuses by itself: "aten".
+    """
+    explicit = backends.requested(request)
+    name, _, kernel = (explicit or "").partition(":")
+    if name == "cpp":
+        backends.check_request("conv_act", cast(str, explicit), input.device, input.dtype)
+        if kernel:
+            return kernel
+    elif name or torch.compiler.is_compiling() or is_transforming():
+        return "aten"
+    is_ours = backends.unsupported_dtype("conv_act", "cpp", input.dtype) is None
+    if not is_ours or backends.unavailable_reason("cpp", input.device.type) is not None or input.numel() == 0:
+        return "aten"
+    _, padding, _, groups = geometry
+    if _is_winograd(weight_size, *geometry) and _takes_winograd(input.dtype):
+        height, width = (size + 2 * pad - 2 for size, pad in zip(input.shape[2:], padding, strict=True))
+        if min(height, width) >= (2 if pool else 1) and _fixed_winograd_pays(
+            input.dtype, weight_size[1], weight_size[0], input.size(0), height, width
+        ):
+            return "winograd"
+    return "onednn" if torch.backends.mkldnn.is_available() and groups == 1 else "aten"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which oneDNN convolves images of `dtype` here, as csrc/common.cpp has it: half precision that the CPU lacks
+    would be emulated, slowly."""
+    return torch.float32 if _computes_in_float(dtype) else dtype
+
+
+def _fixed_winograd_pays(
+    dtype: torch.dtype, in_channels: int, out_channels: int, num_images: int, height: int, width: int
+) -> bool:
+    """As `_winograd_pays`, of a weight that was transformed before."""
+    return _winograd_pays(dtype, in_channels, out_channels, num_images, height, width)
 
 
 @functools.cache
