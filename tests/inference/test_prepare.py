@@ -73,11 +73,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, backbone: type =
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.3)
-                module.running_var.uniform_(0.5, 2)
+                module.momentum = 1.0
                 if module.affine:
-                    module.weight.normal_()
-                    module.bias.normal_(std=0.3)
+                    module.weight.normal_(1, 0.7)
+                    module.bias.normal_(std=0.5)
+        if family not in NEEDS:
+            model.train()(batch(family, 16, dtype))
     return model.eval()
 
 
