@@ -147,10 +147,11 @@ std::vector<int64_t> output_size(const at::Tensor& input, int64_t out_channels, 
 }
 
 // Writes the convolution of `input` by transformed weights into `output`, and what each tile adds up to, (tiles, out
-// channels), into `sums`, if any. `residual`: memory like the output's.
+// channels), into `sums`, if any. `residual`: memory like the output's. `is_staged`: for large weights; the result is
+// the same, bit for bit.
 void convolve(
     const Kernels& k, const at::Tensor& input, const at::Tensor& weights, const Ending& ending, const void* residual,
-    at::IntArrayRef padding, const Tiling& tiling, const at::Tensor& output, float* sums) {
+    at::IntArrayRef padding, const Tiling& tiling, const at::Tensor& output, float* sums, bool is_staged) {
   if (tiling.count() == 0) return;
   const float* factors = weights.const_data_ptr<float>();
   const int64_t in_panels = ceil_div(input.size(1), k.vector), pairs = weights.size(1), out_panels = pairs * k.vectors;
@@ -168,9 +169,9 @@ void convolve(
   };
   // Of a last block that is not full the rest holds anything: products of tiles are apart, and those are never read.
   const int64_t floats_per_tile = 36 * k.vector * (in_panels + out_panels);
-  static const char* mode = getenv("EV_STAGED");
-  if (mode ? mode[0] == '1' : false) {
-    // Weights that are large beside the tiles are read once: all threads transform tiles, then share out the products.
+  if (is_staged) {
+    // All threads transform tiles, then share out the products, then transform back: many tiles to one reading of the
+    // weights.
     const int64_t limit = std::max<int64_t>(8, (1 << 20) / floats_per_tile / k.rows) * k.rows;
     const int64_t chunk = std::min(limit, ceil_div(tiling.count(), k.rows) * k.rows);
     const Panels data(in_panels, chunk, k.vector), products(out_panels, chunk, k.vector);
@@ -254,7 +255,8 @@ at::Tensor winograd_conv2d(
   const Ending ending{bias.has_value() ? bias->const_data_ptr<float>() : nullptr, nullptr, nullptr, 0};
   const auto size = output_size(input, weight.size(0), padding);
   auto output = at::empty(size, input.options().memory_format(at::MemoryFormat::ChannelsLast));
-  convolve(k, input, weights, ending, nullptr, padding, {size[0], size[2], size[3]}, output, nullptr);
+  convolve(
+      k, input, weights, ending, nullptr, padding, {size[0], size[2], size[3]}, output, nullptr, /*is_staged=*/false);
   return output;
 }
 
@@ -288,9 +290,11 @@ std::tuple<at::Tensor, at::Tensor> winograd_conv_act(
   auto output = at::empty(size, input.options().memory_format(at::MemoryFormat::ChannelsLast));
   auto sums = at::empty({given.averages ? tiling.count() : 0, out_channels}, at::kFloat);
   const void* residual = given.residual.has_value() ? given.residual->const_data_ptr() : nullptr;
+  // Blocks of tiles read the weights again and again, from beyond the second cache where they are larger than that.
+  const bool is_staged = weights.numel() > 1 << 20;
   convolve(
       k, input, weights, ending, residual, padding, tiling, output,
-      given.averages ? sums.mutable_data_ptr<float>() : nullptr);
+      given.averages ? sums.mutable_data_ptr<float>() : nullptr, is_staged);
   return {output, image_averages(sums, given.averages ? size[0] : 0, size[2] * size[3]).to(input.scalar_type())};
 }
 
