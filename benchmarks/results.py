@@ -12,7 +12,10 @@ from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 _BETA = re.compile(r"beta=([\d.]+)/")
 _KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mode")
 # Of what is not in seconds, as metrics' names begin.
-_UNITS = {"flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x"}
+_UNITS = {
+    "flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x",
+    "throughput": "1/s", "operations": "op", "accuracy": "share", "share": "share",
+}  # fmt: skip
 _STAMP = ("timestamp_utc", "git_sha", "dirty", "device_name", "num_threads", "loadavg", "torch")
 
 
