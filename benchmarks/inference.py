@@ -160,7 +160,12 @@ def _predict(model: MultiExitModel, dataset: Any, config: BenchInferenceConfig) 
         input, target = collate(list(range(start, min(count, start + _LOGIT_BATCH))))
         logits.append(run_model(model, input))
         labels.append(target)
-    return _Samples(count, lambda rows: collate(rows)[0], torch.cat(labels), [torch.cat(parts) for parts in zip(*logits, strict=True)])
+    return _Samples(
+        count,
+        lambda rows: collate(rows)[0],
+        torch.cat(labels),
+        [torch.cat(parts) for parts in zip(*logits, strict=True)],
+    )
 
 
 class _Feed:

@@ -215,8 +215,8 @@ _BENCH = {
     "inference": Command(
         "time inference: stock forms, our evaluation mode, early exit",
         "Times the full model in stock PyTorch and prepared by `dfs_engine.inference.prepare`, and early exit at"
-        " several accuracies, interleaved. Who leaves early depends on weights and data: give the folder of a run that kept"
-        " validation samples (data.val_fraction), on which the thresholds are found.",
+        " several accuracies, interleaved. Who leaves early depends on weights and data: give the folder of a run that"
+        " kept validation samples (data.val_fraction), on which the thresholds are found.",
         "  dfs bench inference --run_dir runs/first --output inference.csv\n"
         "  dfs bench inference --run_dir runs/first --batch_size 1,64 --drops 0,0.01 --compile off\n"
         "  dfs bench inference --model resnet18    # the full model alone, random weights",

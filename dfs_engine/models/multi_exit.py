@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
+from dfs_engine.nn.convert import to_stock
 from dfs_engine.nn.fork import Fork
+from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.reading import Reading, flat, readings, select_rows, select_samples
 from dfs_engine.partition import ChannelSlice
 
@@ -217,6 +219,9 @@ class MultiExitModel(nn.Module):
         if fork.dim == 1 and fork.variant != "dense":
             variant = "dense" if fork.reference else "detach"
             self.fork = Fork(fork.beta, variant, reference=fork.reference, exit_gradient=fork.exit_gradient)
+            for module in self.modules():
+                if type(module) is PartitionedLinear and module.stop - module.start == module.in_features:
+                    to_stock(module)  # the same product; asking which kernel is to compute it costs as much, of one row
         return self
 
     def get_config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.norm_act import NormAct2d
 from dfs_engine.nn.reading import whole
-from dfs_engine.ops.conv_act import FixedWeight, conv_act
+from dfs_engine.ops.conv_act import FixedConv, conv_act
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -99,7 +99,10 @@ class ConvAct(nn.Module):
         self.geometry = tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation), conv.groups
         self.relu, self.pool, self.backend = relu, pool, backend
         self.train(conv.training)
-        self._fixed = FixedWeight(self.weight, self.geometry)
+        self._fixed = self._fix()
+
+    def _fix(self) -> FixedConv:
+        return FixedConv(self.weight, self.geometry, self.bias, self.scale, self.shift)
 
     def forward(self, *input: Any, residual: Tensor | None = None) -> Tensor:
         """Of a reading; `residual`, (N, out, H', W'), is added in front of the ReLU."""
@@ -114,20 +117,10 @@ class ConvAct(nn.Module):
     def _run(
         self, image: Tensor, residual: Tensor | None = None, averages: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if self._fixed.weight is not self.weight:  # moved, or of another dtype now
-            self._fixed = FixedWeight(self.weight, self.geometry)
-        return conv_act(
-            image,
-            self._fixed,
-            self.bias,
-            residual=residual,
-            relu=self.relu,
-            scale=self.scale,
-            shift=self.shift,
-            pool=self.pool,
-            averages=averages,
-            backend=self.backend,
-        )
+        fixed = self._fixed
+        if fixed.weight is not self.weight:  # moved, or of another dtype now
+            fixed = self._fixed = self._fix()
+        return conv_act(image, fixed, residual, relu=self.relu, pool=self.pool, averages=averages, backend=self.backend)
 
     def extra_repr(self) -> str:
         stride, padding, dilation, groups = self.geometry

