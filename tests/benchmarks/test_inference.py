@@ -23,7 +23,7 @@ def run_dir(tmp_path_factory):
         folder = tmp_path_factory.mktemp("run") / "run"
         data = DataConfig(name="synthetic", synthetic_train=60, synthetic_test=40, val_fraction=val_fraction)
         model = ModelConfig(name="vgg7_64", options={"width": 8})
-        config = TrainConfig(data=data, model=model, epochs=1, run_dir=str(folder), batch_size=20, progress=False)
+        config = TrainConfig(data=data, model=model, epochs=1, run_dir=folder, batch_size=20, progress=False)
         Trainer(config).fit()
         return folder
 
