@@ -252,8 +252,8 @@ def find_units(backbone: nn.Module) -> list[tuple[str, str, str | None]]:
             continue
         if len(conv.users) == 1:
             reader = next(iter(bn.users), None)
-            has_relu = len(bn.users) == 1 and reader is not None and alone(reader, nn.ReLU)
-            units.append((str(conv.target), str(bn.target), str(reader.target) if has_relu else None))
+            relu = reader if len(bn.users) == 1 and reader is not None and alone(reader, nn.ReLU) else None
+            units.append((str(conv.target), str(bn.target), None if relu is None else str(relu.target)))
     return units
 
 

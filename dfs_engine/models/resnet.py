@@ -77,7 +77,8 @@ class ResidualBlock(nn.Module):
         strides[kernel_sizes.index(3)] = stride
         layers = zip(widths, widths[1:], kernel_sizes, strides, strict=False)
         self.layers = nn.ModuleList(ConvNormReLU(*layer, **dd) for layer in layers)
-        self.shortcut_conv = self.shortcut_bn = None
+        self.shortcut_conv: nn.Module | None = None
+        self.shortcut_bn: nn.Module | None = None
         if stride != 1 or in_channels != widths[-1]:
             self.shortcut_conv = nn.Conv2d(in_channels, widths[-1], 1, stride, bias=False, **dd)
             self.shortcut_bn = nn.BatchNorm2d(widths[-1], **dd)
