@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,12 +57,10 @@ class Command:
         )
 
     def config_class(self) -> Any:
-        module, name = self.config.split(":")
-        return getattr(importlib.import_module(module), name)
+        return imported(self.config)
 
     def config_of(self, values: Any) -> Any:
-        config_class = self.config_class()
-        return config_class(**{item.name: values[item.name] for item in fields(config_class)})
+        return built(self.config_class(), values)
 
     def __call__(self, values: Any, line: list[str]) -> int:
         if self.subcommands:
@@ -73,6 +71,17 @@ class Command:
             result = importlib.import_module(self.config.split(":")[0]).run(self.config_of(values))
         write_json(values.json, self.show(result))
         return 0 if getattr(result, "ok", True) else 1
+
+
+def imported(place: str) -> Any:
+    """What "module:name" means."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def built(config_class: Any, values: Any, but: Sequence[str] = ()) -> Any:
+    """A configuration from parsed flags; fields in `but` have no flag."""
+    return config_class(**{item.name: values[item.name] for item in fields(config_class) if item.name not in but})
 
 
 def add_commands(parser: Parser, commands: Mapping[str, Command], line: list[str]) -> None:

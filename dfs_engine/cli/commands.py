@@ -5,16 +5,17 @@ stopped by Ctrl-C and SIGTERM.
 Only the subcommand that is called gets imported, so that `dfs doctor` works where half of the installation is missing.
 """
 
+import importlib
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfs_engine.cli.command import Command, add_commands, fail, input_errors, write_json
+from dfs_engine.cli.command import Command, add_commands, built, fail, imported, input_errors, write_json
 from dfs_engine.cli.parser import Parser, normalise
 
 
@@ -88,6 +89,56 @@ def _train_flags(parser: Parser) -> None:
         help="YAML file of these flags, or the name of a recipe that comes with the package; flags after it override"
         f" it. Recipes: {', '.join(list_recipes())}.",
     )
+
+
+def _compare_flags(config: str) -> Callable[[Parser], None]:
+    """Adds those of the class that `config` names, `--collect` and the recipe's."""
+
+    def add(parser: Parser) -> None:
+        _train_flags(parser)
+        parser.add_class_arguments(imported(config))
+        parser.add_argument(
+            "--collect",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="FOLDER",
+            help="Train nothing; merge the runs of these folders, of a comparison's parts say, into the table and"
+            " pictures of --output, with a copy of each run's small files.",
+        )
+        parser.add_class_arguments(imported("dfs_engine.training.config:TrainConfig"), skip=set(_SET_BY_COMPARE))
+
+    return add
+
+
+_SET_BY_COMPARE = ("run_dir", "resume")
+
+
+def _compare(config: str) -> Callable[[Command, Any, list[str]], int]:
+    """Runs the comparison that the class `config` describes."""
+
+    def run(_command: Command, values: Any, _line: list[str]) -> int:
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        with input_errors(RuntimeError), logging_redirect_tqdm():
+            from dfs_engine.experiments import compare
+            from dfs_engine.training.config import TrainConfig
+
+            if values.collect:
+                report = compare.merge(values.collect, values.output)
+            else:
+                recipe = built(TrainConfig, values, but=_SET_BY_COMPARE)
+                work = importlib.import_module(config.split(":")[0])
+                report = work.run(built(imported(config), values), recipe)
+        for title, headings, rows in report.tables():
+            _print_table(title, headings, rows)
+        for run in report.missing:
+            print(f"not in the table: {run.name}: {run.why}")
+        print(f"results: {', '.join(map(str, report.files))}")
+        write_json(values.json, report.to_json())
+        return 0 if report.ok else 1
+
+    return run
 
 
 def _train(command: Command, values: Any, line: list[str]) -> int:
@@ -229,6 +280,18 @@ _BENCH = {
         _show_table,
     ),
 }
+_COMPARE, _SWEEP_BETA = "dfs_engine.experiments.compare:CompareConfig", "dfs_engine.experiments.sweep:SweepBetaConfig"
+_SWEEP = {
+    "beta": Command(
+        "accuracy of every exit against beta",
+        "Trains a recipe with several beta, and without surgery, and draws accuracy against beta. All that `dfs compare"
+        " --help` says holds: stopped, the same command goes on; --part and --collect.",
+        "  dfs sweep beta --config digits_vgg7_dfs --epochs 3 --output runs/beta\n"
+        "  dfs sweep beta --config cifar10_vgg7_w16 --betas .1,.3,.5,.7,.9 --seeds 3 --output runs/beta --data.root DIR",
+        more_flags=_compare_flags(_SWEEP_BETA),
+        run=_compare(_SWEEP_BETA),
+    ),
+}
 _COMMANDS = {
     "train": Command(
         "train a multi-exit model",
@@ -250,6 +313,29 @@ _COMMANDS = {
         "dfs_engine.training.evaluate:EvalConfig",
         run=_eval,
         places={"path": (Path, "A run folder, or the model.safetensors of one.")},
+    ),
+    "compare": Command(
+        "train a list of methods and variants under one recipe, into one table",
+        "Trains rows under one recipe, each run in a process and a folder of its own, and writes results.md,"
+        " results.csv and pictures: accuracy per exit and ensemble with mean and deviation over the seeds, time, memory,"
+        " operations. Rows are a list (--rows), or all combinations of --methods, --variants, --models and --betas. The"
+        " recipe is that of `dfs train`: --config and any of its flags. Stopped or killed, the same command goes on:"
+        " what has ended is kept, what was in the middle resumes from its checkpoint, what failed is tried again. A run"
+        " that fails is named in the table, and the others go on. Runs of another recipe or of other flags under the"
+        " same name are an error before anything is trained.",
+        "  dfs compare --config digits_vgg7_dfs --epochs 3 --methods joint,byot --seeds 2 --output runs/digits\n"
+        "  dfs compare --config cifar10_vgg7_w16 --rows methods --seeds 3 --lr_search --output runs/methods"
+        " --data.root DIR\n"
+        "  dfs compare --config cifar10_vgg7_w16 --rows my_rows.yaml --part 1/3 --output runs/part1 --data.root DIR\n"
+        "  dfs compare --collect runs/part1 runs/part2 runs/part3 --output runs/all",
+        more_flags=_compare_flags(_COMPARE),
+        run=_compare(_COMPARE),
+    ),
+    "sweep": Command(
+        "train a recipe with several values of an option",
+        "Trains a recipe with several values of one option, and draws what that does to every exit.",
+        "  dfs sweep beta --config digits_vgg7_dfs --epochs 3 --output runs/beta",
+        subcommands=_SWEEP,
     ),
     "convert": Command(
         "read or write a checkpoint of the published code",
