@@ -287,7 +287,7 @@ _SWEEP = {
         "Trains a recipe with several beta, and without surgery, and draws accuracy against beta. All that `dfs compare"
         " --help` says holds: stopped, the same command goes on; --part and --collect.",
         "  dfs sweep beta --config digits_vgg7_dfs --epochs 3 --output runs/beta\n"
-        "  dfs sweep beta --config cifar10_vgg7_w16 --betas .1,.3,.5,.7,.9 --seeds 3 --output runs/beta --data.root DIR",
+        "  dfs sweep beta --config cifar10_vgg7_w16 --betas .1,.5,.9 --seeds 3 --output runs/beta --data.root DIR",
         more_flags=_compare_flags(_SWEEP_BETA),
         run=_compare(_SWEEP_BETA),
     ),
@@ -317,7 +317,7 @@ _COMMANDS = {
     "compare": Command(
         "train a list of methods and variants under one recipe, into one table",
         "Trains rows under one recipe, each run in a process and a folder of its own, and writes results.md,"
-        " results.csv and pictures: accuracy per exit and ensemble with mean and deviation over the seeds, time, memory,"
+        " results.csv and pictures: accuracy per exit and ensemble, mean and deviation over the seeds, time, memory,"
         " operations. Rows are a list (--rows), or all combinations of --methods, --variants, --models and --betas. The"
         " recipe is that of `dfs train`: --config and any of its flags. Stopped or killed, the same command goes on:"
         " what has ended is kept, what was in the middle resumes from its checkpoint, what failed is tried again. A run"

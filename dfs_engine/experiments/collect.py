@@ -91,9 +91,7 @@ def collect(folders: Sequence[Path]) -> Collected:
                     )
             elif known is None or run.record.has_ended:
                 runs[name] = run
-        step_times = step_times or {
-            str(line["row"]): line for line in read_csv(folder / STEP_TIME_FILE, text=("row",))
-        }
+        step_times = step_times or {str(line["row"]): line for line in read_csv(folder / STEP_TIME_FILE, text=("row",))}
     check_one_recipe(runs.values())
     names = list(dict.fromkeys([*plan.rows, *(run.record.row for run in runs.values())]))
     ordered = sorted(runs.values(), key=lambda run: (names.index(run.record.row), run.record.seed, run.record.name))

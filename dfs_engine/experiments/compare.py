@@ -24,7 +24,7 @@ class ComparisonConfig:
     seeds: int = 1
     """Runs of each row, with seeds from the recipe's on. A list of rows may say otherwise of one."""
     part: str = "1/1"
-    """Which share of the runs this call trains, as 1/3, 2/3, 3/3 on three machines; `--collect` merges their folders."""
+    """Which share of the runs this call trains: 1/3, 2/3, 3/3 on three machines, whose folders `--collect` merges."""
     lr_search: bool = False
     """Choose each row's learning rate from 0.3, 1 and 3 times its own: by the mean over the exits on the samples of
     data.val_fraction, with the first seed, whose run of the chosen one counts. Parts are then shares of the rows."""

@@ -142,5 +142,7 @@ def _beta(axes: Any, swept: Sequence[Summary], summaries: Sequence[Summary]) -> 
         )
         if dense is not None:
             axes.axhline(dense.score(output).mean, color=colour, linestyle=":", linewidth=1)
-    axes.set_xlabel("beta, the share of channels that deeper layers train" + ("" if dense is None else " (dotted: dense)"))
+    axes.set_xlabel(
+        "beta, the share of channels that deeper layers train" + ("" if dense is None else " (dotted: dense)")
+    )
     axes.set_ylabel(_metric(swept[0]))

@@ -17,6 +17,8 @@ from dfs_engine.experiments.record import Outcome
 from dfs_engine.training.config import TrainConfig
 
 LOG_FILE = "log.txt"
+# What a run imports sooner or later; of those that take seconds.
+_PRELOADED = ["dfs_engine.experiments.one_run", "torch._dynamo", "matplotlib.figure"]
 
 
 class RunProcess:
@@ -25,7 +27,7 @@ class RunProcess:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dfs_engine.experiments.one_run"])
+        context.set_forkserver_preload(_PRELOADED)
         self._receiver, sender = context.Pipe(duplex=False)
         # Not a daemon: those may have no processes of their own, as data loaders do.
         self._process = context.Process(target=_main, args=(config, sender))

@@ -27,13 +27,15 @@ class Report:
         return not any(run.failed for run in self.missing)
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, headings, rows) for each model."""
+        """(title, headings, rows) for each model; the accuracies and times of results.md, for a terminal."""
         models = dict.fromkeys(summary.model for summary in self.summaries)
         found = []
         for model in models:
             rows = [summary for summary in self.summaries if summary.model == model]
             num_exits = max(row.num_exits for row in rows)
-            found.append((model, headings(rows), [cells(row, num_exits) for row in rows]))
+            lines = [headings(rows), *(cells(row, num_exits) for row in rows)]
+            narrow = [[cell.replace(" ± ", "\n± ") for cell in [*line[: num_exits + 3], line[-3]]] for line in lines]
+            found.append((model, narrow[0], narrow[1:]))
         return found
 
     def to_json(self) -> dict[str, Any]:

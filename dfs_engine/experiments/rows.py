@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -41,7 +41,9 @@ class Row:
                 f"rows: expected names of letters, digits and .+-_, which make folders, got {self.name!r}. Rename it."
             )
         for flag in self.flags.keys() & _RESERVED.keys():
-            raise ValueError(f"rows: {self.name}: expected no {flag}, which the comparison sets. Use {_RESERVED[flag]}.")
+            raise ValueError(
+                f"rows: {self.name}: expected no {flag}, which the comparison sets. Use {_RESERVED[flag]}."
+            )
         if self.num_seeds is not None and (not isinstance(self.num_seeds, int) or self.num_seeds < 1):
             raise ValueError(f"rows: {self.name}: {_SEEDS}: expected a number >= 1, got {self.num_seeds!r}.")
 
@@ -70,6 +72,17 @@ def with_flags(recipe: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
             raise ValueError(f"expected an option of `dfs train`, got {flag!r}.{nearest_name(flag, known)}")
         group[name] = value
     return _parsed(options)
+
+
+def values_of(config: TrainConfig, flags: Iterable[str]) -> dict[str, Any]:
+    """By their dotted names, the values that `config` has of options."""
+    found = {}
+    for flag in flags:
+        value: Any = config.to_dict()
+        for part in flag.split("."):
+            value = value[part]
+        found[flag] = value
+    return found
 
 
 def _names(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

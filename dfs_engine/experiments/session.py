@@ -15,7 +15,7 @@ from dfs_engine.data import load_data
 from dfs_engine.experiments.collect import STEP_TIME_FILE, Plan, check_one_recipe, check_unchanged, chosen_factor
 from dfs_engine.experiments.process import LOG_FILE, RunProcess
 from dfs_engine.experiments.record import METRICS_FILE, Outcome, Record, read_csv, read_record, read_run, read_runs
-from dfs_engine.experiments.rows import Row
+from dfs_engine.experiments.rows import Row, values_of
 from dfs_engine.training.build import build_method, build_model, input_shape
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.signals import Interrupted
@@ -142,8 +142,8 @@ class Session:
         return [self._planned(row, seed, factor) for seed in self.plan.rows[row][1:]]
 
     def _planned(self, row: str, seed: int, factor: float | None, is_first: bool = False) -> _Planned:
-        record = Record(row=row, seed=seed, flags=dict(self.rows[row].flags), lr_factor=factor)
         config = self._configs[row]
+        record = Record(row=row, seed=seed, flags=values_of(config, self.rows[row].flags), lr_factor=factor)
         optim = config.optim if factor is None else replace(config.optim, lr=float(f"{config.optim.lr * factor:.6g}"))
         run_dir = self.output / record.name
         key = record.name if is_first else f"{row}-seed{seed}"

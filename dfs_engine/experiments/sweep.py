@@ -31,7 +31,9 @@ class SweepBetaConfig(ComparisonConfig):
                 "dfs."
             )
         rows = [Row("dense", {"model.variant": "dense"})] if self.dense else []
-        return rows + [Row(f"{variant}-beta{beta:g}", {"model.beta": beta}) for beta in split_betas("betas", self.betas)]
+        return rows + [
+            Row(f"{variant}-beta{beta:g}", {"model.beta": beta}) for beta in split_betas("betas", self.betas)
+        ]
 
 
 def run(config: SweepBetaConfig, recipe: TrainConfig) -> Report:

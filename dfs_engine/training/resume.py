@@ -70,11 +70,7 @@ def changed_options(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tu
         before, now: as `TrainConfig.to_dict`; an option that is newer than `before` had its default.
     """
     old = dict(flat(TrainConfig().to_dict())) | dict(flat(before))
-    return {
-        name: (old.get(name), value)
-        for name, value in flat(now)
-        if old.get(name) != value and name not in _SILENT
-    }
+    return {name: (old.get(name), value) for name, value in flat(now) if old.get(name) != value and name not in _SILENT}
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
