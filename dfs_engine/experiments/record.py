@@ -75,7 +75,7 @@ class Outcome:
     """How a run's process ended."""
 
     status: str
-    """finished, diverged, failed; stopped: it goes on with the next call; busy: another process writes to the folder."""
+    """finished, diverged, failed; stopped: it goes on with the next call; busy: another process writes there."""
     error: str = ""
     operations: list[int] = field(default_factory=list)
     parameters: list[int] = field(default_factory=list)

@@ -81,8 +81,8 @@ class Session:
                 raise ValueError(f"rows: {name}: {error} Or leave this row out.") from None
             if self.plan.lr_factors and config.data.val_fraction == 0:
                 raise ValueError(
-                    f"lr_search: expected data.val_fraction > 0, got 0 in {name}: a learning rate must not be chosen on "
-                    "the test samples. Add --data.val_fraction 0.1."
+                    f"lr_search: expected data.val_fraction > 0, got 0 in {name}: a learning rate must not be chosen "
+                    "on the test samples. Add --data.val_fraction 0.1."
                 )
         planned = [run for name in self.rows for run in self._first_runs(name)]
         for run in planned + [run for name in self.rows for run in self._other_runs(name)]:
@@ -280,8 +280,8 @@ class _Work:
         if self._signum is not None:
             raise Interrupted(
                 self._signum,
-                f"stopped by {signal.Signals(self._signum).name} with {len(self._left)} of {self._total} runs to do. The "
-                "same command goes on.",
+                f"stopped by {signal.Signals(self._signum).name} with {len(self._left)} of {self._total} runs to do. "
+                "The same command goes on.",
             )
 
     def _advance(self, key: str, epochs_left: int) -> None:

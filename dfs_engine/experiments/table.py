@@ -81,13 +81,15 @@ def conditions(summaries: Sequence[Summary]) -> Iterator[str]:
     config = summaries[0].config
     optim, environments = config["optim"], [run.environment for summary in summaries for run in summary.runs]
     epochs = sorted({len(run.epochs) for summary in summaries for run in summary.runs})
+    metric = TITLES.get(summaries[0].metric, summaries[0].metric)
     yield (
-        f"Test {TITLES.get(summaries[0].metric, summaries[0].metric)} in per cent after the last epoch, mean ± standard "
-        "deviation over the seeds (ensemble: of the mean of all exits' logits)."
+        f"Test {metric} in per cent after the last epoch, mean ± standard deviation over the seeds (ensemble: of the mean "
+        "of all exits' logits)."
     )
     yield (
         f"{_distinct(environments, 'data')}; {' or '.join(map(str, epochs))} epochs in batches of "
-        f"{config['batch_size']}, {optim['name']}, {optim['schedule']} schedule, weight decay {optim['weight_decay']:g}."
+        f"{config['batch_size']}, {optim['name']}, {optim['schedule']} schedule, weight decay "
+        f"{optim['weight_decay']:g}."
     )
     tried = [summary for summary in summaries if summary.tried_lrs]
     if tried:
@@ -97,10 +99,12 @@ def conditions(summaries: Sequence[Summary]) -> Iterator[str]:
         )
         yield f"Learning rates chosen by the mean over the exits on held-out samples, with the first seed: {rates}."
     if any(summary.relative_time is not None for summary in summaries):
-        if steps_are_timed(summaries):
-            yield "Times per step: medians on synthetic batches, all rows in turns in one process; relative to the row without surgery or method."
-        else:
-            yield "Times per epoch: of the runs themselves, evaluation not counted, with whatever else ran on the machine; relative to the row without surgery or method."
+        how = (
+            "Times per step: medians on synthetic batches, all rows in turns in one process"
+            if steps_are_timed(summaries)
+            else "Times per epoch: of the runs themselves, evaluation not counted, with whatever else ran on the machine"
+        )
+        yield f"{how}; relative to the row without surgery or method."
     yield (
         "Memory: what a training step holds at its worst moment, beside weights and optimizer state."
         if all(summary.step_memory_mib is not None for summary in summaries)

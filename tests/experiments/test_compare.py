@@ -235,7 +235,7 @@ def test_runs_of_two_recipes_are_not_merged(whole, tmp_path):
     metrics = tmp_path / "two" / "dense-seed0" / "metrics.csv"
     merge([whole], tmp_path / "two")
     metrics.write_text(metrics.read_text().replace("\n1,", "\n1.5,"))
-    with pytest.raises(ValueError, match="expected dense-seed0 once, got it in .* with other results"):
+    with pytest.raises(ValueError, match=r"expected dense-seed0 once, got it in .* with other results"):
         merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
 
 
@@ -264,7 +264,7 @@ def test_a_learning_rate_is_chosen_on_held_out_samples(tmp_path):
 
 def test_a_learning_rate_is_not_chosen_on_the_test_samples(tmp_path):
     recipe = replace(RECIPE, data=replace(RECIPE.data, val_fraction=0.0))
-    with pytest.raises(ValueError, match="lr_search: expected data.val_fraction > 0"):
+    with pytest.raises(ValueError, match=r"lr_search: expected data\.val_fraction > 0"):
         run(config(tmp_path, lr_search=True), recipe)
     assert not list(tmp_path.iterdir())
 
