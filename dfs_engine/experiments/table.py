@@ -83,8 +83,8 @@ def conditions(summaries: Sequence[Summary]) -> Iterator[str]:
     epochs = sorted({len(run.epochs) for summary in summaries for run in summary.runs})
     metric = TITLES.get(summaries[0].metric, summaries[0].metric)
     yield (
-        f"Test {metric} in per cent after the last epoch, mean ± standard deviation over the seeds (ensemble: of the mean "
-        "of all exits' logits)."
+        f"Test {metric} in per cent after the last epoch, mean ± standard deviation over the seeds (ensemble: of the "
+        "mean of all exits' logits)."
     )
     yield (
         f"{_distinct(environments, 'data')}; {' or '.join(map(str, epochs))} epochs in batches of "
@@ -102,7 +102,7 @@ def conditions(summaries: Sequence[Summary]) -> Iterator[str]:
         how = (
             "Times per step: medians on synthetic batches, all rows in turns in one process"
             if steps_are_timed(summaries)
-            else "Times per epoch: of the runs themselves, evaluation not counted, with whatever else ran on the machine"
+            else "Times per epoch: of the runs themselves, evaluation not counted, with what else the machine did"
         )
         yield f"{how}; relative to the row without surgery or method."
     yield (
