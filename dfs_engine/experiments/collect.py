@@ -208,7 +208,8 @@ def chosen_factor(runs: Sequence[Run], plan: Plan) -> float | None:
         return None
     seed = min(run.record.seed for run in runs)
     candidates = {run.record.lr_factor: run for run in runs if run.record.seed == seed and run.record.has_ended}
-    if not set(plan.lr_factors) <= candidates.keys():
+    factors = plan.lr_factors or sorted(factor for factor in candidates if factor is not None)
+    if not factors or not set(factors) <= candidates.keys():
         return None
-    best = max(plan.lr_factors, key=lambda factor: val_score(candidates[factor]))
+    best = max(factors, key=lambda factor: val_score(candidates[factor]))
     return best if candidates[best].record.status == "finished" else None

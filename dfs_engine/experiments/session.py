@@ -84,8 +84,8 @@ class Session:
                     f"lr_search: expected data.val_fraction > 0, got 0 in {name}: a learning rate must not be chosen "
                     "on the test samples. Add --data.val_fraction 0.1."
                 )
-        planned = [run for name in self.rows for run in self._first_runs(name)]
-        for run in planned + [run for name in self.rows for run in self._other_runs(name)]:
+        planned = [run for name in self.rows for run in [*self._first_runs(name), *self._other_runs(name)]]
+        for run in planned:
             found = read_run(run.folder)
             if found is not None:
                 check_unchanged(found, run.config)
@@ -93,7 +93,7 @@ class Session:
             check_one_recipe(read_runs(self.output))
         if any(not self._has_ended(run) for run in planned):
             config = next(iter(self._configs.values()))
-            self._data = load_data(config.data, input_shape=input_shape(config.model))
+            load_data(config.data, input_shape=input_shape(config.model))  # raises for what every run would
 
     def run(self) -> None:
         """Trains what is this call's share; a run that fails is named, and the others go on.
@@ -136,10 +136,12 @@ class Session:
         """With the other seeds; the learning rate is that of the chosen factor, once it is known."""
         factor = None
         if self.plan.lr_factors:
-            found = (read_run(run.folder) for run in self._first_runs(row))
-            factor = chosen_factor([run for run in found if run is not None], self.plan)
-            factor = self.plan.lr_factors[0] if factor is None else factor
+            factor = self._chosen_factor(row) or self.plan.lr_factors[0]
         return [self._planned(row, seed, factor) for seed in self.plan.rows[row][1:]]
+
+    def _chosen_factor(self, row: str) -> float | None:
+        found = (read_run(run.folder) for run in self._first_runs(row))
+        return chosen_factor([run for run in found if run is not None], self.plan)
 
     def _planned(self, row: str, seed: int, factor: float | None, is_first: bool = False) -> _Planned:
         config = self._configs[row]
@@ -153,8 +155,7 @@ class Session:
         row = run.record.row
         if not self.plan.lr_factors:
             return run
-        found = (read_run(first.folder) for first in self._first_runs(row))
-        factor = chosen_factor([first for first in found if first is not None], self.plan)
+        factor = self._chosen_factor(row)
         if factor is None:
             logger.warning("%s: seed %d is not run: no learning rate could be chosen", row, run.record.seed)
             self._work.drop(run)
