@@ -47,7 +47,7 @@ def test_every_case_is_timed_equally_often_and_stays_in_the_table(tiny, tmp_path
     table = report.table()
     assert "synthetic" in table
     assert len([line for line in table.splitlines() if line.startswith(("| fp32", "| bf16"))]) == len(report.rows)
-    assert len((tmp_path / "train.csv").read_text().splitlines()) == 1 + 8 * len(report.rows)
+    assert len((tmp_path / "train.csv").read_text().splitlines()) == 1 + 11 * len(report.rows)
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert found["data"] == "synthetic"
     assert {(row["compile"], row["allocator"], *row["shape"]) for row in found["rows"]} == {
