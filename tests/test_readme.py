@@ -164,7 +164,7 @@ def reached(*args, **kwargs):
 
 WORK = (
     "training.trainer.Trainer",
-    "training.evaluate.run",
+    "inference.evaluate.run",
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",
