@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = _parse(line)
         return _COMMANDS[line[0]](values, line)
+    except BrokenPipeError:  # who reads has enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
     except MemoryError as error:
         fail(str(error) or "the memory does not suffice", 1)
     except KeyboardInterrupt as error:
@@ -195,6 +198,24 @@ def _print_budgets(result: dict[str, Any]) -> None:
     _print_table("budgeted batch classification, thresholds from held-out samples", headings, rows)
 
 
+def _predict(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.inference import predict
+
+    with input_errors(RuntimeError):
+        result = predict.run(_with_data_of_run(command, values, line))
+    if result["output"] is None:
+        columns = list(result["predictions"][0])
+        print("\t".join(columns))
+        for row in result["predictions"]:
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    else:
+        counts = ", ".join(f"exit {index} {count}" for index, count in enumerate(result["exits"], start=1))
+        skipped = f"; {result['num_skipped']} skipped, which cannot be read" if result["num_skipped"] else ""
+        print(f"{result['output']}: {len(result['predictions'])} predictions ({counts}){skipped}")
+    write_json(values.json, result)
+    return 0
+
+
 def _show_converted(result: dict[str, Any]) -> dict[str, Any]:
     print(
         f"{result['output']}: {result['num_tensors']} tensors of {result['model']['name']}, {result['format']} format"
@@ -308,6 +329,25 @@ _COMMANDS = {
                 Path,
                 "A run folder, its model.safetensors, or the per_sample.safetensors of an earlier `dfs eval`.",
             )
+        },
+    ),
+    "predict": Command(
+        "classify images or texts of your own",
+        "Classifies an image, a folder of images, or the texts in a file, and says of each the class, the exit taken"
+        " and the probability. They are prepared as the run's test samples were. With a threshold, or with thresholds"
+        " found on the samples that the run kept out of training, each leaves at the first exit that is sure enough.",
+        "  dfs predict runs/first photos\n  dfs predict runs/first photo.png --threshold 0.9\n"
+        "  dfs predict runs/first photos --budget 0.5 --output classes.csv\n"
+        "  dfs predict runs/sst2 reviews.txt --policy entropy --accuracy 0.9 --output classes.jsonl",
+        "dfs_engine.inference.predict:PredictConfig",
+        run=_predict,
+        places={
+            "path": (Path, "A run folder, or the model.safetensors of one."),
+            "input": (
+                Path,
+                "An image, a folder of images, or texts: a .txt file with one in each line, or a .csv, .tsv, .jsonl or"
+                " .parquet file with the run's text columns.",
+            ),
         },
     ),
     "convert": Command(

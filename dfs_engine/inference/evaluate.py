@@ -1,6 +1,5 @@
 """`dfs eval`: what saved weights are worth, exit by exit: accuracy, confidence, cost, and accuracy for a budget."""
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,7 @@ import torch
 
 from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data import DataSplits
-from dfs_engine.data.text import TextDataset
 from dfs_engine.evaluation.calibration import calibrated_confidence, calibration_error, fit_temperature
-from dfs_engine.evaluation.operations import count_operations
 from dfs_engine.inference.exit_times import time_exits
 from dfs_engine.inference.figure import read_curves
 from dfs_engine.inference.per_sample import (
@@ -25,7 +22,6 @@ from dfs_engine.inference.per_sample import (
 )
 from dfs_engine.inference.report import summarize, write_report
 from dfs_engine.inference.saved_run import SavedRun, SavedRunConfig
-from dfs_engine.models import create_model
 from dfs_engine.runtime.machine import cpu_and_instructions
 from dfs_engine.runtime.progress_bar import progress_bar
 from dfs_engine.training.batches import worker_deaths
@@ -33,8 +29,6 @@ from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.out_of_memory import batch_in_memory
 from dfs_engine.training.report import title
 from dfs_engine.training.weights import weights_path
-
-logger = logging.getLogger(__name__)
 
 _NO_HELD_OUT = (
     "temperatures and budgeted batch classification need samples kept out of training, and this run kept none "
@@ -142,7 +136,7 @@ class _Measurement:
                 "epoch": description["epoch"],
                 "class_names": data.class_names,
                 "num_exits": self.model.num_exits,
-                "operations": self._operations(),
+                "operations": self.run_.operations(data),
                 **self._times(),
                 "temperatures": temperatures,
                 "calibrated_errors": {split: errors[split] for split in data.measured if split in errors},
@@ -179,20 +173,6 @@ class _Measurement:
                 metrics=self.data.metrics,
                 observe=observe,
             )
-
-    def _operations(self) -> list[int] | None:
-        """Of each exit, as `dfs info` counts them, of an image of the test data or of a text of their mean length."""
-        stock = create_model(**{**self.model.get_config(), "variant": "dense", "backend": None}, device="meta")
-        test = self.data.test
-        if isinstance(test, TextDataset):
-            stock.input_shape = (round(float(test.starts[-1]) / len(test)),)
-        else:
-            stock.input_shape = tuple(test[0][0].shape)
-        try:
-            return [cost.operations for cost in count_operations(stock)]
-        except NotImplementedError as error:
-            logger.warning("operations: not counted, the number of blocks stands for them (%s)", error)
-            return None
 
     def _times(self) -> dict[str, Any]:
         size = self.config.time_batch_size

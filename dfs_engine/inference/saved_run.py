@@ -1,5 +1,6 @@
 """Saved weights made ready to run: the model on its device, and the data that it was trained on."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,13 +12,17 @@ from torch import Tensor
 from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.data.config import OWN_DATASETS, DataConfig
-from dfs_engine.models import MultiExitModel
+from dfs_engine.data.text import TextDataset
+from dfs_engine.evaluation.operations import count_operations
+from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.training.batches import eval_loader, to_device, worker_deaths
 from dfs_engine.training.config import DEVICES, PRECISIONS
 from dfs_engine.training.out_of_memory import batch_in_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,23 @@ class SavedRun:
         data = load_data(self.data_config, input_shape=self.model.input_shape)
         _check_classes(self.config.path, self.data_config, data, self.model, self.description)
         return data
+
+    def operations(self, data: DataSplits) -> list[int] | None:
+        """Of each exit, as `dfs info` counts them, of an image of the test data, or of a text of their mean length.
+
+        None, which the log explains, of a model with an operator that nobody has counted.
+        """
+        stock = create_model(**{**self.model.get_config(), "variant": "dense", "backend": None}, device="meta")
+        test = data.test
+        if isinstance(test, TextDataset):
+            stock.input_shape = (round(float(test.starts[-1]) / len(test)),)
+        else:
+            stock.input_shape = tuple(test[0][0].shape)
+        try:
+            return [cost.operations for cost in count_operations(stock)]
+        except NotImplementedError as error:
+            logger.warning("operations: not counted, the number of blocks stands for them (%s)", error)
+            return None
 
     def loader(self, samples: Any, batch_size: int | None = None) -> Any:
         """Batches of samples, in order."""
