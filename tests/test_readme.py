@@ -165,6 +165,7 @@ def reached(*args, **kwargs):
 WORK = (
     "training.trainer.Trainer",
     "inference.evaluate.run",
+    "inference.predict.run",
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",
