@@ -102,15 +102,15 @@ class _Measurement:
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
-        self.run_ = SavedRun(config)
-        self.data = self.run_.load_data()
+        self.saved_run = SavedRun(config)
+        self.data = self.saved_run.load_data()
         _check_num_test(config, self.data)
-        self.model = self.run_.model
-        self.prepared = self.run_.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.model = self.saved_run.model
+        self.prepared = self.saved_run.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.has_classes = self.data.num_classes > 1
 
     def run(self) -> Saved:
-        data, description = self.data, self.run_.description
+        data, description = self.data, self.saved_run.description
         outputs, metrics = {}, {}
         temperatures: list[float] | None = None
         errors: dict[str, list[float]] = {}
@@ -136,7 +136,7 @@ class _Measurement:
                 "epoch": description["epoch"],
                 "class_names": data.class_names,
                 "num_exits": self.model.num_exits,
-                "operations": self.run_.operations(data),
+                "operations": self.saved_run.operations(data),
                 **self._times(),
                 "temperatures": temperatures,
                 "calibrated_errors": {split: errors[split] for split in data.measured if split in errors},
@@ -152,7 +152,7 @@ class _Measurement:
 
     def _evaluate(self, split: str, collector: OutputCollector) -> dict[str, Any]:
         config, samples = self.config, self.data.measured[split]
-        loader = self.run_.loader(samples)
+        loader = self.saved_run.loader(samples)
         with (
             worker_deaths([loader]),
             batch_in_memory("batch_size", config.batch_size),
@@ -168,7 +168,7 @@ class _Measurement:
             return evaluate(
                 self.prepared,
                 loader,
-                self.run_.accelerator,
+                self.saved_run.accelerator,
                 channels_last=config.channels_last,
                 metrics=self.data.metrics,
                 observe=observe,
@@ -176,11 +176,11 @@ class _Measurement:
 
     def _times(self) -> dict[str, Any]:
         size = self.config.time_batch_size
-        device = self.run_.accelerator.device
+        device = self.saved_run.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_and_instructions()
         found: dict[str, Any] = {"seconds": None, "time_batch_size": size, "device": name}
         if size is not None:
-            input, _ = next(self.run_.batches(self.data.test, size))
+            input, _ = next(self.saved_run.batches(self.data.test, size))
             passes = time_exits(self.prepared, input, self.model.num_exits, progress=self.config.progress)
             found["seconds"] = [each / size for each in passes]
             found["device"] = f"{name}, {torch.get_num_threads()} threads, {self.config.precision}"

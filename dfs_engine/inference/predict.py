@@ -39,7 +39,7 @@ class PredictConfig(SavedRunConfig):
     policy: str = "max_probability"
     """Who leaves at an exit: max_probability (its class has a probability of threshold or more), entropy (of threshold
     or less, in nats) or patience (the same class from threshold exits in a row)."""
-    threshold: float | list[float] | None = None
+    threshold: float | tuple[float, ...] | None = None
     """Of the policy: a number, or a list of one for each exit but the last. Default: nobody leaves before the last
     exit, unless accuracy or budget is given."""
     accuracy: float | None = None
@@ -66,7 +66,7 @@ class PredictConfig(SavedRunConfig):
             raise ValueError(f"output: expected a file that ends in {' or '.join(_FORMATS)}, got {self.output}.")
 
 
-def _with_threshold(name: str, threshold: float | list[float]) -> Policy:
+def _with_threshold(name: str, threshold: float | tuple[float, ...]) -> Policy:
     """The policy of that name.
 
     Raises:
@@ -74,7 +74,7 @@ def _with_threshold(name: str, threshold: float | list[float]) -> Policy:
     """
     policy: Any = _POLICIES[name]
     if name == "patience":
-        if isinstance(threshold, list) or not float(threshold).is_integer():
+        if isinstance(threshold, tuple) or not float(threshold).is_integer():
             raise ValueError(
                 f"threshold: expected a whole number of exits with policy=patience, got {threshold}. Give 2, or more."
             )
