@@ -164,7 +164,8 @@ def reached(*args, **kwargs):
 
 WORK = (
     "training.trainer.Trainer",
-    "training.evaluate.run",
+    "inference.evaluate.run",
+    "inference.predict.run",
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",

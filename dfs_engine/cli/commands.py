@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = _parse(line)
         return _COMMANDS[line[0]](values, line)
+    except BrokenPipeError:  # who reads has enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
     except MemoryError as error:
         fail(str(error) or "the memory does not suffice", 1)
     except KeyboardInterrupt as error:
@@ -171,30 +174,95 @@ def _train(command: Command, values: Any, line: list[str]) -> int:
     return 0
 
 
-def _eval(command: Command, values: Any, line: list[str]) -> int:
+def _with_data_of_run(command: Command, values: Any, line: list[str]) -> Any:
+    """The configuration of a line whose default data are those of the run that it names."""
     from dfs_engine.data.config import is_option_of
-    from dfs_engine.data.normalization import Normalization
-    from dfs_engine.training import evaluate
     from dfs_engine.training.weights import read_description
 
+    trained_on = read_description(values.path)["data"]
+    by_run = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
+    is_named = any(word.partition("=")[0] == "--data.name" for word in line)
+    dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
+    flags = [
+        f"--data.{option}={value}"
+        for option, value in trained_on.items()
+        if value is not None and option not in by_run and is_option_of(option, dataset)
+    ]
+    return command.config_of(_parse([line[0], *flags, *line[1:]]))
+
+
+def _eval(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.data.normalization import Normalization
+    from dfs_engine.inference import evaluate
+    from dfs_engine.inference.per_sample import is_per_sample_file
+
     with input_errors(RuntimeError):
-        # The data of the run are the defaults, which this command line's flags override.
-        trained_on = read_description(values.path)["data"]
-        by_eval = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
-        is_named = any(word.partition("=")[0] == "--data.name" for word in line)
-        dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
-        flags = [
-            f"--data.{option}={value}"
-            for option, value in trained_on.items()
-            if value is not None and option not in by_eval and is_option_of(option, dataset)
-        ]
-        values = _parse([line[0], *flags, *line[1:]])
-        result = evaluate.run(command.config_of(values))
+        alone = is_per_sample_file(values.path)
+        result = evaluate.run(command.config_of(values) if alone else _with_data_of_run(command, values, line))
     model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
     _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
     _print_further(result["further"])
+    _print_exits(result)
+    _print_budgets(result)
     if result["normalization"] is not None:
         print(f"images normalised by {Normalization(**result['normalization'])}")
+    print(f"results: {', '.join(result['files'])}")
+    write_json(values.json, result)
+    return 0
+
+
+def _print_exits(result: dict[str, Any]) -> None:
+    """What each exit costs, and how far its confidence can be believed."""
+    calibration = result["calibration"].get("test")
+    if calibration is None:
+        return
+    columns = [
+        ("operations, M", result["operations"], 1e-6, "{:.2f}"),
+        ("ms", result["seconds"], 1e3, "{:.3f}"),
+        ("ECE %", [each["ece"] for each in calibration], 1, "{:.2f}"),
+        ("temperature", [each["temperature"] for each in calibration], 1, "{:.3f}"),
+        ("ECE % at it", [each["ece_at_temperature"] for each in calibration], 1, "{:.2f}"),
+    ]
+    shown = [column for column in columns if column[1] and None not in column[1]]
+    rows = [
+        [str(index + 1), *(form.format(unit * values[index]) for _, values, unit, form in shown)]
+        for index in range(result["num_exits"])
+    ]
+    _print_table("what a sample costs, and the calibration error", ["exit", *(column[0] for column in shown)], rows)
+
+
+def _print_budgets(result: dict[str, Any]) -> None:
+    if result["budgeted"] is None:
+        print(f"left out: {result['left_out']}")
+        return
+    cost, title, unit = ("operations", "operations, M", 1e-6) if result["operations"] else ("blocks", "blocks", 1.0)
+    headings = ["p", "accuracy %", f"mean {title}", "leave at each exit, %"]
+    rows = [
+        [
+            f"{point['p']:.2f}",
+            f"{point['accuracy']:.2f}",
+            f"{unit * point[cost]:.2f}",
+            " ".join(f"{100 * share:3.0f}" for share in point["exits"]),
+        ]
+        for point in result["budgeted"][3::4]
+    ]
+    _print_table("budgeted batch classification, thresholds from held-out samples", headings, rows)
+
+
+def _predict(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.inference import predict
+
+    with input_errors(RuntimeError):
+        result = predict.run(_with_data_of_run(command, values, line))
+    if result["output"] is None:
+        columns = list(result["predictions"][0])
+        print("\t".join(columns))
+        for row in result["predictions"]:
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    else:
+        counts = ", ".join(f"exit {index} {count}" for index, count in enumerate(result["exits"], start=1))
+        skipped = f"; {result['num_skipped']} skipped, which cannot be read" if result["num_skipped"] else ""
+        print(f"{result['output']}: {len(result['predictions'])} predictions ({counts}){skipped}")
     write_json(values.json, result)
     return 0
 
@@ -308,11 +376,42 @@ _COMMANDS = {
     ),
     "eval": Command(
         "measure saved weights, exit by exit",
-        "Measures every exit and the ensemble (the mean of all exits' logits) of saved weights on test images.",
-        "  dfs eval runs/first\n  dfs eval model.safetensors --data.root DIR --json result.json",
-        "dfs_engine.training.evaluate:EvalConfig",
+        "Measures every exit and the ensemble (the mean of all exits' logits) of saved weights on the test samples:"
+        " accuracy, loss, calibration error and operations. Where the run kept samples out of training"
+        " (data.val_fraction), also a temperature for each exit, and the accuracy for each of 40 budgets of mean"
+        " operations (budgeted batch classification), whose thresholds come from those samples, never from the test."
+        " Writes tables, a picture, and what every exit says of every sample, from which `dfs eval"
+        " per_sample.safetensors` makes them anew.",
+        "  dfs eval runs/first\n  dfs eval model.safetensors --data.root DIR --json result.json\n"
+        "  dfs eval runs/first --curve flops-vs-acc.csv --time_batch_size 1\n"
+        "  dfs eval runs/first/eval/per_sample.safetensors --output again",
+        "dfs_engine.inference.evaluate:EvalConfig",
         run=_eval,
-        places={"path": (Path, "A run folder, or the model.safetensors of one.")},
+        places={
+            "path": (
+                Path,
+                "A run folder, its model.safetensors, or the per_sample.safetensors of an earlier `dfs eval`.",
+            )
+        },
+    ),
+    "predict": Command(
+        "classify images or texts of your own",
+        "Classifies an image, a folder of images, or the texts in a file, and says of each the class, the exit taken"
+        " and the probability. They are prepared as the run's test samples were. With a threshold, or with thresholds"
+        " found on the samples that the run kept out of training, each leaves at the first exit that is sure enough.",
+        "  dfs predict runs/first photos\n  dfs predict runs/first photo.png --threshold 0.9\n"
+        "  dfs predict runs/first photos --budget 0.5 --output classes.csv\n"
+        "  dfs predict runs/sst2 reviews.txt --policy entropy --accuracy 0.9 --output classes.jsonl",
+        "dfs_engine.inference.predict:PredictConfig",
+        run=_predict,
+        places={
+            "path": (Path, "A run folder, or the model.safetensors of one."),
+            "input": (
+                Path,
+                "An image, a folder of images, or texts: a .txt file with one in each line, or a .csv, .tsv, .jsonl or"
+                " .parquet file with the run's text columns.",
+            ),
+        },
     ),
     "compare": Command(
         "train a list of methods and variants under one recipe, into one table",

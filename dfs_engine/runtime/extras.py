@@ -13,7 +13,7 @@ EXTRAS = {
     "text": ("transformers", "datasets", "pyarrow", "sklearn", "scipy"),
     "train": (
         "accelerate", "filelock", "jsonargparse", "matplotlib", "yaml", "rich", "safetensors", "sklearn", "tensorboard",
-        "tqdm",
+        "torchmetrics", "tqdm",
     ),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
