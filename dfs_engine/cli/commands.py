@@ -212,6 +212,16 @@ _BENCH = {
         "dfs_engine.benchmarks.ops:BenchOpsConfig",
         _show_table,
     ),
+    "gradients": Command(
+        "time each exit's own gradient",
+        "Times the gradient of every exit by itself, which methods such as PCGrad need, by this engine, by one call of"
+        " torch.autograd.grad an exit and by torchjd, interleaved.",
+        "  dfs bench gradients --model vgg7_64 --batch-size 32\n"
+        "  dfs bench gradients --model msdnet_cifar --exit-gradients own,whole --forms autograd,dfs\n"
+        "  dfs bench gradients --layouts channels_last --output gradients.csv",
+        "dfs_engine.benchmarks.gradients:BenchGradientsConfig",
+        _show_table,
+    ),
     "plot": Command(
         "draw the measurements",
         "Draws what `dfs bench train` and `dfs bench ops` measured, from their CSV files.",
