@@ -6,8 +6,8 @@ backwards over one graph, which together cost (K + 1) / 2 whole ones where all b
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,81 @@ def weighted_sum(rows: Sequence[Row], weights: Sequence[float], parameters: Sequ
                 combined.add_(gradient, alpha=weight)
         total.append(combined)
     return total
+
+
+def rows_by_block(
+    model: MultiExitModel, run: Callable[[], Sequence[Tensor]]
+) -> Iterator[tuple[list[nn.Parameter], list[Row]]]:
+    """Every exit's gradient by what the exits share, block after block, the deepest first.
+
+    One block's gradients are held at a time, and of each exit its gradient by what the block reads: so an inner product
+    needs no K gradients of all parameters. What a model has outside its blocks (exits attached to a backbone), or in
+    several of them, comes as one block of everything.
+
+    Args:
+        run: runs the model and returns the loss of each exit, shallow to deep.
+
+    Yields:
+        The trainable parameters of a block, and a row of each exit with an entry for each of them.
+    """
+    blocks = [[parameter for parameter in block.parameters() if parameter.requires_grad] for block in _blocks(model)]
+    reads: dict[int, list[Tensor]] = {}
+
+    def see(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, input: tuple[Any, ...]) -> None:
+            reads[index] = [value for value in input if isinstance(value, Tensor) and value.requires_grad]
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(_blocks(model)):
+            if index > 0:
+                hooks.callback(block.register_forward_pre_hook(see(index)).remove)
+        losses: list[Any] = list(run())
+    if not blocks:
+        shared = _shared_parameters(model)
+        yield shared, exit_gradients(losses, shared)
+        return
+    # Of each exit: (what the block above reads, gradient by it).
+    arriving: list[list[tuple[Tensor, Tensor]]] = [[] for _ in losses]
+    for index in reversed(range(len(blocks))):
+        parameters, read = blocks[index], reads.get(index, [])
+        rows: list[Row] = [[None] * len(parameters) for _ in losses]
+        for exit in reversed(range(index, len(losses))):  # this block's own one frees the graph
+            is_own = exit == index
+            arrived = [(losses[exit], torch.ones_like(losses[exit]))] if is_own else arriving[exit]
+            found: Sequence[Tensor | None] = []
+            if arrived and arrived[0][0].requires_grad and (parameters or read):
+                outputs, gradients = zip(*arrived, strict=True)
+                wanted = [*parameters, *read]
+                found = torch.autograd.grad(outputs, wanted, gradients, retain_graph=not is_own, allow_unused=True)
+                rows[exit] = list(found[: len(parameters)])
+            by_read = zip(read, found[len(parameters) :], strict=False)
+            arriving[exit] = [(tensor, gradient) for tensor, gradient in by_read if gradient is not None]
+        losses[index] = None
+        yield parameters, rows
+
+
+def _blocks(model: MultiExitModel) -> list[nn.Module]:
+    """The blocks, if they hold what the exits share and each its own; else none."""
+    blocks = list(getattr(model, "blocks", []))
+    held = [id(parameter) for block in blocks for parameter in block.parameters()]
+    return blocks if set(held) == set(map(id, _shared_parameters(model, False))) and len(held) == len(set(held)) else []
+
+
+def _shared_parameters(model: MultiExitModel, trainable: bool = True) -> list[nn.Parameter]:
+    heads = {id(parameter) for index in range(model.num_exits) for parameter in model.exit_parameters(index)}
+    parameters = (parameter for parameter in model.parameters() if parameter.requires_grad or not trainable)
+    return [parameter for parameter in parameters if id(parameter) not in heads]
+
+
+def gramian_by_block(model: MultiExitModel, run: Callable[[], Sequence[Tensor]]) -> Tensor:
+    """`gramian` of what the exits share, without ever holding all of their gradients.
+
+    Args:
+        run: as in `rows_by_block`.
+    """
+    return torch.stack([gramian(rows).cpu() for _, rows in rows_by_block(model, run)]).sum(0)
 
 
 class Piece(NamedTuple):
