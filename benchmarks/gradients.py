@@ -354,7 +354,7 @@ def _cells(found: Measurements, row: Measurement) -> list[object]:
     case, total = _case_of(row), row[TOTAL]
     times = (f"{row[phase].median * 1e3:.0f} / {row[phase].min * 1e3:.0f}" for phase in ("forward", "gradients", TOTAL))
     flops = row.flops_of("forward") + row.flops_of("gradients")
-    ratios = []
+    ratios: list[str] = []
     for ratio in _ratios(found, row):
         text = "-" if ratio is None else f"{ratio['median']:.2f} / {ratio['min']:.2f}"
         ratios.append(text if ratio is None or ratios else f"{text} ({ratio['flops']:.2f})")

@@ -120,24 +120,29 @@ def _train(command: Command, values: Any, line: list[str]) -> int:
     return 0
 
 
-def _eval(command: Command, values: Any, line: list[str]) -> int:
+def _with_data_of(path: Path, values: Any, line: list[str]) -> Any:
+    """The flags again, with the data of a run as defaults, which this command line's flags override."""
     from dfs_engine.data.config import is_option_of
-    from dfs_engine.data.normalization import Normalization
-    from dfs_engine.training import evaluate
     from dfs_engine.training.weights import read_description
 
+    trained_on = read_description(path)["data"]
+    not_asked = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
+    is_named = any(word.partition("=")[0] == "--data.name" for word in line)
+    dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
+    flags = [
+        f"--data.{option}={value}"
+        for option, value in trained_on.items()
+        if value is not None and option not in not_asked and is_option_of(option, dataset)
+    ]
+    return _parse([line[0], *flags, *line[1:]])
+
+
+def _eval(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.data.normalization import Normalization
+    from dfs_engine.training import evaluate
+
     with input_errors(RuntimeError):
-        # The data of the run are the defaults, which this command line's flags override.
-        trained_on = read_description(values.path)["data"]
-        by_eval = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
-        is_named = any(word.partition("=")[0] == "--data.name" for word in line)
-        dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
-        flags = [
-            f"--data.{option}={value}"
-            for option, value in trained_on.items()
-            if value is not None and option not in by_eval and is_option_of(option, dataset)
-        ]
-        values = _parse([line[0], *flags, *line[1:]])
+        values = _with_data_of(values.path, values, line)
         result = evaluate.run(command.config_of(values))
     model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
     _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
@@ -145,6 +150,24 @@ def _eval(command: Command, values: Any, line: list[str]) -> int:
     if result["normalization"] is not None:
         print(f"images normalised by {Normalization(**result['normalization'])}")
     write_json(values.json, result)
+    return 0
+
+
+def _conflicts(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.training import conflicts
+
+    with input_errors(RuntimeError):
+        if values.paths:
+            values = _with_data_of(values.paths[0], values, line)
+        report = conflicts.run(command.config_of(values))
+    for one in report.measured:
+        _print_table(f"{one.source}: {one.title}, on {report.data}", *conflicts.summary_table(one.pairs))
+    print(
+        "shared: (weight, pair of exits) in which some element gets gradient from both; disjoint: none does. "
+        "The cosines are of the shared ones."
+    )
+    print(f"written: {', '.join(map(str, report.files))}")
+    write_json(values.json, report.to_json())
     return 0
 
 
@@ -260,6 +283,19 @@ _COMMANDS = {
         "dfs_engine.training.evaluate:EvalConfig",
         run=_eval,
         places={"path": (Path, "A run folder, or the model.safetensors of one.")},
+    ),
+    "conflicts": Command(
+        "measure how far the exits' gradients are in conflict",
+        "Compares the gradients of every two exits' losses, weight by weight, on training batches: their cosine, the"
+        " share of batches in which it is negative, and whether the two share any element, which surgery's parts do"
+        " not. Writes conflicts.csv and heat maps. Of several weights also how it goes; `dfs train --conflicts_every 1`"
+        " records that of one run. Without a path: a new model, by the --model flags.",
+        "  dfs conflicts runs/first\n"
+        "  dfs conflicts runs/dense runs/dfs --batches 4 --json conflicts.json\n"
+        "  dfs conflicts --model.name vgg7_64 --model.variant dense --data.name digits",
+        "dfs_engine.training.conflicts:ConflictsConfig",
+        run=_conflicts,
+        places={"paths": (list[Path], "Run folders, or the model.safetensors of some; the first one's data are read.")},
     ),
     "convert": Command(
         "read or write a checkpoint of the published code",

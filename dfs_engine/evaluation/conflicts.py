@@ -14,7 +14,7 @@ from dfs_engine.models.multi_exit import MultiExitModel, run_model
 from dfs_engine.nn import exit_loss
 
 LEVELS = ("network", "block", "parameter")
-KINDS = ("shared", "parts")
+KINDS = ("shared", "disjoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class PairConflict:
         level: "parameter", "block" (all parameters of one as one vector) or "network" (all that the exits share).
         block: its name, "block 3"; "" of the network. parameter: its name; "" above that level.
         exit, other: the exits' numbers, from 1, the shallower first.
-        kind: "parts": no element gets gradient from both, as surgery makes it, so that they cannot be in conflict;
-            "shared": some do.
+        kind: "disjoint": no element gets gradient from both, so that they cannot be in conflict. That is what surgery
+            makes of its parts; a net without surgery has it where an exit does not read what its block makes (MSDNet's
+            finest scales). "shared": some elements do.
         cosine: mean over the batches.
         negative: share of the batches in which it is negative.
         overlap: share of the elements with gradient from both among those with gradient from either, in the batch where
@@ -82,7 +83,8 @@ class _Products:
     @classmethod
     def of(cls, column: Sequence[Tensor | None], reaching: Tensor) -> "_Products":
         nonzero = [None if gradient is None else (gradient != 0).to(gradient.dtype) for gradient in column]
-        return cls(*(gramian([[one] for one in rows]).cpu() for rows in (column, nonzero)), reaching)
+        products, both = (gramian([[one] for one in rows]).cpu() for rows in (column, nonzero))
+        return cls(products, both, reaching)
 
     def __add__(self, other: "_Products") -> "_Products":
         return _Products(self.gramian + other.gramian, self.both + other.both, self.reaching | other.reaching)
@@ -127,7 +129,7 @@ def measure_conflicts(
         classifier has no pair.
 
     Raises:
-        ValueError: one exit alone, or no batch.
+        ValueError: one exit alone, no batch, or nothing that two exits run through and one trains.
     """
     check_has_conflicts(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -142,7 +144,10 @@ def measure_conflicts(
             on_batch()
     if num_batches == 0:
         raise ValueError("batches: expected one or more batches to measure conflicts on, got none.")
-    return list(_pairs(measured, list(names.values())))
+    pairs = list(_pairs(measured, list(names.values())))
+    if not pairs:
+        raise ValueError("model: expected exits that share trainable weights, got none that two exits train.")
+    return pairs
 
 
 def _add_batch(
@@ -154,7 +159,9 @@ def _add_batch(
     reaching: dict[int, Tensor],
 ) -> None:
     def run() -> list[Tensor]:
-        return [exit_loss(logits.float(), target) for logits in run_model(model, input)]
+        # Off bf16, as trainers do.
+        logits = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in run_model(model, input)]
+        return [exit_loss(one, target) for one in logits]
 
     network: _Products | None = None
     blocks: dict[str, _Products] = {}
@@ -193,7 +200,7 @@ def _pairs(measured: _Measured, names: list[str]) -> Iterator[PairConflict]:
                 *key,
                 exit=index + 1,
                 other=other + 1,
-                kind="shared" if overlap > 0 else "parts",
+                kind="shared" if overlap > 0 else "disjoint",
                 cosine=sums.cosine[index, other].item() / count,
                 negative=sums.negative[index, other].item() / count,
                 overlap=overlap,
@@ -201,7 +208,7 @@ def _pairs(measured: _Measured, names: list[str]) -> Iterator[PairConflict]:
 
 
 def block_of(parameter: str) -> str:
-    """A parameter's block, by its name: "block 1" of "blocks.0.conv.weight"; of another, what is before its last dot."""
+    """A parameter's block, by its name: "block 1" of "blocks.0.bn.weight"; of others what is before the last dot."""
     first, *rest = parameter.split(".")
     if first == "blocks" and rest and rest[0].isdigit():
         return f"block {int(rest[0]) + 1}"
@@ -231,14 +238,14 @@ class ConflictSummary:
 
     Attributes:
         name: of a block, or "network".
-        num_shared, num_parts: (parameter, pair of exits) whose gradients meet in some element, and in none.
+        num_shared, num_disjoint: (parameter, pair of exits) whose gradients meet in some element, and in none.
         negative: share of negative cosines among the former, over all batches; NaN where there is none.
         cosine: the mean of theirs. lowest: the least of theirs, with its `exit` and `other`; None: none.
     """
 
     name: str
     num_shared: int
-    num_parts: int
+    num_disjoint: int
     negative: float
     cosine: float
     lowest: PairConflict | None
