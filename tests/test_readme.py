@@ -165,10 +165,12 @@ def reached(*args, **kwargs):
 WORK = (
     "training.trainer.Trainer",
     "training.evaluate.run",
+    "training.conflicts.run",
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",
     "runtime.doctor.report",
+    "benchmarks.gradients.run",
     "benchmarks.ops.run",
     "benchmarks.plot.run",
     "benchmarks.train.run",

@@ -209,7 +209,7 @@ class TrainConfig:
         if self.conflicts_every and self.compile:
             raise ValueError(
                 f"conflicts_every: expected 0 with compile=true, got {self.conflicts_every}: a compiled backward "
-                "computes all exits' gradients at once. Leave one of both out; `dfs conflicts` measures the saved weights."
+                "computes all exits' gradients at once. Leave one out; `dfs conflicts` measures the saved weights."
             )
         if self.data.name in TEXT_DATASETS and self.data.tokenizer is None:
             object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.pretrained))

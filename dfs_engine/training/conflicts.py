@@ -151,8 +151,8 @@ def run(config: ConflictsConfig) -> ConflictsReport:
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    for path in config.paths:
-        read_description(path)  # before any of them is measured
+    for given in config.paths:
+        read_description(given)  # before any of them is measured
     device = accelerator_for(config.device, "fp32").device
     data: DataSplits | None = None
     measured: list[Measured] = []
