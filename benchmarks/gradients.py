@@ -263,7 +263,7 @@ class _Builder:
         training steps, a case is refused if it fails on every draw of the inputs.
         """
         batch_size = min(self.config.batch_size, _GATE_BATCH)
-        for case in cases:
+        for case in sorted(cases, key=lambda case: case[1:]):
             exact, *_ = self._errors(case, torch.float64, batch_size)
             if exact > TOLERANCES[torch.float64].rms_ratio:
                 raise RuntimeError(_breach(case, "float64, by aten,", exact))
@@ -287,10 +287,14 @@ class _Builder:
         return errors[0], errors[1]
 
     def _results(self, case: GradientCase, dtype: torch.dtype, batch_size: int) -> list[Tensor]:
-        key = (case, dtype)
-        if key not in self._known:
-            self._known[key] = self.build(case, dtype, batch_size).results()
-        return self._known[key]
+        """Those of autograd, which several cases are compared with, are kept until another routing's are asked for."""
+        if case.form != "autograd":
+            return self.build(case, dtype, batch_size).results()
+        if any(known != case for known, _ in self._known):
+            self._known.clear()
+        if (case, dtype) not in self._known:
+            self._known[case, dtype] = self.build(case, dtype, batch_size).results()
+        return self._known[case, dtype]
 
 
 def _breach(case: GradientCase, dtype: str, error: float) -> str:
@@ -355,6 +359,21 @@ _HEADER = (
 def gradients_table(found: Measurements) -> Iterator[str]:
     """A row for each case, and what it gains on both stock forms, slower ones included."""
     yield from markdown.table(_HEADER, (_cells(found, row) for row in found.ranked()))
+
+
+def gradients_section(path: Path) -> Iterator[str]:
+    """The table of one file."""
+    found = Measurements.read(path)
+    if not found:
+        return
+    first = found[0]
+    yield (
+        f"Every exit's gradient, {first.model}, input {first.shape}, fp32, beta {first.beta:g}; forward and gradients in "
+        f"ms, median / minimum. {first.conditions}; {markdown.link(path, path.parents[1])}."
+    )
+    yield ""
+    yield from gradients_table(found)
+    yield ""
 
 
 def _cells(found: Measurements, row: Measurement) -> list[object]:
