@@ -368,7 +368,7 @@ def gradients_section(path: Path) -> Iterator[str]:
         return
     first = found[0]
     yield (
-        f"Every exit's gradient, {first.model}, input {first.shape}, fp32, beta {first.beta:g}; forward and gradients in "
+        f"Every exit's gradient, {first.model}, input {first.shape}, fp32, beta {first.beta:g}; forward, gradients in "
         f"ms, median / minimum. {first.conditions}; {markdown.link(path, path.parents[1])}."
     )
     yield ""

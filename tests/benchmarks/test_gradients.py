@@ -23,9 +23,7 @@ def forms():
 def test_every_case_is_timed_and_stays_in_the_table(forms, tmp_path):
     path = tmp_path / "results" / "gradients_vgg7_64.csv"
     path.parent.mkdir()
-    config = BenchGradientsConfig(
-        **TINY, forms=forms, exit_gradients="own,whole", allocators="stock", output=str(path)
-    )
+    config = BenchGradientsConfig(**TINY, forms=forms, exit_gradients="own,whole", allocators="stock", output=str(path))
     report = run(config)
     cases = {(row.backend_used, row.mode, row.layout) for row in report.rows}
     assert cases == {
@@ -54,7 +52,7 @@ def test_nothing_is_timed_where_the_gradients_differ(monkeypatch):
 
     monkeypatch.setattr(ExitGradientsOf, "results", wrong)
     monkeypatch.setattr(gradients, "measure_phases", lambda *args, **options: pytest.fail("it was timed"))
-    with pytest.raises(RuntimeError, match="bench gradients: expected dfs/own/nchw/stock in float64"):
+    with pytest.raises(RuntimeError, match="bench gradients: expected dfs/own/channels_last/stock in float64"):
         run(BenchGradientsConfig(**TINY, forms="dfs"))
 
 
