@@ -7,6 +7,7 @@ nothing else is touched.
 from collections.abc import Iterator
 from pathlib import Path
 
+from dfs_engine.benchmarks.gradients import gradients_section
 from dfs_engine.benchmarks.markdown import fill, link, table
 from dfs_engine.benchmarks.measure import TOTAL
 from dfs_engine.benchmarks.results import Measurements, compare_file
@@ -95,6 +96,9 @@ def results_blocks(results: Path) -> dict[str, Iterator[str]]:
         "missing": missing_section(results),
         "train": (line for path in steps for line in train_section(path)),
         "families": families_section(others),
+        "gradients": (
+            line for name in ("vgg7_64", "msdnet") for line in gradients_section(results / f"gradients_{name}.csv")
+        ),
         "ops": ops_section(results / "ops_fp32.csv"),
         "losses": losses_section(results / "ops_fp32.csv"),
         "accuracy": accuracy_section(results),

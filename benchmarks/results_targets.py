@@ -22,6 +22,11 @@ COMMANDS = {
     "train_vgg7_64_breakdown.csv": (
         "dfs bench train --variants dense,dfs --dtypes fp32 --compile off --layouts channels_last --breakdown true"
     ),
+    "gradients_vgg7_64.csv": "dfs bench gradients --batch-size 32",
+    "gradients_msdnet.csv": (
+        "dfs bench gradients --model msdnet_cifar --exit-gradients own,whole --batch-size 8 --layouts channels_last "
+        "--allocators stock"
+    ),
     "ops_fp32.csv": "dfs bench ops",
     "ops_beta.csv": (
         "dfs bench ops --ops conv2d,linear --shapes 'vgg7/*,msdnet/*,vit_tiny/*,bert/*' --backends dense,aten,cpp "

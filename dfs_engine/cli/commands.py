@@ -174,21 +174,21 @@ def _train(command: Command, values: Any, line: list[str]) -> int:
     return 0
 
 
-def _with_data_of_run(command: Command, values: Any, line: list[str]) -> Any:
-    """The configuration of a line whose default data are those of the run that it names."""
+def _with_data_of(path: Path, values: Any, line: list[str]) -> Any:
+    """The flags again, with the data of a run as defaults, which this command line's flags override."""
     from dfs_engine.data.config import is_option_of
     from dfs_engine.training.weights import read_description
 
-    trained_on = read_description(values.path)["data"]
-    by_run = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
+    trained_on = read_description(path)["data"]
+    not_asked = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
     is_named = any(word.partition("=")[0] == "--data.name" for word in line)
     dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
     flags = [
         f"--data.{option}={value}"
         for option, value in trained_on.items()
-        if value is not None and option not in by_run and is_option_of(option, dataset)
+        if value is not None and option not in not_asked and is_option_of(option, dataset)
     ]
-    return command.config_of(_parse([line[0], *flags, *line[1:]]))
+    return _parse([line[0], *flags, *line[1:]])
 
 
 def _eval(command: Command, values: Any, line: list[str]) -> int:
@@ -198,7 +198,7 @@ def _eval(command: Command, values: Any, line: list[str]) -> int:
 
     with input_errors(RuntimeError):
         alone = is_per_sample_file(values.path)
-        result = evaluate.run(command.config_of(values) if alone else _with_data_of_run(command, values, line))
+        result = evaluate.run(command.config_of(values if alone else _with_data_of(values.path, values, line)))
     model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
     _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
     _print_further(result["further"])
@@ -253,7 +253,7 @@ def _predict(command: Command, values: Any, line: list[str]) -> int:
     from dfs_engine.inference import predict
 
     with input_errors(RuntimeError):
-        result = predict.run(_with_data_of_run(command, values, line))
+        result = predict.run(command.config_of(_with_data_of(values.path, values, line)))
     if result["output"] is None:
         columns = list(result["predictions"][0])
         print("\t".join(columns))
@@ -264,6 +264,24 @@ def _predict(command: Command, values: Any, line: list[str]) -> int:
         skipped = f"; {result['num_skipped']} skipped, which cannot be read" if result["num_skipped"] else ""
         print(f"{result['output']}: {len(result['predictions'])} predictions ({counts}){skipped}")
     write_json(values.json, result)
+    return 0
+
+
+def _conflicts(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.training import conflicts
+
+    with input_errors(RuntimeError):
+        if values.paths:
+            values = _with_data_of(values.paths[0], values, line)
+        report = conflicts.run(command.config_of(values))
+    for one in report.measured:
+        _print_table(f"{one.source}: {one.title}, on {report.data}", *conflicts.summary_table(one.pairs))
+    print(
+        "shared: (weight, pair of exits) in which some element gets gradient from both; disjoint: none does. "
+        "The cosines are of the shared ones."
+    )
+    print(f"written: {', '.join(map(str, report.files))}")
+    write_json(values.json, report.to_json())
     return 0
 
 
@@ -329,6 +347,16 @@ _BENCH = {
         "Times forward and backward of single ops on the shapes of VGG, ResNet, MSDNet, ViT and BERT, interleaved.",
         "  dfs bench ops --quick\n  dfs bench ops --ops conv2d --shapes 'vgg7/*' --beta .1,.5,.9 --output ops.csv",
         "dfs_engine.benchmarks.ops:BenchOpsConfig",
+        _show_table,
+    ),
+    "gradients": Command(
+        "time each exit's own gradient",
+        "Times the gradient of every exit by itself, which methods such as PCGrad need, by this engine, by one call of"
+        " torch.autograd.grad an exit and by torchjd, interleaved.",
+        "  dfs bench gradients --model vgg7_64 --batch-size 32\n"
+        "  dfs bench gradients --model msdnet_cifar --exit-gradients own,whole --forms autograd,dfs\n"
+        "  dfs bench gradients --layouts channels_last --output gradients.csv",
+        "dfs_engine.benchmarks.gradients:BenchGradientsConfig",
         _show_table,
     ),
     "plot": Command(
@@ -435,6 +463,19 @@ _COMMANDS = {
         "Trains a recipe with several values of one option, and draws what that does to every exit.",
         "  dfs sweep beta --config digits_vgg7_dfs --epochs 3 --output runs/beta",
         subcommands=_SWEEP,
+    ),
+    "conflicts": Command(
+        "measure how far the exits' gradients are in conflict",
+        "Compares the gradients of every two exits' losses, weight by weight, on training batches: their cosine, the"
+        " share of batches in which it is negative, and whether the two share any element, which surgery's parts do"
+        " not. Writes conflicts.csv and heat maps. Of several weights also how it goes; `dfs train --conflicts_every 1`"
+        " records that of one run. Without a path: a new model, by the --model flags.",
+        "  dfs conflicts runs/first\n"
+        "  dfs conflicts runs/dense runs/dfs --batches 4 --json conflicts.json\n"
+        "  dfs conflicts --model.name vgg7_64 --model.variant dense --data.name digits",
+        "dfs_engine.training.conflicts:ConflictsConfig",
+        run=_conflicts,
+        places={"paths": (list[Path], "Run folders, or the model.safetensors of some; the first one's data are read.")},
     ),
     "convert": Command(
         "read or write a checkpoint of the published code",

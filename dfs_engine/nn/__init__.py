@@ -9,7 +9,7 @@ from dfs_engine.nn.exit_head import Exit, ExitHead, TokenHead
 from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears
 from dfs_engine.nn.loss import exit_loss, smooth_labels
-from dfs_engine.nn.norm_act import ConvNormReLU, NormAct2d, apply_norm_relu, produce_readings
+from dfs_engine.nn.norm_act import ConvNormReLU, NormAct2d, apply_norm_relu, produce_from, produce_readings
 from dfs_engine.nn.norm_linear import PartitionedLayerNorm, apply_norm_linear
 from dfs_engine.nn.reading import (
     Columns,
@@ -57,6 +57,7 @@ __all__ = [
     "map_channels",
     "multiply",
     "partition_layer",
+    "produce_from",
     "produce_readings",
     "readings",
     "select_rows",
