@@ -144,15 +144,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> str:
     """
     if query.dtype != torch.bfloat16 or query.device.type != "cpu" or backends.unavailable_reason("cpp") is not None:
         return "fused"
-    if _is_bfloat16_emulated():
+    if _bfloat16_is_emulated:
         return "float"
     is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return "plain" if is_training and key.size(-2) <= _PLAIN_TOKENS else "fused"
-
-
-@torch.compiler.assume_constant_result
-def _is_bfloat16_emulated() -> bool:
-    return _computes_in_float(torch.bfloat16)
 
 
 def norm_act_backend(z: Tensor, residual: Tensor | None, pool: bool, request: str | None) -> str:
@@ -183,6 +178,10 @@ def _computes_in_float(dtype: torch.dtype) -> bool:
     from dfs_engine import _C
 
     return dtype == torch.float32 or str(dtype).removeprefix("torch.") in _C.emulated_dtypes()
+
+
+# Looked up at import, because torch.compile traces what reads it.
+_bfloat16_is_emulated = backends.unavailable_reason("cpp") is None and _computes_in_float(torch.bfloat16)
 
 
 def _is_winograd(weight_size: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:

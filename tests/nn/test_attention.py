@@ -25,7 +25,7 @@ def heads(tokens: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [1, 19])
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_is_its_definition(queries, masked, dtype, emulated, p, monkeypatch):
-    monkeypatch.setattr(choice, "_is_bfloat16_emulated", lambda: emulated)
+    monkeypatch.setattr(choice, "_bfloat16_is_emulated", emulated)
     inputs = heads(queries, 8, dtype), heads(19, 8, dtype), heads(19, 6, dtype)
     mask = (torch.arange(19) < torch.tensor([19, 7, 1])[:, None])[:, None, None] if masked else None
     seed = int(torch.randint(2**31, ()))
@@ -85,7 +85,7 @@ def test_otherwise_it_is_stock_attention(drop):
     ],
 )
 def test_the_form_in_bf16_depends_on_length_and_machine(tokens, training, emulated, expected, monkeypatch):
-    monkeypatch.setattr(choice, "_is_bfloat16_emulated", lambda: emulated)
+    monkeypatch.setattr(choice, "_bfloat16_is_emulated", emulated)
     inputs = [torch.empty(1, 2, tokens, 4, dtype=torch.bfloat16, requires_grad=training) for _ in range(3)]
     assert choice.attention(*inputs) == expected
     assert choice.attention(*(tensor.float() for tensor in inputs)) == "fused"
