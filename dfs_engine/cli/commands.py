@@ -123,8 +123,8 @@ def _train(command: Command, values: Any, line: list[str]) -> int:
 def _eval(command: Command, values: Any, line: list[str]) -> int:
     from dfs_engine.data.config import is_option_of
     from dfs_engine.data.normalization import Normalization
+    from dfs_engine.models.weights import read_description
     from dfs_engine.training import evaluate
-    from dfs_engine.training.weights import read_description
 
     with input_errors(RuntimeError):
         # The data of the run are the defaults, which this command line's flags override.

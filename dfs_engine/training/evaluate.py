@@ -90,13 +90,13 @@ def run(config: EvalConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: the weights or the data cannot be read, or do not fit each other.
     """
+    from dfs_engine.models.weights import load_model, read_description
     from dfs_engine.training.build import accelerator_for
     from dfs_engine.training.out_of_memory import batch_in_memory
-    from dfs_engine.training.weights import load_model
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    model, description = load_model(config.path)
+    model, description = load_model(config.path), read_description(config.path)
     data = load_data(_as_trained_on(config.data, description["data"]), input_shape=model.input_shape)
     _check_classes(config, data, model, description)
     accelerator = accelerator_for(config.device, config.precision)
