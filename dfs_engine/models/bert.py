@@ -1,5 +1,5 @@
-"""BERT, RoBERTa, ELECTRA and DistilBERT with an exit after every layer: pooler (the first token through a dense layer and
-an activation), dropout, linear; each as its model has it for classification.
+"""BERT, RoBERTa, ELECTRA and DistilBERT with an exit after every layer: pooler (the first token through a dense layer
+and an activation), dropout, linear; each as its model has it for classification.
 
 The modules are transformers' own; its layers are applied here submodule by submodule, so that a layer can read a split
 hidden state, and so that no version's call signatures matter. `models.huggingface` takes transformers' models apart and
@@ -38,7 +38,7 @@ class BertBlock(Block):
         self.layer = layer
 
     def forward(self, *input: Any, **context: Any) -> tuple:
-        """As `Block.forward`; where transformers was asked for gradient checkpointing, by recomputing in the backward."""
+        """As `Block.forward`; recomputed in the backward where transformers was asked for gradient checkpointing."""
         if not (self.training and getattr(self.layer, "gradient_checkpointing", False)):
             return super().forward(*input, **context)
         return checkpoint(super().forward, *input, use_reentrant=False, **context)

@@ -15,8 +15,8 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-A network with {{ num_exits }} exits, trained together by [Deep Feature Surgery]({{ paper }}) (ECCV 2024) with the Python package
-`dfs_engine`. Every exit is a classifier of its own: an easy input can leave at the first that is sure of it.
+A network with {{ num_exits }} exits, trained together by [Deep Feature Surgery]({{ paper }}) (ECCV 2024) with the
+Python package `dfs_engine`. Every exit is a classifier of its own: an easy input can leave at the first that is sure of it.
 
 | | |
 |---|---|
@@ -69,7 +69,7 @@ class HubModel(PyTorchModelHubMixin):
         save_model(self.model, save_directory)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # releases differ in what they pass on to the download
+    def _from_pretrained(  # releases differ in what they pass on to the download
         cls, *, model_id: str, model: MultiExitModel | None = None, config: Any = None, **options: Any
     ) -> "HubModel":
         file = model_id if Path(model_id).is_dir() else hf_hub_download(model_id, WEIGHTS_FILE, **options)

@@ -101,10 +101,11 @@ def _with_exits(base: type[PretrainedConfig]) -> Any:
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
-                f"pretrained_model_name_or_path: expected a folder that save_pretrained of a model with exits wrote, got "
-                f"one of model_type={found!r}. To start from it: create_model({base.model_type!r}, pretrained=FOLDER)."
+                "pretrained_model_name_or_path: expected a folder that save_pretrained of a model with exits wrote, "
+                f"got one of model_type={found!r}. To start from it: create_model({base.model_type!r}, "
+                "pretrained=FOLDER)."
             )
-        return super(config_class, cls).from_dict(config_dict, **kwargs)
+        return base.from_dict.__func__(cls, config_dict, **kwargs)  # type: ignore[attr-defined]
 
     members = {
         "__init__": __init__,
@@ -115,8 +116,7 @@ def _with_exits(base: type[PretrainedConfig]) -> Any:
         "to_dict": to_dict,
         "from_dict": classmethod(from_dict),
     }
-    config_class = type(f"MultiExit{base.__name__}", (base,), members)
-    return config_class
+    return type(f"MultiExit{base.__name__}", (base,), members)
 
 
 MultiExitBertConfig = _with_exits(BertConfig)
@@ -183,7 +183,6 @@ class MultiExitSentenceModel(MultiExitModel):
             config=config,
         )
         self.name = self.kind
-        self.options = {"config": {key: getattr(config, key) for key in self.config_keys}}
         convert_layers(self, fork.variant, fork.backend)
         if fork.variant == "dfs":
             convert_dropouts(self, fork.backend)
@@ -208,6 +207,10 @@ class MultiExitSentenceModel(MultiExitModel):
             return cast(Any, cls).from_pretrained(folder, config=config, **options)
         return cls(config, cls.stock_class.from_pretrained(folder, config=config, **options))
 
+    def get_config(self) -> dict[str, Any]:
+        """As `MultiExitModel.get_config`; transformers may have changed its config meanwhile."""
+        return {**super().get_config(), "config": {key: getattr(self.config, key) for key in self.config_keys}}
+
     def init_weights(self) -> None:
         """Nothing: transformers has initialised its modules, and `BertExit.fresh` the others."""
 
@@ -217,10 +220,10 @@ class MultiExitSentenceModel(MultiExitModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         cast(Any, self.blocks[0]).embeddings.word_embeddings = value
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As transformers' models, with a model card beside it where there is none."""
-        cast(Any, super()).save_pretrained(save_directory, **options)
-        if options.get("is_main_process", True):
+        cast(Any, super()).save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
             write_card(self, Path(save_directory))
 
     def forward(
@@ -347,8 +350,8 @@ for _model in MODELS.values():
 def exits_loss(label_smoothing: float = 0.0) -> Callable[..., Tensor]:
     """The sum of all exits' losses, for `Trainer(compute_loss_func=...)`.
 
-    Label smoothing has to be asked for here: with `TrainingArguments(label_smoothing_factor=...)` a Trainer computes the
-    loss of one exit alone, and the others learn nothing.
+    Label smoothing has to be asked for here: with `TrainingArguments(label_smoothing_factor=...)` a Trainer computes
+    the loss of one exit alone, and the others learn nothing.
 
     Args:
         label_smoothing: share of each target that all classes get equally.
