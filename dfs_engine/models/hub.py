@@ -15,8 +15,8 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-A network with {{ num_exits }} exits, trained together by [Deep Feature Surgery]({{ paper }}) (ECCV 2024) with the
-Python package `dfs_engine`. Every exit is a classifier of its own: an easy input can leave at the first that is sure of it.
+A network with {{ num_exits }} exits, trained together by [Deep Feature Surgery]({{ paper }}) (ECCV 2024) with `dfs_engine`.
+Every exit is a classifier of its own: an easy input can leave at the first that is sure of it.
 
 | | |
 |---|---|
