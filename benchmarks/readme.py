@@ -18,7 +18,7 @@ from dfs_engine.benchmarks.results_tables import (
     ops_section,
     train_section,
 )
-from dfs_engine.benchmarks.results_targets import missing_section, targets_section
+from dfs_engine.benchmarks.results_targets import DTYPES, missing_section, step_file, targets_section
 
 # README's name of a family, the file of its steps.
 _FAMILIES = {
@@ -88,9 +88,8 @@ def readme_blocks(results: Path) -> dict[str, Iterator[str]]:
 def results_blocks(results: Path) -> dict[str, Iterator[str]]:
     """The parts of RESULTS.md."""
     steps = [results / f"train_{name}.csv" for name in ("vgg7_64", "vgg7_64_bf16", "vgg16_64")]
-    others = [
-        results / f"train_{name}{suffix}.csv" for name in list(_FAMILIES.values())[1:] for suffix in ("", "_bf16")
-    ]
+    families = [*list(_FAMILIES.values())[1:], "bert_dropout"]
+    others = [results / step_file(name, dtype) for name in families for dtype in DTYPES]
     return {
         "targets": targets_section(results),
         "missing": missing_section(results),

@@ -1,9 +1,10 @@
 """Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
 
+from dfs_engine.nn.attention import attend
 from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.convert import convert_layers, partition_layer, to_stock
-from dfs_engine.nn.dropout import Dropout, attend, convert_dropouts
+from dfs_engine.nn.dropout import Dropout, convert_dropouts
 from dfs_engine.nn.exit_head import Exit, ExitHead, TokenHead
 from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears
