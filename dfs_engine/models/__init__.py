@@ -1,6 +1,6 @@
 """Multi-exit models: the contract, the registry, one file a family."""
 
-from dfs_engine.models import bert, msdnet, resnet, vgg, vit  # register their models
+from dfs_engine.models import msdnet, resnet, sentences, vgg, vit  # register their models
 from dfs_engine.models.attach import AttachedModel, attach_exits
 from dfs_engine.models.multi_exit import MultiExitModel
 from dfs_engine.models.official import load_official_state_dict, to_official_state_dict
@@ -13,7 +13,6 @@ __all__ = [
     "AttachedModel",
     "MultiExitModel",
     "attach_exits",
-    "bert",
     "check_model",
     "create_model",
     "list_models",
@@ -23,6 +22,7 @@ __all__ = [
     "read_description",
     "resnet",
     "save_model",
+    "sentences",
     "to_official_state_dict",
     "vgg",
     "vit",

@@ -2,8 +2,8 @@
 and an activation), dropout, linear; each as its model has it for classification.
 
 The modules are transformers' own; its layers are applied here submodule by submodule, so that a layer can read a split
-hidden state, and so that no version's call signatures matter. `models.huggingface` takes transformers' models apart and
-makes ours one of them.
+hidden state, and so that no version's call signatures matter. `models.sentences` has the names, `models.huggingface`
+takes transformers' models apart and makes ours one of them.
 
 An exit reads the first token. So the last layer, from which nothing else is read, is computed for it alone in the `dfs`
 variant, with the same result; dropout draws fewer numbers there than in the other variants.
@@ -11,20 +11,15 @@ variant, with the same result; dropout draws fewer numbers there than in the oth
 Shapes: N sentences, T tokens, C hidden channels, the axis on which hidden states are split.
 """
 
-import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dfs_engine.models.multi_exit import Block, MultiExitModel
-from dfs_engine.models.pretrained import pretrained_folder
-from dfs_engine.models.registry import register_models
+from dfs_engine.models.multi_exit import Block
 from dfs_engine.nn import Exit, Fork, Reading, add, apply_layer, apply_linears, attend, map_channels, whole
-from dfs_engine.runtime.extras import needs
 
 
 class BertBlock(Block):
@@ -166,35 +161,3 @@ class BertExit(Exit):
 
     def classify(self, feature: Reading) -> Tensor:
         return self.classifier(self.dropout(*feature))
-
-
-@register_models(["bert", "distilbert", "electra", "roberta"], "own", dim=-1)
-def _create_bert(
-    name: str,
-    fork: Fork,
-    *,
-    num_classes: int,
-    config: Any = None,
-    pretrained: str | Path | None = None,
-    device: Any = None,
-    dtype: Any = None,
-) -> MultiExitModel:
-    """Any transformers model of the type that `name` is, with as many exits as layers; num_classes=1 is a regression.
-
-    Args:
-        config: a transformers config of that type, or the folder or file of one; or a dict of what differs from the
-            pretrained model's, or from transformers' default (BERT-base and its like).
-        pretrained: a folder that transformers or our `save_pretrained` wrote, or an installed package that contains
-            one. Of transformers' the layers, the last exit's pooler and, where it has num_classes, the last classifier
-            are read, and the other exits start at random; of ours every exit. Nothing is read on the meta device.
-    """
-    with needs("text"):
-        from dfs_engine.models.huggingface import MODELS, read_config
-
-    kind = MODELS[name]
-    folder = None if pretrained is None else pretrained_folder(pretrained)
-    settings = read_config(kind, config, folder, fork, num_classes)
-    on_meta = str(device) == "meta"
-    with torch.device("meta") if on_meta else contextlib.nullcontext():
-        model = kind(settings) if folder is None or on_meta else kind.start_from(folder, settings)
-    return model.train().to(device=device, dtype=dtype)

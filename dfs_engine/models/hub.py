@@ -15,7 +15,7 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-A network with {{ num_exits }} exits, trained together by [Deep Feature Surgery]({{ paper }}) (ECCV 2024) with `dfs_engine`.
+A network with {{ num_exits }} exits, trained together by [Deep Feature Surgery]({{ paper }}) (ECCV 2024).
 Every exit is a classifier of its own: an easy input can leave at the first that is sure of it.
 
 | | |

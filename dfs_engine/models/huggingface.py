@@ -368,7 +368,7 @@ def exits_loss(label_smoothing: float = 0.0) -> Callable[..., Tensor]:
 
 
 def read_config(kind: Any, config: Any, folder: Path | None, fork: Fork, num_classes: int) -> Any:
-    """A config of the model class `kind` of its own; see `_create_bert`.
+    """A config of the model class `kind` of its own; see `models.sentences`.
 
     Raises:
         ValueError: it is of another type, or has keys that such a one does not have.
