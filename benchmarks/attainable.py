@@ -11,6 +11,7 @@ implementation is from what could be:
 What else a step does (norms, activations, losses, Winograd's transforms) is taken to be free, so 1.0 is out of reach.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -207,14 +208,14 @@ class Gauges:
         self.calls: dict[str, Phases] = {}
         size = 1024 if torch.device(device).type == "cpu" else 8192
         for each in dict.fromkeys((torch.float32, dtype)):
-            left, right = (torch.ones(size, size, dtype=each, device=device) for _ in range(2))
-            self._add(f"mm {each}", lambda left=left, right=right: left @ right, 2 * size**3)
+            matrix = torch.ones(size, size, dtype=each, device=device)
+            self._add(f"mm {each}", functools.partial(torch.mm, matrix, matrix), 2 * size**3)
             image = torch.ones(size // 32, 128, 16, 16, dtype=each, device=device)
             image, weight = (
                 one.contiguous(memory_format=torch.channels_last) for one in (image, image.new_ones(128, 128, 3, 3))
             )
             flops = 2 * image.numel() * 128 * 9
-            self._add(f"conv2d {each}", lambda x=image, w=weight: F.conv2d(x, w, padding=1), flops)
+            self._add(f"conv2d {each}", functools.partial(F.conv2d, image, weight, padding=1), flops)
         # Larger than the caches.
         source = torch.ones(2**26 if size == 1024 else 2**29, device=device)
         target = torch.empty_like(source)

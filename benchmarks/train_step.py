@@ -217,7 +217,11 @@ class StepBuilder:
         limit: dict[str, float] | None = None,
     ) -> Measurement:
         """All that is told of a step; `peak_bytes` is beyond weights and optimizer state."""
-        counts = {"peak_memory": peak_bytes, "flops_forward": flops.forward, "flops_backward": flops.backward}
+        counts: dict[str, float] = {
+            "peak_memory": peak_bytes,
+            "flops_forward": flops.forward,
+            "flops_backward": flops.backward,
+        }
         counts |= limit or {}
         return Measurement(
             suite="train_dropout" if self.config.dropout else "train",
@@ -314,7 +318,7 @@ def _use_plain_attention(name: str, model: torch.nn.Module) -> None:
     switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
     for module in switched:
         module.fused_attn = False  # type: ignore[assignment]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "_attn_implementation"):
         config._attn_implementation = "eager"
     elif not switched:

@@ -186,7 +186,7 @@ def check_dfs(words, monkeypatch):
     """Runs the command up to its work; where the text only names it, such as `dfs bench`, up to its help."""
     for place in WORK:
         monkeypatch.setattr(f"dfs_engine.{place}", reached)
-    monkeypatch.setattr("dfs_engine.training.weights.read_description", lambda path: {"data": {}})  # of no real run
+    monkeypatch.setattr("dfs_engine.models.weights.read_description", lambda path: {"data": {}})  # of no real run
     if all(re.fullmatch(r"[a-z]+", word) for word in words):
         words = [*words, "--help"]
     with pytest.raises((ReachedError, SystemExit)) as caught:

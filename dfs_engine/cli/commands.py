@@ -177,7 +177,7 @@ def _train(command: Command, values: Any, line: list[str]) -> int:
 def _with_data_of(path: Path, values: Any, line: list[str]) -> Any:
     """The flags again, with the data of a run as defaults, which this command line's flags override."""
     from dfs_engine.data.config import is_option_of
-    from dfs_engine.training.weights import read_description
+    from dfs_engine.models.weights import read_description
 
     trained_on = read_description(path)["data"]
     not_asked = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other

@@ -16,8 +16,8 @@ from dfs_engine.experiments.record import (
     read_runs,
     read_yaml,
 )
+from dfs_engine.runtime.files import write_text
 from dfs_engine.training.config import TrainConfig
-from dfs_engine.training.files import write_text
 from dfs_engine.training.resume import FREE_DATA, changed_options
 from dfs_engine.training.run_folder import ENVIRONMENT_FILE
 
@@ -73,7 +73,9 @@ def collect(folders: Sequence[Path]) -> Collected:
     Raises:
         FileNotFoundError: a folder without runs. ValueError: runs of different recipes, a run twice, or a damaged file.
     """
-    plan, runs, step_times = Plan({}, []), {}, {}
+    plan = Plan({}, [])
+    runs: dict[Any, Any] = {}
+    step_times: dict[Any, Any] = {}
     for folder in folders:
         found = read_runs(folder) if folder.is_dir() else []
         if not found:

@@ -12,12 +12,12 @@ from dfs_engine.checks import one_line
 from dfs_engine.evaluation.operations import ExitCost, count_operations
 from dfs_engine.experiments.budget import budget_curve
 from dfs_engine.experiments.record import BUDGET_FILE, METRICS_FILE, Outcome
+from dfs_engine.models.weights import WEIGHTS_FILE
 from dfs_engine.training import checkpoint
 from dfs_engine.training.build import build_model
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.report import write_csv
 from dfs_engine.training.trainer import Trainer
-from dfs_engine.training.weights import WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 

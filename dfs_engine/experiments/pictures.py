@@ -6,7 +6,7 @@ from typing import Any
 
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.experiments.summary import Summary
-from dfs_engine.training.files import atomic_file
+from dfs_engine.runtime.files import atomic_file
 
 _MARKERS = "osD^vP*Xh<>dp"
 _OUTPUTS_OVER_TIME = {"last exit": -2, "ensemble": -1}  # places in Summary.outputs

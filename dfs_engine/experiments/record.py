@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dfs_engine.training.files import write_text
+from dfs_engine.runtime.files import write_text
 from dfs_engine.training.run_folder import ENVIRONMENT_FILE
 
 RECORD_FILE = "run.yaml"
@@ -56,7 +56,7 @@ class Record:
             return self
         status = "running" if outcome.status == "stopped" else outcome.status
         peaks = [peak for peak in (self.peak_memory_mib, outcome.peak_memory_mib) if peak is not None]
-        told = {"operations": outcome.operations, "parameters": outcome.parameters}
+        told: dict[str, Any] = {"operations": outcome.operations, "parameters": outcome.parameters}
         return replace(
             self,
             status=status,

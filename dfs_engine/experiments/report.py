@@ -9,7 +9,7 @@ from dfs_engine.experiments.collect import Collected
 from dfs_engine.experiments.pictures import draw_all
 from dfs_engine.experiments.summary import Missing, Summary, summarise
 from dfs_engine.experiments.table import cells, csv_rows, headings, markdown
-from dfs_engine.training.files import atomic_file, write_text
+from dfs_engine.runtime.files import atomic_file, write_text
 
 
 @dataclass(frozen=True)

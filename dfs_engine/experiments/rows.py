@@ -173,7 +173,8 @@ def grid(
         models, betas: none: the recipe's. Variant `dense` has no beta.
     """
     rows = {}
-    for model, method, variant, beta in itertools.product(models or [""], methods, variants, betas or [None]):
+    all_betas: list[float | None] = [*betas] or [None]
+    for model, method, variant, beta in itertools.product(models or [""], methods, variants, all_betas):
         flags: dict[str, Any] = {"method": method, "model.variant": variant}
         flags |= {"model.name": model} if model else {}
         has_beta = beta is not None and variant != "dense"

@@ -130,7 +130,8 @@ class Session:
     def _first_runs(self, row: str) -> list[_Planned]:
         """With the first seed: one, or one for each learning rate."""
         seed = self.plan.rows[row][0]
-        return [self._planned(row, seed, factor, is_first=True) for factor in self.plan.lr_factors or [None]]
+        factors: list[float | None] = [*self.plan.lr_factors] or [None]
+        return [self._planned(row, seed, factor, is_first=True) for factor in factors]
 
     def _other_runs(self, row: str) -> list[_Planned]:
         """With the other seeds; the learning rate is that of the chosen factor, once it is known."""

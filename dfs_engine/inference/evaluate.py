@@ -22,13 +22,13 @@ from dfs_engine.inference.per_sample import (
 )
 from dfs_engine.inference.report import summarize, write_report
 from dfs_engine.inference.saved_run import SavedRun, SavedRunConfig
+from dfs_engine.models.weights import weights_path
 from dfs_engine.runtime.machine import cpu_and_instructions
 from dfs_engine.runtime.progress_bar import progress_bar
 from dfs_engine.training.batches import worker_deaths
 from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.out_of_memory import batch_in_memory
 from dfs_engine.training.report import title
-from dfs_engine.training.weights import weights_path
 
 _NO_HELD_OUT = (
     "temperatures and budgeted batch classification need samples kept out of training, and this run kept none "

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dfs_engine.training.files import atomic_file
+from dfs_engine.runtime.files import atomic_file
 
 # Columns of a curve: operations, or millions of them, as the papers print them; and accuracies in per cent, or shares.
 _OPERATIONS = {"operations": 1.0, "flops": 1e6, "mflops": 1e6}

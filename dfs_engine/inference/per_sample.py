@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dfs_engine.evaluation.calibration import calibrated_confidence
-from dfs_engine.training.files import open_tensors, tensors_of, write_tensors
+from dfs_engine.runtime.files import open_tensors, tensors_of, write_tensors
 
 HELD_OUT = "val"
 """The set that thresholds and temperatures come from: what `data.val_fraction` keeps out of training."""

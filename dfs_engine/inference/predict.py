@@ -20,8 +20,8 @@ from dfs_engine.inference.prediction import Prediction
 from dfs_engine.inference.saved_run import SavedRun, SavedRunConfig
 from dfs_engine.inference.thresholds import OperatingPoint, find_thresholds
 from dfs_engine.models.multi_exit import run_model
+from dfs_engine.runtime.files import atomic_file
 from dfs_engine.runtime.progress_bar import progress_bar
-from dfs_engine.training.files import atomic_file
 
 logger = logging.getLogger(__name__)
 

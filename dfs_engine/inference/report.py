@@ -11,7 +11,7 @@ from dfs_engine.evaluation.calibration import calibration_error
 from dfs_engine.inference.budgeted import BudgetedPoint, budgeted_batch
 from dfs_engine.inference.figure import Curve, draw
 from dfs_engine.inference.per_sample import HELD_OUT, Outputs, Saved, save_per_sample
-from dfs_engine.training.files import atomic_file, write_text
+from dfs_engine.runtime.files import atomic_file, write_text
 
 PER_SAMPLE_FILE = "per_sample.safetensors"
 

@@ -60,13 +60,13 @@ class SavedRun:
     """
 
     def __init__(self, config: SavedRunConfig) -> None:
+        from dfs_engine.models.weights import load_model, read_description
         from dfs_engine.training.build import accelerator_for
-        from dfs_engine.training.weights import load_model
 
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
-        self.model, self.description = load_model(config.path)
+        self.model, self.description = load_model(config.path), read_description(config.path)
         self.data_config = _as_trained_on(config.data, self.description["data"])
         self.accelerator: Accelerator = accelerator_for(config.device, config.precision)
         self.model.to(self.accelerator.device).eval()

@@ -99,6 +99,7 @@ class MultiExitModel(nn.Module):
         fork: routes the features.
         num_classes: width of the logits.
         input_shape: (C, H, W) of one image, as published; (T,) of a model that reads at most T tokens.
+        others: what a base class beside this one takes.
     """
 
     # Set by `create_model`, for `get_config`.
@@ -115,8 +116,9 @@ class MultiExitModel(nn.Module):
         *,
         num_classes: int,
         input_shape: tuple[int, ...],
+        **others: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**others)
         assert len(blocks) == len(exits)
         self.blocks, self.exits, self.fork = nn.ModuleList(blocks), nn.ModuleList(exits), fork
         self.num_classes, self.input_shape, self.options = num_classes, input_shape, {}

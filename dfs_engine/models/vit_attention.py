@@ -11,10 +11,10 @@ from dfs_engine.nn import attend
 class ChosenAttention(Attention):
     """A timm `Attention` that is no more than projections, norms of query and key, and dropouts; see `make_chosen`."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *options: Any, **more: Any) -> Tensor:
         """Of (N, T, C) -> (N, T, C)."""
-        if attn_mask is not None or any(options.values()):
-            return super().forward(x, attn_mask, **options)
+        if attn_mask is not None or any(options) or any(more.values()):
+            return super().forward(x, attn_mask, *options, **more)
         return self.mix(*self.qkv(x).chunk(3, -1))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

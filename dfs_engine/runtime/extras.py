@@ -11,6 +11,7 @@ from collections.abc import Iterator
 EXTRAS = {
     "vision": ("torchvision", "timm", "PIL", "pyarrow"),
     "text": ("transformers", "datasets", "pyarrow", "sklearn", "scipy"),
+    "hub": ("huggingface_hub", "safetensors"),
     "train": (
         "accelerate", "filelock", "jsonargparse", "matplotlib", "yaml", "rich", "safetensors", "sklearn", "tensorboard",
         "torchmetrics", "tqdm",

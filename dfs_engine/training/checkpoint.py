@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfs_engine.checks import one_line
-from dfs_engine.training.files import WriteError, flush, write_error, write_text
-from dfs_engine.training.weights import REMEDY, check_same_model, completed
+from dfs_engine.models.weights import REMEDY, check_same_model, completed
+from dfs_engine.runtime.files import WriteError, flush, write_error, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

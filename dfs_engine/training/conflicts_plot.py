@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dfs_engine.evaluation.conflicts import PairConflict
-from dfs_engine.training.files import atomic_file
+from dfs_engine.runtime.files import atomic_file
 
 _COLOURS = "RdBu"
 _DISJOINT = "0.6"

@@ -15,9 +15,9 @@ from dfs_engine.data import DataSplits
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
 from dfs_engine.runtime.backend import select
+from dfs_engine.runtime.files import write_text
 from dfs_engine.training import report, run_folder
 from dfs_engine.training.config import TrainConfig
-from dfs_engine.training.files import write_text
 from dfs_engine.training.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dfs_engine.evaluation.metrics import TITLES
+from dfs_engine.models.weights import describe_model
 from dfs_engine.runtime.doctor import version_of
+from dfs_engine.runtime.files import atomic_file
 from dfs_engine.runtime.machine import cpu_and_instructions
-from dfs_engine.training.files import atomic_file
-from dfs_engine.training.weights import describe_model
 
 Row = dict[str, float]
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from dfs_engine.models.weights import REMEDY
 from dfs_engine.training.config import OptimConfig, TrainConfig
 from dfs_engine.training.schedules import Schedule
-from dfs_engine.training.weights import REMEDY
 
 logger = logging.getLogger(__name__)
 

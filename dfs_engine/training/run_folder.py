@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dfs_engine.training.weights import WEIGHTS_FILE
+from dfs_engine.models.weights import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

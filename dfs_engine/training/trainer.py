@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.conflicts import check_has_conflicts
 from dfs_engine.models import MultiExitModel
+from dfs_engine.models.weights import WEIGHTS_FILE, save_model
 from dfs_engine.runtime import memory
 from dfs_engine.training import checkpoint, report, run_folder
 from dfs_engine.training.adapters import save_adapters
@@ -39,7 +40,6 @@ from dfs_engine.training.resume import check_same_run
 from dfs_engine.training.schedules import Schedule
 from dfs_engine.training.signals import Interrupted, StopRequest
 from dfs_engine.training.step import OptimizerStep
-from dfs_engine.training.weights import WEIGHTS_FILE, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ class Trainer:
                 model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
                 at = {"epoch": progress.epoch, "step": progress.step, "weights": weights}
                 extras = {"data": config["data"], "class_names": self.data.class_names, **at}
-                save_weights(file, model, extras)
+                save_model(model, file, extras)
                 save_adapters(file, dict(self.raw_method.named_parameters()))
         description = {
             "model": self.raw_model.get_config(),

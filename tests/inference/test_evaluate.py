@@ -15,7 +15,7 @@ from dfs_engine.inference.evaluate import EvalConfig, run
 from dfs_engine.inference.figure import read_curves
 from dfs_engine.inference.per_sample import Outputs, Saved, is_per_sample_file, load_per_sample, save_per_sample
 from dfs_engine.models import create_model
-from dfs_engine.training.weights import load_model
+from dfs_engine.models.weights import load_model
 
 FILES = ("accuracy.png", "budgeted.csv", "eval.json", "exits.csv", "per_sample.safetensors")
 
@@ -37,7 +37,7 @@ def result(digits_run):
 @torch.no_grad()
 def logits_of(run_dir):
     """Every exit's logits and the labels of the test and of the held-out samples, by the model alone."""
-    model, _ = load_model(run_dir)
+    model = load_model(run_dir)
     data = load_data(DataConfig(name="digits", val_fraction=0.2), input_shape=model.input_shape)
     found = {}
     for split in ("test", "val"):

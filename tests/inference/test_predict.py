@@ -12,7 +12,7 @@ from dfs_engine.data import DataConfig, load_data
 from dfs_engine.data.digits import is_test
 from dfs_engine.inference import Entropy, MaxProbability, Patience, simulate
 from dfs_engine.inference.predict import PredictConfig, run
-from dfs_engine.training.weights import load_model
+from dfs_engine.models.weights import load_model
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -46,7 +46,7 @@ def images(tmp_path_factory):
 @torch.no_grad()
 def logits(digits_run):
     """Every exit's logits of those digits, as the run measures them."""
-    model, _ = load_model(digits_run)
+    model = load_model(digits_run)
     data = load_data(DataConfig(name="digits"), input_shape=model.input_shape)
     return model.eval()(torch.stack([data.test[index][0] for index in range(NUM_IMAGES)]))
 
@@ -93,7 +93,7 @@ def test_thresholds_for_a_budget_come_from_held_out_samples(digits_run, images, 
     counts = [sum(row["exit"] == index for row in rows) for index in range(1, 7)]
     assert found["exits"] == counts
     assert counts[-1] < NUM_IMAGES
-    model, _ = load_model(digits_run)
+    model = load_model(digits_run)
     data = load_data(DataConfig(name="digits", val_fraction=0.2), input_shape=model.input_shape)
     inputs, labels = zip(*data.val, strict=True)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_texts(text_run, kind, tmp_path):
     assert main([*line, "--json", str(tmp_path / "out.json"), "--output", str(tmp_path / "out.csv")]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["predictions"]
     assert [row["input"] for row in rows] == texts
-    model, _ = load_model(text_run)
+    model = load_model(text_run)
     for row in rows:
         ids = torch.tensor([[2, *(4 + int(word[1:]) for word in row["input"].split()), 3]])
         with torch.no_grad():
@@ -264,7 +264,7 @@ def test_a_network_that_predicts_numbers(tiny_bert, tmp_path, capsys):
     assert main([*line, "--json", str(tmp_path / "out.json")]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["predictions"]
     assert [(row["input"], row["exit"]) for row in rows] == [("w1 w2\tw3", 3), ("w4\tw5 w6", 3)]
-    model, _ = load_model(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     with torch.no_grad():
         ids, kinds = torch.tensor([[2, 5, 6, 3, 7, 3]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
         expected = list(model.eval()(ids, token_type_ids=kinds))[-1].item()

@@ -10,9 +10,9 @@ import torch
 from dfs_engine.cli import main
 from dfs_engine.data import DataConfig
 from dfs_engine.models import create_model
+from dfs_engine.models.weights import save_model
 from dfs_engine.training.conflicts import ConflictsConfig, read_rows, run
 from dfs_engine.training.trainer import Trainer
-from dfs_engine.training.weights import save_weights
 
 TINY = [
     *("--data.name", "digits", "--data.image_size", "8", "--model.options", "{width: 4}", "--batch_size", "400"),
@@ -115,7 +115,7 @@ def test_a_compiled_run_is_refused(make_config):
 
 
 def test_weights_of_other_classes_are_refused(tmp_path):
-    save_weights(tmp_path / "model.safetensors", create_model("vgg7_64", num_classes=3, width=4), {"epoch": 1})
+    save_model(create_model("vgg7_64", num_classes=3, width=4), tmp_path, {"epoch": 1})
     data = DataConfig(name="digits", image_size=8)
     with pytest.raises(ValueError, match="data: expected 3 classes"):
         run(ConflictsConfig(paths=(tmp_path,), data=data, batches=1, device="cpu"))
