@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dfs_engine.checks import check_choice
+from dfs_engine.methods.bdl import BDL, BDLConfig, create_bdl
 from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_widths
 from dfs_engine.methods.cagrad import CAGrad, CAGradConfig, create_cagrad
 from dfs_engine.methods.ge import GE, GEConfig, create_ge
@@ -14,6 +15,8 @@ from dfs_engine.methods.pcgrad import PCGrad, PCGradConfig, create_pcgrad
 from dfs_engine.models import MultiExitModel
 
 _METHODS: dict[str, Callable[..., Method]] = {
+    "bdl1": lambda model, **options: create_bdl(model, BDLConfig(**options)),
+    "bdl2": lambda model, **options: create_bdl(model, BDLConfig(**options), include_final=True),
     "byot": lambda model, **options: create_byot(model, ByotConfig(**options)),
     "cagrad": lambda model, **options: create_cagrad(model, CAGradConfig(**options)),
     "ge": lambda model, **options: create_ge(model, GEConfig(**options)),
@@ -26,6 +29,11 @@ _METHODS: dict[str, Callable[..., Method]] = {
 def list_methods() -> list[str]:
     """Names that `create_method` knows."""
     return sorted(_METHODS)
+
+
+def section_of(name: str) -> str:
+    """The section of a run's config with a method's options: its name, but for methods that share one."""
+    return "bdl" if name in ("bdl1", "bdl2") else name
 
 
 def create_method(name: str, model: MultiExitModel, **options: Any) -> Method:
@@ -44,8 +52,10 @@ def create_method(name: str, model: MultiExitModel, **options: Any) -> Method:
 
 
 __all__ = [
+    "BDL",
     "BYOT",
     "GE",
+    "BDLConfig",
     "ByotConfig",
     "CAGrad",
     "CAGradConfig",
@@ -60,4 +70,5 @@ __all__ = [
     "exit_losses",
     "feature_widths",
     "list_methods",
+    "section_of",
 ]
