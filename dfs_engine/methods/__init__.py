@@ -12,6 +12,7 @@ from dfs_engine.methods.joint import Joint, exit_losses
 from dfs_engine.methods.method import Method
 from dfs_engine.methods.nash_mtl import NashMTL, NashMTLConfig, create_nash_mtl
 from dfs_engine.methods.pcgrad import PCGrad, PCGradConfig, create_pcgrad
+from dfs_engine.methods.wpn import WPN, WPNConfig, create_wpn
 from dfs_engine.models import MultiExitModel
 
 _METHODS: dict[str, Callable[..., Method]] = {
@@ -23,6 +24,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "joint": lambda model: Joint(),
     "nash_mtl": lambda model, **options: create_nash_mtl(model, NashMTLConfig(**options)),
     "pcgrad": lambda model, **options: create_pcgrad(model, PCGradConfig(**options)),
+    "wpn": lambda model, **options: create_wpn(model, WPNConfig(**options)),
 }
 
 
@@ -55,6 +57,7 @@ __all__ = [
     "BDL",
     "BYOT",
     "GE",
+    "WPN",
     "BDLConfig",
     "ByotConfig",
     "CAGrad",
@@ -66,6 +69,7 @@ __all__ = [
     "NashMTLConfig",
     "PCGrad",
     "PCGradConfig",
+    "WPNConfig",
     "create_method",
     "exit_losses",
     "feature_widths",

@@ -14,6 +14,7 @@ from dfs_engine.methods import (
     GEConfig,
     NashMTLConfig,
     PCGradConfig,
+    WPNConfig,
     list_methods,
 )
 from dfs_engine.models import VARIANTS, check_model
@@ -142,7 +143,8 @@ class TrainConfig:
     method: str = "joint"
     """Training method: joint (sum of all exits' losses), byot (the deepest exit also teaches the others), ge (the
     exits' gradients are averaged in every block); pcgrad, cagrad or nash_mtl (they are combined by their inner
-    products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all)."""
+    products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all);
+    wpn (a small net learns a weight for each sample at each exit)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
     ge: GEConfig = field(default_factory=GEConfig)
@@ -155,6 +157,8 @@ class TrainConfig:
     """Options of method nash_mtl."""
     bdl: BDLConfig = field(default_factory=BDLConfig)
     """Options of methods bdl1 and bdl2."""
+    wpn: WPNConfig = field(default_factory=WPNConfig)
+    """Options of method wpn."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 100
