@@ -9,6 +9,7 @@ from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_width
 from dfs_engine.methods.cagrad import CAGrad, CAGradConfig, create_cagrad
 from dfs_engine.methods.ge import GE, GEConfig, create_ge
 from dfs_engine.methods.joint import Joint, exit_losses
+from dfs_engine.methods.meta_gf import MetaGF, MetaGFConfig, create_meta_gf
 from dfs_engine.methods.method import Method
 from dfs_engine.methods.nash_mtl import NashMTL, NashMTLConfig, create_nash_mtl
 from dfs_engine.methods.pcgrad import PCGrad, PCGradConfig, create_pcgrad
@@ -22,6 +23,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "cagrad": lambda model, **options: create_cagrad(model, CAGradConfig(**options)),
     "ge": lambda model, **options: create_ge(model, GEConfig(**options)),
     "joint": lambda model: Joint(),
+    "meta_gf": lambda model, **options: create_meta_gf(model, MetaGFConfig(**options)),
     "nash_mtl": lambda model, **options: create_nash_mtl(model, NashMTLConfig(**options)),
     "pcgrad": lambda model, **options: create_pcgrad(model, PCGradConfig(**options)),
     "wpn": lambda model, **options: create_wpn(model, WPNConfig(**options)),
@@ -64,6 +66,8 @@ __all__ = [
     "CAGradConfig",
     "GEConfig",
     "Joint",
+    "MetaGF",
+    "MetaGFConfig",
     "Method",
     "NashMTL",
     "NashMTLConfig",

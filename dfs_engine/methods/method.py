@@ -51,7 +51,7 @@ class Step(Protocol):
         """The gradients of a batch's mean loss, over its pieces and all processes; and each exit's loss.
 
         Args:
-            of: tensors that require gradient, of each of which the loss makes use.
+            of: tensors that require gradient; of one that the loss does not depend on it is zero.
 
         Raises:
             FloatingPointError: loss or gradients are not finite.

@@ -12,6 +12,7 @@ from dfs_engine.methods import (
     ByotConfig,
     CAGradConfig,
     GEConfig,
+    MetaGFConfig,
     NashMTLConfig,
     PCGradConfig,
     WPNConfig,
@@ -144,7 +145,8 @@ class TrainConfig:
     """Training method: joint (sum of all exits' losses), byot (the deepest exit also teaches the others), ge (the
     exits' gradients are averaged in every block); pcgrad, cagrad or nash_mtl (they are combined by their inner
     products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all);
-    wpn (a small net learns a weight for each sample at each exit)."""
+    wpn (a small net learns a weight for each sample at each exit); meta_gf (every exit is trained by itself for a pass
+    over the data, and what comes of it is fused: exits + 1 passes an epoch)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
     ge: GEConfig = field(default_factory=GEConfig)
@@ -159,6 +161,8 @@ class TrainConfig:
     """Options of methods bdl1 and bdl2."""
     wpn: WPNConfig = field(default_factory=WPNConfig)
     """Options of method wpn."""
+    meta_gf: MetaGFConfig = field(default_factory=MetaGFConfig)
+    """Options of method meta_gf."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 100

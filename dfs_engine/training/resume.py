@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from dfs_engine.training.config import OptimConfig, TrainConfig
@@ -22,13 +22,13 @@ _SILENT = ("run_dir", "progress", "tensorboard", "log_every_steps", "checkpoint_
 
 
 def check_same_run(
-    saved: dict[str, Any], config: TrainConfig, *, num_train: int, steps_per_epoch: int, epoch: int
+    saved: dict[str, Any], config: TrainConfig, *, num_train: int, schedule: Schedule, epoch: int
 ) -> None:
     """Compares a checkpoint with what is to go on with it; warns of what goes on differently.
 
     Args:
         saved: the checkpoint's manifest.
-        num_train: training samples now.
+        num_train: training samples now. schedule: of now.
         epoch: epochs that the checkpoint has begun.
 
     Raises:
@@ -58,8 +58,8 @@ def check_same_run(
         logger.warning("resume: going on with another %s: %r, was %r", name, now[name], before.get(name))
     known = {field.name for field in fields(OptimConfig)}
     optim = OptimConfig(**{name: value for name, value in saved["config"]["optim"].items() if name in known})
-    lr_before = Schedule(optim, steps_per_epoch, saved["config"]["epochs"])(saved["progress"]["step"])
-    lr = Schedule(config.optim, steps_per_epoch, config.epochs)(saved["progress"]["step"])
+    lr_before = replace(schedule, config=optim, epochs=saved["config"]["epochs"])(saved["progress"]["step"])
+    lr = schedule(saved["progress"]["step"])
     if lr != lr_before:
         logger.warning("resume: the next step's learning rate is %.4g; by the run's schedule: %.4g", lr, lr_before)
 

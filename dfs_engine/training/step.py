@@ -86,7 +86,8 @@ class OptimizerStep:
         for part, part_target in micro_batches(input, target, self.config.micro_batch_size):
             share = len(part_target) / len(target)
             loss, logits = loss_of(part, part_target)
-            for total, gradient in zip(sums, torch.autograd.grad(loss, of), strict=True):
+            found = torch.autograd.grad(loss, of, allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(sums, found, strict=True):
                 total.add_(gradient, alpha=share)
             exit_parts.append(exit_losses([exit_logits.detach() for exit_logits in logits], part_target) * share)
         losses = torch.stack(exit_parts).sum(0)
