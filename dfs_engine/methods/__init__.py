@@ -7,6 +7,7 @@ from dfs_engine.checks import check_choice
 from dfs_engine.methods.bdl import BDL, BDLConfig, create_bdl
 from dfs_engine.methods.byot import BYOT, ByotConfig, create_byot, feature_widths
 from dfs_engine.methods.cagrad import CAGrad, CAGradConfig, create_cagrad
+from dfs_engine.methods.dr_mgf import DRMGF, DRMGFConfig, create_dr_mgf
 from dfs_engine.methods.ge import GE, GEConfig, create_ge
 from dfs_engine.methods.joint import Joint, exit_losses
 from dfs_engine.methods.meta_gf import MetaGF, MetaGFConfig, create_meta_gf
@@ -21,6 +22,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "bdl2": lambda model, **options: create_bdl(model, BDLConfig(**options), include_final=True),
     "byot": lambda model, **options: create_byot(model, ByotConfig(**options)),
     "cagrad": lambda model, **options: create_cagrad(model, CAGradConfig(**options)),
+    "dr_mgf": lambda model, **options: create_dr_mgf(model, DRMGFConfig(**options)),
     "ge": lambda model, **options: create_ge(model, GEConfig(**options)),
     "joint": lambda model: Joint(),
     "meta_gf": lambda model, **options: create_meta_gf(model, MetaGFConfig(**options)),
@@ -58,12 +60,14 @@ def create_method(name: str, model: MultiExitModel, **options: Any) -> Method:
 __all__ = [
     "BDL",
     "BYOT",
+    "DRMGF",
     "GE",
     "WPN",
     "BDLConfig",
     "ByotConfig",
     "CAGrad",
     "CAGradConfig",
+    "DRMGFConfig",
     "GEConfig",
     "Joint",
     "MetaGF",

@@ -81,18 +81,13 @@ class FusingMethod(Method):
         """Whether this epoch's last pass still changes what is learned."""
         return True
 
-    def result(self, model: MultiExitModel, exit: int) -> list[Tensor]:
-        """What becomes of the weights that an exit's pass has reached, in the order of `reached`."""
-        return [model.get_parameter(name) for name in self.reached[exit]]
+    def result(self, step: Step, exit: int) -> list[Tensor]:
+        """What an exit's pass has made of the weights that the exit reaches, in the order of `reached`."""
+        return [step.raw_model.get_parameter(name) for name in self.reached[exit]]
 
     def own_of(self, exit: int) -> dict[str, Tensor]:
-        """theta_k: what exit k's pass has left, by name."""
+        """theta_k, what exit k's pass has left, by name."""
         return dict(zip(self.reached[exit], cast(Tensors, self.own[exit]), strict=True))
-
-    def start_of(self, names: Sequence[str]) -> list[Tensor]:
-        """theta_0 of these parameters."""
-        start = dict(zip(self.names, self.start, strict=True))
-        return [start[name] for name in names]
 
     def begin_phase(self, step: Step) -> None:
         if step.phase >= self.num_exits:
@@ -132,7 +127,7 @@ class FusingMethod(Method):
         if step.phase < self.num_exits:
             exit = self.order[step.phase]
             with torch.no_grad():
-                cast(Tensors, self.own[exit]).copy_(self.result(step.raw_model, exit))
+                cast(Tensors, self.own[exit]).copy_(self.result(step, exit))
         if step.phase == self.num_phases - 1:
             with torch.no_grad():
                 fused = self.fused(list(self.fusion.values))

@@ -75,12 +75,14 @@ class Learned(nn.Module):
         )
 
     @torch.no_grad()
-    def sgd_step(self, gradients: Sequence[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
-        """One step of `torch.optim.SGD`, in place."""
+    def sgd_step(self, gradients: Sequence[Tensor | None], *, lr: float, momentum: float, weight_decay: float) -> None:
+        """One step of `torch.optim.SGD`, in place; of a tensor without a gradient none."""
+        given = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        values, momenta = list(self.values), list(self.first)  # from zero, which is how a momentum begins
         sgd(
-            list(self.values),
-            list(gradients),
-            list(self.first),  # from zero, which is how a momentum begins
+            [values[index] for index in given],
+            [gradient for gradient in gradients if gradient is not None],
+            [momenta[index] for index in given],
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,

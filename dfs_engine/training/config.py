@@ -11,6 +11,7 @@ from dfs_engine.methods import (
     BDLConfig,
     ByotConfig,
     CAGradConfig,
+    DRMGFConfig,
     GEConfig,
     MetaGFConfig,
     NashMTLConfig,
@@ -144,9 +145,9 @@ class TrainConfig:
     method: str = "joint"
     """Training method: joint (sum of all exits' losses), byot (the deepest exit also teaches the others), ge (the
     exits' gradients are averaged in every block); pcgrad, cagrad or nash_mtl (they are combined by their inner
-    products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all);
-    wpn (a small net learns a weight for each sample at each exit); meta_gf (every exit is trained by itself for a pass
-    over the data, and what comes of it is fused: exits + 1 passes an epoch)."""
+    products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all); wpn (a small
+    net learns each sample's weight at each exit); meta_gf (each exit is trained alone for a pass over the data and what
+    comes of it fused: exits + 1 passes an epoch) or dr_mgf (the same, kernel by kernel)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
     ge: GEConfig = field(default_factory=GEConfig)
@@ -163,6 +164,8 @@ class TrainConfig:
     """Options of method wpn."""
     meta_gf: MetaGFConfig = field(default_factory=MetaGFConfig)
     """Options of method meta_gf."""
+    dr_mgf: DRMGFConfig = field(default_factory=DRMGFConfig)
+    """Options of method dr_mgf."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 100

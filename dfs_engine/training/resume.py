@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 _SAMPLES = "data: number of training samples"
 # With another value of these a resumed run would be another run, or could not take over the optimizer's state.
 _FIXED = ("method", "batch_size", "seed", "optim.name", "optim.decay_norm_and_bias", "optim.ema_decay", _SAMPLES)
+# Methods' options that their state is shaped by.
+_SHAPES = ("wpn.input", "wpn.hidden", "meta_gf.granularity", "dr_mgf.average")
 # These say where the data are and how they are read, not what they are.
 _FREE_DATA = ("data.root", "data.tokenizer", "data.num_workers")
 # These change nothing of the run.
@@ -44,7 +46,7 @@ def check_same_run(
     now[_SAMPLES] = num_train
     changed = [name for name in now if before.get(name) != now[name] and name not in _SILENT]
     for name in changed:
-        if name in _FIXED or (name in written and name.startswith("data.") and name not in _FREE_DATA):
+        if name in _FIXED + _SHAPES or (name in written and name.startswith("data.") and name not in _FREE_DATA):
             raise ValueError(
                 f"{name}: expected {before.get(name)!r} as in the run to resume, got {now[name]!r}. "
                 "Give the same value, or start another run in another --run_dir."

@@ -32,7 +32,7 @@ def forward(weights, x):
 
 
 class SlowMetaGF:
-    """METHODS' three steps of an epoch, number by number, for the toy of 3 exits."""
+    """The three steps of an epoch for the toy of 3 exits, number by number."""
 
     def __init__(self, weights, epochs, aux=0.1, lr=0.2, momentum=0.9, ema_old=0.9, r=(1.0, 1.0, 1.0)):
         self.theta, self.epochs = {name: value.detach().clone() for name, value in weights.items()}, epochs

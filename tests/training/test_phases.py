@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfs_engine.methods import MetaGFConfig, WPNConfig
+from dfs_engine.methods import DRMGFConfig, MetaGFConfig, WPNConfig
 from dfs_engine.training import build
 from dfs_engine.training.adapters import load_adapters
 from dfs_engine.training.config import OptimConfig, TrainConfig
@@ -42,13 +42,15 @@ def rows_of(trainer):
     [
         ("bdl2", [(3, 7, 6)]),
         ("wpn", [(3, 7, 6)]),
-        # Within an exit's pass; at the end of one; within the fusion, before and after the first epoch.
-        ("meta_gf", [(4, 9, 8), (5, 10, 10), (8, 34, 32), (0, 37, 35), (33, 67, 66)]),
+        # Within an exit's pass; at the end of one; within the fusion of the second epoch.
+        ("meta_gf", [(4, 9, 8), (5, 10, 10), (33, 67, 66)]),
+        # Within a gated pass; within the fusion, before and after kernels are trained as they are.
+        ("dr_mgf", [(4, 9, 8), (33, 67, 66)]),
     ],
 )
 def test_resumes_bit_for_bit(make_config, make_model, tmp_path, method, crashes):
     variant = "detach" if method == "wpn" else "dfs"
-    options = {"method": method, "epochs": 2, "optim": OptimConfig(lr=0.02)}
+    options = {"method": method, "epochs": 2, "optim": OptimConfig(lr=0.02), "dr_mgf": DRMGFConfig(start=1)}
     if method != "wpn":
         options["micro_batch_size"] = 5
     whole = Trainer(make_config(run_dir=tmp_path / "whole", **options), model=make_model(variant))
@@ -97,7 +99,7 @@ def test_an_epoch_of_several_passes(make_config, make_model, caplog):
     assert "for 2 epochs of 7 passes over 38 samples" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["bdl1", "wpn", "meta_gf"])
+@pytest.mark.parametrize("method", ["bdl1", "wpn", "meta_gf", "dr_mgf"])
 def test_trains_in_bf16(make_config, make_model, method):
     config = make_config(epochs=2, precision="bf16", method=method, optim=OptimConfig(lr=0.02))
     trainer = Trainer(config, model=make_model("detach", dropout=0.0))
