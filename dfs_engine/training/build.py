@@ -139,8 +139,8 @@ def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method
     if accelerator.num_processes > 1 and "processes" in method.refuses:
         pieces = "" if "micro_batch_size" in method.refuses else ", with --micro_batch_size if the batch is too large"
         raise ValueError(
-            f"method: expected joint, byot or ge with {accelerator.num_processes} processes, got {config.method}: "
-            f"{method.refuses['processes']}. Train in one process{pieces}."
+            f"method: expected joint, byot, ge or meta_gf with {accelerator.num_processes} processes, got "
+            f"{config.method}: {method.refuses['processes']}. Train in one process{pieces}."
         )
     if accelerator.num_processes > 1:
         # Looking for them costs a walk over the graph in every step, so only where there are any.

@@ -149,7 +149,10 @@ class Trainer:
         trained = nn.ModuleList([self.raw_model, self.raw_method])
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, build_optimizer(trained, config.optim))
         has_state = bool(self.raw_method.state_dict())  # then it is part of the checkpoint
-        self.method = self.accelerator.prepare(self.raw_method) if has_state else self.raw_method
+        is_trained = any(parameter.requires_grad for parameter in self.raw_method.parameters())
+        self.method: nn.Module = self.raw_method
+        if has_state:  # DistributedDataParallel takes no module that it has nothing to do for
+            self.method = self.accelerator.prepare_model(self.raw_method, evaluation_mode=not is_trained)
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
 
