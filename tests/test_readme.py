@@ -28,7 +28,7 @@ NEEDS_GPU = {ROOT / "docs/gpu.md"}  # its Python blocks do
 PLAIN = {*sys.stdlib_module_names, "torch", "numpy", "dfs_engine"}  # what a plain install can import
 PROGRAMS = ("dfs", "python", "torchrun", "make", "pip")
 # Words that stand for something, where a program checks what.
-PLACEHOLDERS = {"MODEL": "vgg7_64", "VARIANT": "dfs", "N": "2", "GPU": "0"}
+PLACEHOLDERS = {"MODEL": "vgg7_64", "RECIPE": "digits_vgg7_dfs", "VARIANT": "dfs", "N": "2", "GPU": "0"}
 
 
 class Block(NamedTuple):
@@ -164,11 +164,17 @@ def reached(*args, **kwargs):
 
 WORK = (
     "training.trainer.Trainer",
-    "training.evaluate.run",
+    "inference.evaluate.run",
+    "inference.predict.run",
+    "training.conflicts.run",
     "training.convert.run",
     "validate.run",
     "evaluation.info.run",
     "runtime.doctor.report",
+    "experiments.compare.compare",
+    "experiments.compare.merge",
+    "experiments.sweep.compare",
+    "benchmarks.gradients.run",
     "benchmarks.ops.run",
     "benchmarks.plot.run",
     "benchmarks.train.run",

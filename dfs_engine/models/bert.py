@@ -113,7 +113,8 @@ def _attend(attention: Any, projections: list[Tensor], mask: Tensor | None) -> T
     """What a `BertSelfAttention` does with query (N, t, C), key and value (N, T, C): -> (N, t, C)."""
     heads = (attention.num_attention_heads, -1)
     query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
-    return attend(query, key, value, attention.dropout, mask).transpose(1, 2).flatten(2)
+    plain = attention.config._attn_implementation == "eager" or None  # as whoever made the configuration wants it
+    return attend(query, key, value, attention.dropout, mask, plain=plain).transpose(1, 2).flatten(2)
 
 
 class BertExit(Exit):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, Distillation, MultiExitModel
 from dfs_engine.models.registry import register_models
-from dfs_engine.nn import ExitHead, Fork, NormAct2d, Reading, apply_layer, produce_readings
+from dfs_engine.nn import ExitHead, Fork, NormAct2d, Reading, apply_layer, produce_from
 from dfs_engine.partition import ChannelSlice, Partition
 
 # name -> convolutions per stage, width of each stage as a multiple of the first, image size, pixels a side of what
@@ -49,7 +49,7 @@ class VGGBlock(Block):
     def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
         if not isinstance(self.bn, NormAct2d):  # not `dfs`, or e.g. converted to SyncBatchNorm
             return super().produce(input, fork, is_last)
-        return produce_readings(self.bn, apply_layer(self.conv, input), fork, pool=self.pool, is_last=is_last)
+        return produce_from(self.conv, self.bn, input, fork, pool=self.pool, is_last=is_last)
 
     def extra_repr(self) -> str:
         return f"pool={self.pool}"

@@ -1,14 +1,15 @@
 """Layers: drop-in partitioned ones, and the routing of a feature to its two readers."""
 
+from dfs_engine.nn.attention import attend
 from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.convert import convert_layers, partition_layer, to_stock
-from dfs_engine.nn.dropout import Dropout, attend, convert_dropouts
+from dfs_engine.nn.dropout import Dropout, convert_dropouts
 from dfs_engine.nn.exit_head import Exit, ExitHead, TokenHead
 from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
 from dfs_engine.nn.linear import PartitionedLinear, apply_linears
 from dfs_engine.nn.loss import exit_loss, smooth_labels
-from dfs_engine.nn.norm_act import ConvNormReLU, NormAct2d, apply_norm_relu, produce_readings
+from dfs_engine.nn.norm_act import ConvNormReLU, NormAct2d, apply_norm_relu, produce_from, produce_readings
 from dfs_engine.nn.norm_linear import PartitionedLayerNorm, apply_norm_linear
 from dfs_engine.nn.reading import (
     Columns,
@@ -56,6 +57,7 @@ __all__ = [
     "map_channels",
     "multiply",
     "partition_layer",
+    "produce_from",
     "produce_readings",
     "readings",
     "select_rows",

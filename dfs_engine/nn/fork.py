@@ -1,8 +1,12 @@
 """Where a feature goes to its two readers, the deeper path and the exit, in each variant."""
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
+from dfs_engine.nn.apart import Leaves
 from dfs_engine.nn.reading import Columns, Reading
 from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
@@ -25,6 +29,9 @@ class Fork(nn.Module):
         dim: channel axis, 1 for images, -1 for tokens.
         backend: of the ops, in the dfs variant.
     """
+
+    leaves: Leaves | None = None
+    """Where it is set, blocks that can do so make both parts of a feature apart (see `nn.apart`)."""
 
     def __init__(
         self,
@@ -53,6 +60,15 @@ class Fork(nn.Module):
         parts = Partition(feature.size(self.dim), self.beta)
         exit_live = parts.exit_live(self.exit_gradient, self.reference)
         return (self._detach(feature, parts.shared),), (self._detach(feature, exit_live),)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Leaves]:
+        """Within, forward passes make both parts of a feature apart; gives their leaves."""
+        self.leaves = Leaves()
+        try:
+            yield self.leaves
+        finally:
+            self.leaves = None
 
     def live_channels(self, num_channels: int) -> tuple[int, int]:
         """(num_shared, exit_start): the deeper path trains [0, num_shared), the exit [exit_start, num_channels)."""

@@ -13,8 +13,9 @@ EXTRAS = {
     "text": ("transformers", "datasets", "pyarrow", "sklearn", "scipy"),
     "train": (
         "accelerate", "filelock", "jsonargparse", "matplotlib", "yaml", "rich", "safetensors", "sklearn", "tensorboard",
-        "tqdm",
+        "torchmetrics", "tqdm",
     ),
+    "methods": ("torchjd",),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
 

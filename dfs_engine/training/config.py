@@ -203,6 +203,9 @@ class TrainConfig:
     """Steps between checkpoints, besides the one after every epoch; 0 is none."""
     log_every_steps: int = 50
     """Steps between reports of the training loss; 0 is none."""
+    conflicts_every: int = 0
+    """Epochs between measurements of how far the exits' gradients are in conflict (see `dfs conflicts`), added to
+    conflicts/over_training.csv in the run folder; 0 is none."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     progress: bool = True
@@ -213,7 +216,7 @@ class TrainConfig:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("device", self.device, DEVICES)
         ranges = {
-            ">= 0": ("checkpoint_every_steps", "log_every_steps", "seed"),
+            ">= 0": ("checkpoint_every_steps", "log_every_steps", "conflicts_every", "seed"),
             ">= 1": ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "num_threads"),
             "[0, 1)": ("label_smoothing",),
         }
@@ -223,6 +226,11 @@ class TrainConfig:
                 f"micro_batch_size: expected none with method=byot and byot.lam={self.byot.lam}, got "
                 f"{self.micro_batch_size}: its distance of features is a norm over the whole batch. "
                 "Leave it out, or set byot.lam to 0."
+            )
+        if self.conflicts_every and self.compile:
+            raise ValueError(
+                f"conflicts_every: expected 0 with compile=true, got {self.conflicts_every}: a compiled backward "
+                "computes all exits' gradients at once. Leave one out; `dfs conflicts` measures the saved weights."
             )
         if self.data.name in TEXT_DATASETS and self.data.tokenizer is None:
             object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.pretrained))

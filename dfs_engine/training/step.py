@@ -107,6 +107,8 @@ class OptimizerStep:
                 if index < len(pieces):  # the processes sum their gradients once, with the last
                     for module in (self.model, self.method):
                         stack.enter_context(self.accelerator.no_sync(module))
+                if self.exit_gradients is not None:
+                    stack.enter_context(self.exit_gradients.apart())
                 logits, features = self.raw_method.run(self.model, part)
                 loss = self.method(logits, part_target, features)
                 if self.exit_gradients is None:

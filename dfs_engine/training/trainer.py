@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dfs_engine.data import DataSplits, load_data
+from dfs_engine.evaluation.conflicts import check_has_conflicts
 from dfs_engine.models import MultiExitModel
 from dfs_engine.runtime import memory
 from dfs_engine.training import checkpoint, report, run_folder
@@ -30,6 +31,7 @@ from dfs_engine.training.build import (
     train_accelerator,
 )
 from dfs_engine.training.config import TrainConfig
+from dfs_engine.training.conflicts import record_epoch
 from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.journal import Journal
 from dfs_engine.training.out_of_memory import batch_in_memory
@@ -87,6 +89,8 @@ class Trainer:
         set_seed(config.seed)
         self._load(model, data)
         config = self.config
+        if config.conflicts_every:
+            check_has_conflicts(self.raw_model)
         self.raw_method = build_method(config, self.raw_model)
         self.accelerator = train_accelerator(config, self.raw_model, self.raw_method)
         self.run_dir = config.run_dir or run_folder.default_path(config.data.name, self.raw_model.get_config())
@@ -315,6 +319,9 @@ class Trainer:
         with checkpoint.together(self.accelerator, self.run_dir):
             if self.accelerator.is_main_process:
                 self.journal.end_epoch(progress.rows)
+                every = self.config.conflicts_every
+                if every and progress.epoch % every == 0:
+                    record_epoch(self.config, self.raw_model, self.data, self.run_dir, progress.epoch)
         self._save_checkpoint()
         return metrics
 

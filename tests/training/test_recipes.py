@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from dfs_engine.cli.parser import Parser
+from dfs_engine.inference import evaluate
 from dfs_engine.methods import section_of
-from dfs_engine.training import evaluate
 from dfs_engine.training.build import build_method, build_model, build_optimizer
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.schedules import Schedule
