@@ -147,7 +147,8 @@ class MultiExitModel(nn.Module):
         Raises:
             ValueError: `return_features` and `on_exit` together.
         """
-        if self.fork.variant == "dfs" and self.fork.dim == 1:  # the kernels behind it want that, and it is small
+        # The kernels behind it want that, and it is small.
+        if self.fork.variant == "dfs" and self.fork.dim == 1 and not torch.compiler.is_exporting():
             input = input.contiguous(memory_format=torch.channels_last)
         return self._run((input,), return_features, on_exit)
 
