@@ -6,7 +6,7 @@ only deeper exits read is computed behind the exit. What passes from one stage t
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ class Graph:
         program: takes tensors by position, one for each of `inputs`, and returns as many as `outputs`, in a tuple.
         inputs, outputs: names. Of a stage, outputs are its logits and then the state that it makes, and inputs are what
             it reads of the state and of the model's inputs.
+        dims: of each input, the dimensions of any size, and what they are called.
     """
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    dims: tuple[dict[int, str], ...]
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor], dims: Mapping[int, Dim], num_exits: int) -> Graph:
@@ -43,17 +45,21 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], dims: Mapping[int, Dim
     Raises:
         ValueError: torch.export cannot trace the model, or its graph has other operators.
     """
-    shapes = [dict(dims) for _ in inputs]
+    shapes = [dims for _ in inputs]
     program = _program(model, tuple(inputs.values()), shapes, "the model").run_decompositions({})
     check_aten(program)
     outputs = tuple(f"logits_{index}" for index in range(1, num_exits + 1))
-    return Graph(program, tuple(inputs), outputs)
+    return Graph(program, tuple(inputs), outputs, _names(shapes))
 
 
-def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Sequence[dict[int, Dim]], what: str) -> Any:
+def _names(shapes: Sequence[Mapping[int, Dim]]) -> tuple[dict[int, str], ...]:
+    return tuple({dim: symbol.__name__ for dim, symbol in shape.items()} for shape in shapes)
+
+
+def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Sequence[Mapping[int, Dim]], what: str) -> Any:
     try:
         with torch.no_grad():
-            return torch.export.export(module, inputs, dynamic_shapes=(*shapes,))
+            return torch.export.export(module, inputs, dynamic_shapes=tuple(map(dict, shapes)))
     except Exception as error:  # of any type: the model's code runs on tensors without values
         raise ValueError(
             f"export: expected {what} to be one that torch.export can trace, got {type(error).__name__}: "
@@ -109,7 +115,8 @@ def cut(whole: Graph, inputs: Mapping[str, Tensor], dims: Mapping[int, Dim]) -> 
         shapes = [named.dims_of(node, dims) for node in reads]
         program = _program(module, given, shapes, f"stage {index + 1}").run_decompositions({})
         check_aten(program)
-        graphs.append(Graph(program, names, ("logits", *(named.names[node] for node in makes))))
+        outputs = ("logits", *(named.names[node] for node in makes))
+        graphs.append(Graph(program, names, outputs, _names(shapes)))
         with torch.no_grad():
             _, *made = module(*given)
         values.update(zip(graphs[-1].outputs[1:], made, strict=True))
@@ -225,9 +232,3 @@ class _Stages:
         root[path] = tensors[path]
         return graph.get_attr(path)
 
-
-def tensors_of(graphs: Sequence[Graph]) -> Iterator[Tensor]:
-    """Parameters, buffers and constants of some graphs."""
-    for graph in graphs:
-        yield from graph.program.state_dict.values()
-        yield from (value for value in graph.program.constants.values() if isinstance(value, Tensor))

@@ -13,7 +13,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,7 @@ class MultiExitBert(MultiExitModel):
     """
 
     config: Any
+    input_defaults: ClassVar[dict[str, int]] = {"attention_mask": 1, "token_type_ids": 0}
 
     def forward(
         self,
@@ -200,6 +201,18 @@ class MultiExitBert(MultiExitModel):
         embeddings = cast(Any, self.blocks[0]).embeddings.word_embeddings
         shape = (batch, min(128, *self.input_shape))
         return torch.randint(embeddings.num_embeddings, shape, device=embeddings.weight.device)
+
+    def example_inputs(self, batch: int = 1) -> dict[str, Tensor]:
+        """Sentences of random lengths, each in two parts."""
+        input_ids = self.example_input(batch)
+        position = torch.arange(input_ids.size(1), device=input_ids.device)
+        lengths, first = torch.randint(1, input_ids.size(1) + 1, (2, batch, 1), device=input_ids.device)
+        is_second = (position >= first).long().clamp(max=self.config.type_vocab_size - 1)
+        return {"input_ids": input_ids, "attention_mask": (position < lengths).long(), "token_type_ids": is_second}
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.input_shape[0]
 
 
 @register_models(["bert"], "own", dim=-1)

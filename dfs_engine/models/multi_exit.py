@@ -1,7 +1,7 @@
 """The contract of every multi-exit model."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ class MultiExitModel(nn.Module):
     options: dict[str, Any]
     # A family with a published form of its own says so.
     distillation = Distillation()
+    # What stands for an argument of `forward` that is not given, where all of them have to be.
+    input_defaults: ClassVar[dict[str, int]] = {}
 
     def __init__(
         self,
@@ -189,6 +191,15 @@ class MultiExitModel(nn.Module):
         """A random batch of what `forward` takes, where the model is and in its dtype."""
         parameter = next(self.parameters())
         return torch.randn(batch, *self.input_shape, device=parameter.device, dtype=parameter.dtype)
+
+    def example_inputs(self, batch: int = 1) -> dict[str, Tensor]:
+        """A random batch of every tensor that `forward` takes for inference, by the names of its arguments."""
+        return {"input": self.example_input(batch)}
+
+    @property
+    def max_tokens(self) -> int | None:
+        """What it reads are sentences of any length up to this; None: samples of one shape."""
+        return None
 
     def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
         """Parameters of exit `index`'s classifier alone."""

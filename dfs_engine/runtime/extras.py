@@ -15,6 +15,7 @@ EXTRAS = {
         "accelerate", "filelock", "jsonargparse", "matplotlib", "yaml", "rich", "safetensors", "sklearn", "tensorboard",
         "tqdm",
     ),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
 
