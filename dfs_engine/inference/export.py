@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -251,14 +252,16 @@ def _write_torch(file: Path, graph: Graph, description: str, opset: int | None) 
 
 
 def _write_onnx(file: Path, graph: Graph, description: str, opset: int | None) -> None:
-    written = torch.onnx.export(
-        graph.program,
-        input_names=list(graph.inputs),
-        output_names=list(graph.outputs),
-        opset_version=opset,
-        dynamic_shapes=graph.dims,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # of two inputs that have as many samples
+        written = torch.onnx.export(
+            graph.program,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            opset_version=opset,
+            dynamic_shapes=graph.dims,
+            verbose=False,
+        )
     assert written is not None
     written.model.metadata_props[_METADATA_KEY] = description
     written.save(file, external_data=None)  # beside it only where one file may not be as large

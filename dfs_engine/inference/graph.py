@@ -46,8 +46,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], dims: Mapping[int, Dim
         ValueError: torch.export cannot trace the model, or its graph has other operators.
     """
     shapes = [dims for _ in inputs]
-    program = _program(model, tuple(inputs.values()), shapes, "the model").run_decompositions({})
-    check_aten(program)
+    program = _program(model, tuple(inputs.values()), shapes, "the model")
     outputs = tuple(f"logits_{index}" for index in range(1, num_exits + 1))
     return Graph(program, tuple(inputs), outputs, _names(shapes))
 
@@ -56,15 +55,29 @@ def _names(shapes: Sequence[Mapping[int, Dim]]) -> tuple[dict[int, str], ...]:
     return tuple({dim: symbol.__name__ for dim, symbol in shape.items()} for shape in shapes)
 
 
-def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Sequence[Mapping[int, Dim]], what: str) -> Any:
+def _program(
+    module: nn.Module, inputs: tuple[Tensor, ...], shapes: Sequence[Mapping[int, Dim]], what: str
+) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(module, inputs, dynamic_shapes=tuple(map(dict, shapes)))
+            program = torch.export.export(module, inputs, dynamic_shapes=tuple(map(dict, shapes)))
+            program = program.run_decompositions({})  # makes it functional, and takes nothing apart
     except Exception as error:  # of any type: the model's code runs on tensors without values
         raise ValueError(
             f"export: expected {what} to be one that torch.export can trace, got {type(error).__name__}: "
             f"{one_line(error, 400)}"
         ) from error
+    check_aten(program)
+    for symbol in program.range_constraints.keys() - _symbols(program):
+        del program.range_constraints[symbol]  # equal to another one; whoever loads the file would be warned of it
+    return program
+
+
+def _symbols(program: ExportedProgram) -> set[Any]:
+    """Those in the sizes of a graph's tensors."""
+    tensors = (node.meta.get("val") for node in program.graph.nodes)
+    sizes = (size for tensor in tensors if isinstance(tensor, Tensor) for size in tensor.shape)
+    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
 def check_aten(program: ExportedProgram) -> None:
@@ -113,8 +126,7 @@ def cut(whole: Graph, inputs: Mapping[str, Tensor], dims: Mapping[int, Dim]) -> 
         names = tuple(named.names[node] for node in reads)
         given = tuple(values[name] for name in names)
         shapes = [named.dims_of(node, dims) for node in reads]
-        program = _program(module, given, shapes, f"stage {index + 1}").run_decompositions({})
-        check_aten(program)
+        program = _program(module, given, shapes, f"stage {index + 1}")
         outputs = ("logits", *(named.names[node] for node in makes))
         graphs.append(Graph(program, names, outputs, _names(shapes)))
         with torch.no_grad():
