@@ -166,6 +166,7 @@ WORK = (
     "training.trainer.Trainer",
     "training.evaluate.run",
     "training.convert.run",
+    "inference.export.run",
     "validate.run",
     "evaluation.info.run",
     "runtime.doctor.report",

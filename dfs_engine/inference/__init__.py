@@ -1,7 +1,7 @@
 """Inference that stops early: each sample leaves at the first exit that is sure enough of it."""
 
 from dfs_engine.inference.early_exit import EarlyExit
-from dfs_engine.inference.export import export
+from dfs_engine.inference.export import export_model
 from dfs_engine.inference.exported import ExportedModel
 from dfs_engine.inference.policies import Entropy, MaxProbability, Patience, Policy
 from dfs_engine.inference.prediction import Prediction
@@ -17,7 +17,7 @@ __all__ = [
     "Patience",
     "Policy",
     "Prediction",
-    "export",
+    "export_model",
     "find_thresholds",
     "simulate",
 ]

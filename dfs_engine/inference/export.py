@@ -51,7 +51,7 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Exports saved weights; see `export`.
+    """Exports saved weights; see `export_model`.
 
     Returns:
         "folder", "files" (name -> bytes), "largest_difference" and what `export.json` holds.
@@ -69,7 +69,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         "max_tokens": data.get("max_tokens") if data.get("tokenizer") else None,
     }
     options: Any = {name: getattr(config, name) for name in ("format", "staged", "opset", "overwrite")}
-    found = export(model.eval(), folder, **options, about=about)
+    found = export_model(model.eval(), folder, **options, about=about)
     files = {file.name: file.stat().st_size for file in sorted(Path(folder).expanduser().iterdir())}
     return {"folder": str(folder), "files": files, **found}
 
@@ -86,7 +86,7 @@ def _normalization(data: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if mean is None or std is None else {"mean": list(mean), "std": list(std)}
 
 
-def export(
+def export_model(
     model: MultiExitModel,
     folder: str | Path,
     *,

@@ -1,4 +1,4 @@
-"""An exported model, run by onnxruntime or, of the format "torch", by PyTorch; what `export` wrote is all that it needs.
+"""An exported model, run by onnxruntime or, of the format "torch", by PyTorch. What `export_model` wrote is enough.
 
 A folder holds `export.json`, which describes it, and one file for each graph:
 
@@ -26,13 +26,13 @@ _Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class ExportedModel(MultiExitModel):
-    """Runs what `export` wrote: called as the model was, it returns every exit's logits; gradients there are none.
+    """Runs what `export_model` wrote: called as the model was, it returns every exit's logits; gradients there are none.
 
     One that was exported in stages stops early: ``EarlyExit(ExportedModel(folder), policy)`` runs a stage for the
     samples alone that are still there.
 
     Args:
-        folder: that `export` wrote.
+        folder: that `export_model` wrote.
         num_threads: of onnxruntime; None: torch's.
         providers: of onnxruntime, where a graph may run; those of the CPU unless given.
 
@@ -50,19 +50,19 @@ class ExportedModel(MultiExitModel):
         num_threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        self_description = read_description(folder)
+        about = read_description(folder)
         super().__init__(
             [],
             [],
             Fork(variant="dense"),
-            num_classes=self_description["num_classes"],
-            input_shape=tuple(self_description["input_shape"]),
+            num_classes=about["num_classes"],
+            input_shape=tuple(about["input_shape"]),
         )
-        self.description = self_description
-        self.name = f"{self_description['model']['name']}, exported"
+        self.description = about
+        self.name = f"{about['model']['name']}, exported"
         path = Path(folder).expanduser()
-        files = [path / graph["file"] for graph in self_description["graphs"]]
-        if self_description["format"] == "onnx":
+        files = [path / graph["file"] for graph in about["graphs"]]
+        if about["format"] == "onnx":
             self._runs = [_run_onnx(file, num_threads or torch.get_num_threads(), providers) for file in files]
         else:
             self._runs = [_run_torch(file) for file in files]
@@ -84,7 +84,7 @@ class ExportedModel(MultiExitModel):
         if len(graphs) < self.num_exits:
             if on_exit is not None:
                 raise ValueError(
-                    "on_exit: expected a model exported in stages, got one graph of all exits, from which no sample can "
+                    "on_exit: expected a model exported in stages, got one graph of all exits, which no sample can "
                     "leave. Export it with staged=True (dfs export --staged)."
                 )
             return self._runs[0]([values[name] for name in graphs[0]["inputs"]])
@@ -134,8 +134,8 @@ def _checked(name: str, value: Tensor, about: Mapping[str, Any]) -> Tensor:
         ValueError: of another shape.
     """
     shape = about["shape"]
-    fits = value.dim() == len(shape) and all(isinstance(size, str) or size == value.size(dim) for dim, size in enumerate(shape))
-    if not fits:
+    fits = [isinstance(wanted, str) or size == wanted for size, wanted in zip(value.shape, shape, strict=False)]
+    if value.dim() != len(shape) or not all(fits):
         raise ValueError(
             f"{name}: expected shape ({', '.join(map(str, shape))}), as the model was exported, got "
             f"{tuple(value.shape)}."

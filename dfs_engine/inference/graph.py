@@ -243,4 +243,3 @@ class _Stages:
         tensors: Any = self.program.state_dict if path in self.program.state_dict else self.program.constants
         root[path] = tensors[path]
         return graph.get_attr(path)
-
