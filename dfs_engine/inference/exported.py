@@ -26,7 +26,7 @@ _Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class ExportedModel(MultiExitModel):
-    """Runs what `export_model` wrote: called as the model was, it returns every exit's logits; gradients there are none.
+    """Runs what `export_model` wrote: called as the model was, it returns every exit's logits, without gradients.
 
     One that was exported in stages stops early: ``EarlyExit(ExportedModel(folder), policy)`` runs a stage for the
     samples alone that are still there.
