@@ -297,6 +297,14 @@ def _show_converted(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _show_exported(result: dict[str, Any]) -> dict[str, Any]:
+    print(f"{result['folder']}: {result['model']['name']}, {result['num_exits']} exits, {result['format']} format")
+    rows = [(name, f"{size / 2**20:.2f}") for name, size in result["files"].items()]
+    _print_table("Files", ("file", "MiB"), rows)
+    print(f"largest difference from the model's logits: {result['largest_difference']:.2g}")
+    return result
+
+
 def _show_table(report: Any) -> Any:
     print(report.table())
     return report.to_json()
@@ -495,6 +503,17 @@ _COMMANDS = {
             "source": (Path, "A published checkpoint, or a run folder or weight file of dfs."),
             "output": (Path, "The file or run folder to write."),
         },
+    ),
+    "export": Command(
+        "write a model as torch.export or ONNX files, whole or in stages",
+        "Writes saved weights as files that run without this package: torch.export's (.pt2) or ONNX. One graph has all"
+        " exits; with --staged there is one for each exit, so that whoever runs them can stop behind any of them."
+        " Batches may have any number of samples, sentences any number of tokens. Needs no flags of the model, whatever"
+        " its variant. What was written is run once and compared with the model.",
+        "  dfs export runs/first\n  dfs export runs/first --format onnx --staged --output served",
+        "dfs_engine.inference.export:ExportConfig",
+        _show_exported,
+        places={"path": (Path, "A run folder, or the model.safetensors of one.")},
     ),
     "validate": Command(
         "check every op of this package against PyTorch in float64",

@@ -2,6 +2,8 @@
 
 from dfs_engine.inference.budgeted import BudgetedPoint, budgeted_batch
 from dfs_engine.inference.early_exit import EarlyExit
+from dfs_engine.inference.export import export_model
+from dfs_engine.inference.exported import ExportedModel
 from dfs_engine.inference.per_sample import Outputs, load_per_sample
 from dfs_engine.inference.policies import Entropy, MaxProbability, Patience, Policy
 from dfs_engine.inference.prediction import Prediction
@@ -12,6 +14,7 @@ __all__ = [
     "BudgetedPoint",
     "EarlyExit",
     "Entropy",
+    "ExportedModel",
     "MaxProbability",
     "OperatingPoint",
     "Outputs",
@@ -19,6 +22,7 @@ __all__ = [
     "Policy",
     "Prediction",
     "budgeted_batch",
+    "export_model",
     "find_thresholds",
     "load_per_sample",
     "simulate",

@@ -254,7 +254,7 @@ def shared_kernels(model: MultiExitModel) -> dict[str, nn.Parameter]:
             counts[key] = counts.get(key, 0) + 1
     layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
     return {
-        f"{path}.weight": layer.weight
+        f"{path}.weight": cast(nn.Parameter, layer.weight)
         for path, layer in layers
         if layer.weight.requires_grad and counts.get(id(layer.weight), 0) > 1
     }

@@ -3,7 +3,7 @@
 from dfs_engine.nn.attention import attend
 from dfs_engine.nn.concat import concat, fork_concat
 from dfs_engine.nn.conv2d import PartitionedConv2d
-from dfs_engine.nn.convert import convert_layers, partition_layer, to_stock
+from dfs_engine.nn.convert import convert_layers, layers_to_stock, partition_layer, to_stock
 from dfs_engine.nn.dropout import Dropout, convert_dropouts
 from dfs_engine.nn.exit_head import Exit, ExitHead, TokenHead
 from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
@@ -54,6 +54,7 @@ __all__ = [
     "flat",
     "fork_concat",
     "global_avg_pool",
+    "layers_to_stock",
     "map_channels",
     "multiply",
     "partition_layer",

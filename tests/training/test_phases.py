@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dfs_engine.methods import DRMGFConfig, MetaGFConfig, WPNConfig
+from dfs_engine.models.weights import load_model
 from dfs_engine.training import build
 from dfs_engine.training.adapters import load_adapters
 from dfs_engine.training.config import OptimConfig, TrainConfig
 from dfs_engine.training.trainer import Trainer
-from dfs_engine.training.weights import load_model
 
 STEPS = 3  # of a pass, in batches of 16
 PASSES = 7  # of an epoch: 6 exits, and the fusion
