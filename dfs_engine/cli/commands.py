@@ -368,6 +368,17 @@ _BENCH = {
         "dfs_engine.benchmarks.gradients:BenchGradientsConfig",
         _show_table,
     ),
+    "inference": Command(
+        "time inference: stock forms, our evaluation mode, early exit",
+        "Times the full model in stock PyTorch and prepared by `dfs_engine.inference.prepare`, and early exit at"
+        " several accuracies, interleaved. Who leaves early depends on weights and data: give the folder of a run that"
+        " kept validation samples (data.val_fraction), on which the thresholds are found.",
+        "  dfs bench inference --run_dir runs/first --output inference.csv\n"
+        "  dfs bench inference --run_dir runs/first --batch_size 1,64 --drops 0,0.01 --compile off\n"
+        "  dfs bench inference --model resnet18    # the full model alone, random weights",
+        "dfs_engine.benchmarks.inference:BenchInferenceConfig",
+        _show_table,
+    ),
     "plot": Command(
         "draw the measurements",
         "Draws what `dfs bench train` and `dfs bench ops` measured, from their CSV files.",

@@ -7,6 +7,7 @@ from dfs_engine.inference.exported import ExportedModel
 from dfs_engine.inference.per_sample import Outputs, load_per_sample
 from dfs_engine.inference.policies import Entropy, MaxProbability, Patience, Policy
 from dfs_engine.inference.prediction import Prediction
+from dfs_engine.inference.prepare import prepare
 from dfs_engine.inference.simulate import simulate
 from dfs_engine.inference.thresholds import OperatingPoint, find_thresholds
 
@@ -25,5 +26,6 @@ __all__ = [
     "export_model",
     "find_thresholds",
     "load_per_sample",
+    "prepare",
     "simulate",
 ]

@@ -16,6 +16,7 @@ from dfs_engine.models.backbone import (
     copy_to_try,
     find_consumers,
     find_cuts,
+    find_units,
     image_for,
     next_partitionable,
     observe,
@@ -24,10 +25,12 @@ from dfs_engine.models.leaving import AllLeftError, Leaving, say_where_all_wait
 from dfs_engine.models.multi_exit import Distillation, MultiExitModel, OnExit, check_no_features, path_of
 from dfs_engine.nn import (
     SLICED_VARIANTS,
+    ConvAct,
     ExitHead,
     Fork,
     Reading,
     TokenHead,
+    can_fix,
     convert_layers,
     layers_to_stock,
     partition_layer,
@@ -408,6 +411,32 @@ class AttachedModel(MultiExitModel):
         )
         other.training = self.training
         return other
+
+    def for_inference(self) -> "AttachedModel":
+        """Folds each batch normalisation, and the `nn.ReLU` behind it, into the convolution that it alone reads, as far
+        as torch.fx shows it; see `MultiExitModel.for_inference`."""
+        backbone = self.backbone
+        try:
+            units = find_units(backbone)
+        except Exception as error:  # as in attach_exits
+            logger.warning(
+                "prepare: torch.fx cannot trace the backbone (%s), so its batch normalisations stay apart from the "
+                "convolutions.",
+                f"{type(error).__name__}: {one_line(error)}",
+            )
+            return self
+        for conv_path, bn_path, relu_path in units:
+            conv, bn = backbone.get_submodule(conv_path), backbone.get_submodule(bn_path)
+            if not can_fix(conv, bn):
+                continue
+            relu = None if relu_path is None else backbone.get_submodule(relu_path)
+            has_relu = type(relu) is nn.ReLU and not relu._forward_hooks and not relu._forward_pre_hooks
+            backend: Any = getattr(conv, "backend", None)
+            backbone.set_submodule(conv_path, ConvAct(conv, bn, relu=has_relu, backend=backend))
+            backbone.set_submodule(bn_path, nn.Identity())
+            if has_relu:
+                backbone.set_submodule(cast(str, relu_path), nn.Identity())
+        return self
 
     def to_backbone(self) -> nn.Module:
         """Gives the backbone back as it came, trained; this model is of no use afterwards."""

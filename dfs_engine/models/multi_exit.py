@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
 from dfs_engine.models.variants import check_same_outputs, zero_unread_columns
+from dfs_engine.nn.convert import to_stock
 from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
+from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.reading import Reading, flat, readings, select_rows, select_samples
 from dfs_engine.partition import ChannelSlice
 
@@ -276,6 +278,21 @@ class MultiExitModel(nn.Module):
         referencing.
         """
         yield from ()
+
+    def for_inference(self) -> "MultiExitModel":
+        """What `dfs_engine.inference.prepare` does to the copy that it makes, before it comes to the parts.
+
+        Images' features are read whole, since nothing needs a gradient for a part of them; without referencing each
+        reader gets zeros in the other's part. Of tokens the sliced form stays, which leaves out what no exit reads.
+        """
+        fork = self.fork
+        if fork.dim == 1 and fork.variant != "dense":
+            variant = "dense" if fork.reference else "detach"
+            self.fork = Fork(fork.beta, variant, reference=fork.reference, exit_gradient=fork.exit_gradient)
+            for module in self.modules():
+                if type(module) is PartitionedLinear and module.stop - module.start == module.in_features:
+                    to_stock(module)  # the same product; asking which kernel is to compute it costs as much, of one row
+        return self
 
     def get_config(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`.

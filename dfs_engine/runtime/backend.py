@@ -33,6 +33,7 @@ KERNEL_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "partitioned_norm_linear": _FLOATS,
         "norm_act": (torch.float32, torch.bfloat16),
         "dropout": (torch.float32, torch.bfloat16),
+        "conv_act": (torch.float32, torch.bfloat16),
     },
     "triton": dict.fromkeys(OPS, _FLOATS),
 }
@@ -49,6 +50,7 @@ CPP_KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_grad_input": ("aten", "onednn", "gemm"),
         "linear_grad_weight": ("aten", "gemm"),
     },
+    "conv_act": {"conv_act_forward": ("aten", "winograd", "onednn")},
 }
 
 # The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
