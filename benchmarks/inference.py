@@ -183,8 +183,8 @@ class _Feed:
         self.batches = {
             layout: batches
             if reads_tokens
-            else [cast(Tensor, each).contiguous(memory_format=order) for each in batches]
-            for layout, order in ({"": None} if reads_tokens else LAYOUTS).items()
+            else [cast(Tensor, each).contiguous(memory_format=LAYOUTS[layout]) for each in batches]
+            for layout in ([""] if reads_tokens else LAYOUTS)
         }
         self.turn = 0
 
@@ -252,7 +252,7 @@ def _in_layout(model: MultiExitModel, layout: str) -> nn.Module:
     """A model whose convolutions' weights lie as the images do; the same one for tokens."""
     if layout != "channels_last":
         return model
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
 def _caller(model: Any) -> Callable[[Any], Any]:
