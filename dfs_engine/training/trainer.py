@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.models import MultiExitModel
 from dfs_engine.runtime import memory
-from dfs_engine.training import checkpoint, report, run_folder
+from dfs_engine.training import checkpoint, elastic, report, run_folder
 from dfs_engine.training.adapters import save_adapters
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader, worker_deaths
 from dfs_engine.training.build import (
@@ -81,6 +81,7 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
+        elastic.check_can_restart(config.run_dir)
         if config.run_dir is not None:
             run_folder.check_usable(config.run_dir, resume=config.resume)
         set_seed(config.seed)
@@ -103,7 +104,7 @@ class Trainer:
         self._saved_at: tuple[int, int] | None = None
         self._stop = StopRequest(self.accelerator)
         set_seed(config.seed + self.accelerator.process_index)  # every process draws its own dropout
-        if config.resume:
+        if config.resume or self._was_restarted():
             self._resume()
 
     def _load(self, model: MultiExitModel | None, data: DataSplits | None) -> None:
@@ -149,13 +150,17 @@ class Trainer:
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
 
+    def _was_restarted(self) -> bool:
+        """Whether torchrun started the processes anew, and those before left a checkpoint to go on from."""
+        return elastic.has_begun(self.run_dir) and checkpoint.last(self.run_dir) is not None
+
     def fit(self) -> TrainResult:
         """Trains until the last epoch.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite. MemoryError: the batch does not fit. OSError: the
-                disk is full, a worker process of the data loader died, or another process changed the run folder. The
-                last checkpoint stays as it was.
+                disk is full, a worker process of the data loader or another process of the run died, or a stranger changed
+                the run folder. The last checkpoint stays as it was.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; a checkpoint was saved first. A second one raises it at once.
         """
         with run_folder.locked(self.run_dir, self.accelerator), self._stop.caught():
@@ -163,7 +168,10 @@ class Trainer:
                 raise FileExistsError(
                     f"run_dir: expected {self.run_dir} as this run left it, got another run's checkpoint in it."
                 )
-            with self._says_how_to_go_on(), worker_deaths([self.train_loader, *self.eval_loaders.values()]):
+            if self.accelerator.is_main_process:
+                elastic.note_begin(self.run_dir)
+            loaders = [self.train_loader, *self.eval_loaders.values()]
+            with self._says_how_to_go_on(), elastic.peer_deaths(), worker_deaths(loaders):
                 return self._fit()
 
     def _fit(self) -> TrainResult:
@@ -200,6 +208,8 @@ class Trainer:
         """Metrics of every exit and of the ensemble on each of `DataSplits.measured`, "test" first."""
         options: dict[str, Any] = {"channels_last": self.config.channels_last, "metrics": self.data.metrics}
         model = self.model if self.ema is None else self.ema.module
+        if self.ema is not None:  # batch statistics are the main process's, as in the checkpoint
+            broadcast(list(model.buffers()))
         found = {}
         for name, loader in self.eval_loaders.items():
             with batch_in_memory("eval_batch_size", self.config.eval_batch_size):
