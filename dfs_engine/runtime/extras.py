@@ -15,6 +15,7 @@ EXTRAS = {
         "accelerate", "filelock", "jsonargparse", "matplotlib", "yaml", "rich", "safetensors", "sklearn", "tensorboard",
         "tqdm",
     ),
+    "wandb": ("wandb",),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
 

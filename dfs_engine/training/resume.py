@@ -18,7 +18,7 @@ _FIXED = ("method", "batch_size", "seed", "optim.name", "optim.decay_norm_and_bi
 # These say where the data are and how they are read, not what they are.
 _FREE_DATA = ("data.root", "data.tokenizer", "data.num_workers")
 # These change nothing of the run.
-_SILENT = ("run_dir", "progress", "tensorboard", "log_every_steps", "checkpoint_every_steps")
+_SILENT = ("run_dir", "progress", "tensorboard", "wandb", "log_every_steps", "checkpoint_every_steps")
 
 
 def check_same_run(

@@ -26,6 +26,7 @@ from dfs_engine.training.build import (
     build_model,
     build_optimizer,
     input_shape,
+    synchronise_batch_norms,
     train_accelerator,
 )
 from dfs_engine.training.config import TrainConfig
@@ -138,6 +139,8 @@ class Trainer:
         """Model, method and optimizer on their device, in the run's precision."""
         config = self.config
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        if config.sync_batch_norm:
+            synchronise_batch_norms(self.raw_model, self.accelerator)
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
         self.ema = build_ema(self.raw_model, config.optim)  # a copy, hence before `prepare` ties `forward` to the model
         if config.compile:
