@@ -120,8 +120,8 @@ def _check_launcher() -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
-                f"accelerate launch: expected MULTI_GPU or MULTI_CPU, got {name}: `dfs train` keeps a copy of the model "
-                "in each process, and its checkpoints hold whole models. Run `accelerate config` anew, or use "
+                f"accelerate launch: expected MULTI_GPU or MULTI_CPU, got {name}: `dfs train` copies the model to "
+                "every process, and its checkpoints hold whole models. Run `accelerate config` anew, or use "
                 "torchrun; docs/distributed.md shards a model in a training loop of your own."
             )
 

@@ -52,7 +52,9 @@ def peer_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "/gloo/" in str(error)):
             raise
-        remedy = "torchrun starts all of them again." if max_restarts() else "torchrun --max-restarts 3 starts them again."
+        remedy = (
+            "torchrun starts all of them again." if max_restarts() else "torchrun --max-restarts 3 starts them again."
+        )
         raise ConnectionError(
             f"expected every process of the run to live, but one is out of reach: {one_line(error)}. {remedy}"
         ) from error

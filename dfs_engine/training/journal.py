@@ -45,7 +45,9 @@ class Journal:
         """Writes TensorBoard's events and wandb's in the block, of a run that has done `step` steps."""
         config, is_main = self.config, self.accelerator.is_main_process
         with (
-            report.event_writer(self.run_dir / "tensorboard" if config.tensorboard and is_main else None, step) as events,
+            report.event_writer(
+                self.run_dir / "tensorboard" if config.tensorboard and is_main else None, step
+            ) as events,
             report.wandb_run(self.run_dir if config.wandb and is_main else None, config.to_dict()) as run,
         ):
             self._events, self._wandb = events, run
