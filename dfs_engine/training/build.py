@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from dfs_engine.methods import Method, create_method
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.runtime.extras import needs
+from dfs_engine.training import elastic
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.idle_columns import hold_idle_columns
 
@@ -107,6 +108,7 @@ def accelerator_for(device: str, precision: str) -> "Accelerator":
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and precision == "fp16":  # accelerate would quietly compute in fp32
         raise ValueError("precision: expected fp32 or bf16 on the CPU, got fp16. Use --precision bf16.")
+    elastic.join_processes()
     return Accelerator(
         cpu=on_cpu,
         mixed_precision={"fp32": "no"}.get(precision, precision),

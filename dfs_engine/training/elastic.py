@@ -44,19 +44,34 @@ def note_begin(run_dir: Path) -> None:
         store.set(_key(run_dir), "begun")
 
 
+def join_processes() -> None:
+    """Makes torch's process group, where torchrun started processes of one machine again.
+
+    torch's own way (2.15) leaves the addresses of the dead in the agent's store, and who is quick calls them there.
+    Agents of several machines count restarts apart, so there it stays torch's way.
+    """
+    store = _agents_store()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if store is None or attempt == "0" or not on_one_machine or distributed.is_initialized():
+        return
+    rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = distributed.PrefixStore(f"attempt {attempt}", store)
+    distributed.init_process_group(store=store, rank=rank, world_size=num_processes)
+
+
 @contextlib.contextmanager
 def peer_deaths() -> Iterator[None]:
-    """Raises ConnectionError for what torch raises in a process whose peer died: gloo has no class of its own for it."""
+    """Raises ConnectionError for what torch raises where a peer died; gloo has no class of its own for it."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "/gloo/" in str(error)):
             raise
-        remedy = (
-            "torchrun starts all of them again." if max_restarts() else "torchrun --max-restarts 3 starts them again."
-        )
+        remedy = "torchrun starts" if max_restarts() else "torchrun --max-restarts 3 would start"
+        reason = one_line(error)
         raise ConnectionError(
-            f"expected every process of the run to live, but one is out of reach: {one_line(error)}. {remedy}"
+            f"expected every process of the run to live, but one is out of reach: {reason}. {remedy} all again."
         ) from error
 
 

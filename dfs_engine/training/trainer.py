@@ -162,8 +162,8 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite. MemoryError: the batch does not fit. OSError: the
-                disk is full, a worker process of the data loader or another process of the run died, or a stranger changed
-                the run folder. The last checkpoint stays as it was.
+                disk is full, a worker process of the data loader or another process of the run died, or a stranger
+                changed the run folder. The last checkpoint stays as it was.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; a checkpoint was saved first. A second one raises it at once.
         """
         with run_folder.locked(self.run_dir, self.accelerator), self._stop.caught():

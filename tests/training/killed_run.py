@@ -76,7 +76,7 @@ def run_killed():
     moment = 1 + int(share * int((FOLDER / f"calls{RANK}").read_text()))
 
     def kill(number):
-        if ATTEMPT < NUM_KILLS and RANK == victim and number == moment:
+        if ATTEMPT < NUM_KILLS and victim == RANK and number == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     step = Trainer.train_step

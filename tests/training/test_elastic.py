@@ -154,8 +154,8 @@ def test_half_of_a_removed_checkpoint_is_not_the_last(tmp_path):
     ],
 )
 def test_a_peer_that_died_is_said(error):
-    with pytest.raises(ConnectionError, match="expected every process of the run to live.*--max-restarts"):
-        with elastic.peer_deaths():
-            raise error
+    message = r"expected every process of the run to live.*--max-restarts"
+    with pytest.raises(ConnectionError, match=message), elastic.peer_deaths():
+        raise error
     with pytest.raises(RuntimeError, match="other"), elastic.peer_deaths():
         raise RuntimeError("other")
