@@ -18,6 +18,7 @@ EXTRAS = {
     ),
     "methods": ("torchjd",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "wandb": ("wandb",),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from dfs_engine.methods import Method, create_method, section_of
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.runtime.extras import needs
+from dfs_engine.training import elastic
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.idle_columns import hold_idle_columns
 
@@ -116,15 +117,48 @@ def accelerator_for(device: str, precision: str) -> "Accelerator":
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    _check_launcher()
     # accelerate keeps the first precision of a process for ever; a second run here may want another.
     AcceleratorState._reset_state()
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and precision == "fp16":  # accelerate would quietly compute in fp32
         raise ValueError("precision: expected fp32 or bf16 on the CPU, got fp16. Use --precision bf16.")
+    elastic.join_processes()
     return Accelerator(
         cpu=on_cpu,
         mixed_precision={"fp32": "no"}.get(precision, precision),
     )
+
+
+def _check_launcher() -> None:
+    """Raises ValueError where `accelerate launch` asks for what would not copy the whole model to each process."""
+    from accelerate.utils import parse_flag_from_env
+
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"accelerate launch: expected MULTI_GPU or MULTI_CPU, got {name}: `dfs train` copies the model to "
+                "every process, and its checkpoints hold whole models. Run `accelerate config` anew, or use "
+                "torchrun; docs/distributed.md shards a model in a training loop of your own."
+            )
+
+
+def synchronise_batch_norms(model: MultiExitModel, accelerator: "Accelerator") -> None:
+    """Lets the batch norms of several processes normalise by the statistics of all of them. state_dict keys stay.
+
+    Raises:
+        ValueError: the model has none, or the processes have no GPUs.
+    """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(f"sync_batch_norm: expected a model with batch norms, got {model.name}. Leave it out.")
+    if accelerator.num_processes == 1:  # a batch norm sees the whole batch as it is
+        return
+    if accelerator.device.type == "cpu":
+        raise ValueError(
+            f"sync_batch_norm: expected {accelerator.num_processes} processes with a GPU each, got the CPU, where "
+            "torch.nn.SyncBatchNorm does not compute. Leave it out."
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method) -> "Accelerator":

@@ -180,6 +180,9 @@ class TrainConfig:
     smoothed targets."""
     eval_batch_size: int = 256
     """Images or sentences of one evaluation batch in each process."""
+    sync_batch_norm: bool = False
+    """With several processes, normalise by the statistics of the whole batch (torch's SyncBatchNorm), not of each
+    process's share; for shares of few images. Needs GPUs."""
     precision: str = "fp32"
     """fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     channels_last: bool = True
@@ -209,6 +212,8 @@ class TrainConfig:
     conflicts/over_training.csv in the run folder; 0 is none."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra wandb); with WANDB_MODE=offline, into the run folder alone."""
     progress: bool = True
     """Show a progress bar in a terminal."""
 

@@ -1,4 +1,4 @@
-"""What a run tells people while it trains: log lines, a progress bar, TensorBoard's events, metrics.csv and a plot."""
+"""What a run tells people while it trains: log lines, a progress bar, trackers' events, metrics.csv and a plot."""
 
 import contextlib
 import logging
@@ -15,6 +15,7 @@ from dfs_engine.data import DataSplits
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
 from dfs_engine.runtime.backend import select
+from dfs_engine.runtime.extras import needs
 from dfs_engine.runtime.files import write_text
 from dfs_engine.training import report, run_folder
 from dfs_engine.training.config import TrainConfig
@@ -34,12 +35,22 @@ class Journal:
     ) -> None:
         self.config, self.run_dir, self.accelerator, self.model, self.data = config, run_dir, accelerator, model, data
         self._events: Any = None
+        self._wandb: Any = None
+        if config.wandb:
+            with needs("wandb"):
+                import wandb  # noqa: F401 (said before the work)
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """Writes TensorBoard's events in the block, of a run that has done `step` steps."""
-        is_written = self.config.tensorboard and self.accelerator.is_main_process
-        with report.event_writer(self.run_dir / "tensorboard" if is_written else None, step) as self._events:
+        """Writes TensorBoard's events and wandb's in the block, of a run that has done `step` steps."""
+        config, is_main = self.config, self.accelerator.is_main_process
+        with (
+            report.event_writer(
+                self.run_dir / "tensorboard" if config.tensorboard and is_main else None, step
+            ) as events,
+            report.wandb_run(self.run_dir if config.wandb and is_main else None, config.to_dict()) as run,
+        ):
+            self._events, self._wandb = events, run
             yield
 
     def begin(self, num_in_epoch: int, num_phases: int = 1) -> None:
@@ -133,3 +144,5 @@ class Journal:
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)

@@ -20,7 +20,9 @@ _SHAPES = ("wpn.input", "wpn.hidden", "meta_gf.granularity", "dr_mgf.average")
 # These say where the data are and how they are read, not what they are.
 FREE_DATA = ("data.root", "data.tokenizer", "data.num_workers")
 # These change nothing of the run.
-_SILENT = ("run_dir", "progress", "tensorboard", "log_every_steps", "checkpoint_every_steps", "conflicts_every")
+_SILENT = (
+    *("run_dir", "progress", "tensorboard", "wandb", "log_every_steps", "checkpoint_every_steps", "conflicts_every"),
+)
 
 
 def check_same_run(

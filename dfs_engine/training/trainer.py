@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from dfs_engine.evaluation.conflicts import check_has_conflicts
 from dfs_engine.models import MultiExitModel
 from dfs_engine.models.weights import WEIGHTS_FILE, save_model
 from dfs_engine.runtime import memory
-from dfs_engine.training import checkpoint, report, run_folder
+from dfs_engine.training import checkpoint, elastic, report, run_folder
 from dfs_engine.training.adapters import save_adapters
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader, worker_deaths
 from dfs_engine.training.build import (
@@ -29,6 +29,7 @@ from dfs_engine.training.build import (
     build_model,
     build_optimizer,
     input_shape,
+    synchronise_batch_norms,
     train_accelerator,
 )
 from dfs_engine.training.config import TrainConfig
@@ -84,6 +85,7 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
+        elastic.check_can_restart(config.run_dir)
         if config.run_dir is not None:
             run_folder.check_usable(config.run_dir, resume=config.resume)
         set_seed(config.seed)
@@ -111,7 +113,7 @@ class Trainer:
         self._saved_at: tuple[int, int] | None = None
         self._stop = StopRequest(self.accelerator)
         set_seed(config.seed + self.accelerator.process_index)  # every process draws its own dropout
-        if config.resume:
+        if config.resume or self._was_restarted():
             self._resume()
 
     def _load(self, model: MultiExitModel | None, data: DataSplits | None) -> None:
@@ -145,6 +147,8 @@ class Trainer:
         """Model, method and optimizer on their device, in the run's precision."""
         config = self.config
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        if config.sync_batch_norm:
+            synchronise_batch_norms(self.raw_model, self.accelerator)
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
         self.ema = build_ema(self.raw_model, config.optim)  # a copy, hence before `prepare` ties `forward` to the model
         if config.compile:
@@ -160,13 +164,17 @@ class Trainer:
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
 
+    def _was_restarted(self) -> bool:
+        """Whether torchrun started the processes anew, and those before left a checkpoint to go on from."""
+        return elastic.has_begun(self.run_dir) and checkpoint.last(self.run_dir) is not None
+
     def fit(self) -> TrainResult:
         """Trains until the last epoch.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite. MemoryError: the batch does not fit. OSError: the
-                disk is full, a worker process of the data loader died, or another process changed the run folder. The
-                last checkpoint stays as it was.
+                disk is full, a worker process of the data loader or another process of the run died, or a stranger
+                changed the run folder. The last checkpoint stays as it was.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; a checkpoint was saved first. A second one raises it at once.
         """
         with run_folder.locked(self.run_dir, self.accelerator), self._stop.caught():
@@ -174,7 +182,10 @@ class Trainer:
                 raise FileExistsError(
                     f"run_dir: expected {self.run_dir} as this run left it, got another run's checkpoint in it."
                 )
-            with self._says_how_to_go_on(), worker_deaths([self.train_loader, *self.eval_loaders.values()]):
+            if self.accelerator.is_main_process:
+                elastic.note_begin(self.run_dir)
+            loaders = [self.train_loader, *self.eval_loaders.values()]
+            with self._says_how_to_go_on(), elastic.peer_deaths(), worker_deaths(loaders):
                 return self._fit()
 
     def _fit(self) -> TrainResult:
@@ -211,6 +222,8 @@ class Trainer:
         """Metrics of every exit and of the ensemble on each of `DataSplits.measured`, "test" first."""
         options: dict[str, Any] = {"channels_last": self.config.channels_last, "metrics": self.data.metrics}
         model = self.model if self.ema is None else self.ema.module
+        if self.ema is not None:  # batch statistics are the main process's, as in the checkpoint
+            broadcast(list(model.buffers()))
         found = {}
         for name, loader in self.eval_loaders.items():
             with batch_in_memory("eval_batch_size", self.config.eval_batch_size):

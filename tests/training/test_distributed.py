@@ -109,7 +109,8 @@ def test_parameters_without_gradient(tmp_path, beta):
 
 @pytest.mark.parametrize("family", ["vgg7_64", "bert"])
 def test_two_processes_fed_the_same_batches_have_the_losses_of_one(tmp_path, family):
-    """Batch norms are in evaluation mode: nothing but the mean of two equal gradients is exchanged."""
+    """Copied (DDP) and sharded (FSDP2). Batch norms are in evaluation mode: the mean of two equal gradients is all that
+    is exchanged."""
     if family == "bert":
         pytest.importorskip("transformers")
     script = Path(__file__).with_name("same_batch.py")
