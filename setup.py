@@ -18,6 +18,7 @@ PACKAGES = [
     "dfs_engine.cli",
     "dfs_engine.data",
     "dfs_engine.evaluation",
+    "dfs_engine.experiments",
     "dfs_engine.inference",
     "dfs_engine.methods",
     "dfs_engine.models",

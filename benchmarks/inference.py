@@ -183,8 +183,8 @@ class _Feed:
         self.batches = {
             layout: batches
             if reads_tokens
-            else [cast(Tensor, each).contiguous(memory_format=order) for each in batches]
-            for layout, order in ({"": torch.preserve_format} if reads_tokens else LAYOUTS).items()
+            else [cast(Tensor, each).contiguous(memory_format=LAYOUTS[layout]) for each in batches]
+            for layout in ([""] if reads_tokens else LAYOUTS)
         }
         self.turn = 0
 

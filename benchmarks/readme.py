@@ -7,6 +7,7 @@ nothing else is touched.
 from collections.abc import Iterator
 from pathlib import Path
 
+from dfs_engine.benchmarks.gradients import gradients_section
 from dfs_engine.benchmarks.markdown import fill, link, table
 from dfs_engine.benchmarks.measure import TOTAL
 from dfs_engine.benchmarks.results import Measurements, compare_file
@@ -18,7 +19,7 @@ from dfs_engine.benchmarks.results_tables import (
     ops_section,
     train_section,
 )
-from dfs_engine.benchmarks.results_targets import missing_section, targets_section
+from dfs_engine.benchmarks.results_targets import DTYPES, missing_section, step_file, targets_section
 
 # README's name of a family, the file of its steps.
 _FAMILIES = {
@@ -88,14 +89,16 @@ def readme_blocks(results: Path) -> dict[str, Iterator[str]]:
 def results_blocks(results: Path) -> dict[str, Iterator[str]]:
     """The parts of RESULTS.md."""
     steps = [results / f"train_{name}.csv" for name in ("vgg7_64", "vgg7_64_bf16", "vgg16_64")]
-    others = [
-        results / f"train_{name}{suffix}.csv" for name in list(_FAMILIES.values())[1:] for suffix in ("", "_bf16")
-    ]
+    families = [*list(_FAMILIES.values())[1:], "bert_dropout"]
+    others = [results / step_file(name, dtype) for name in families for dtype in DTYPES]
     return {
         "targets": targets_section(results),
         "missing": missing_section(results),
         "train": (line for path in steps for line in train_section(path)),
         "families": families_section(others),
+        "gradients": (
+            line for name in ("vgg7_64", "msdnet") for line in gradients_section(results / f"gradients_{name}.csv")
+        ),
         "ops": ops_section(results / "ops_fp32.csv"),
         "losses": losses_section(results / "ops_fp32.csv"),
         "accuracy": accuracy_section(results),

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfs_engine.benchmarks.measure import CSV_COLUMNS, TOTAL, Stats, read_csv
-from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
+from dfs_engine.benchmarks.train_config import PLAIN_ATTENTION, STOCK_VARIANTS
 
 _BETA = re.compile(r"beta=([\d.]+)/")
 _KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mode")
 # Of what is not in seconds, as metrics' names begin.
 _UNITS = {
-    "flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x",
-    "throughput": "1/s", "operations": "op", "accuracy": "share", "share": "share",
+    "flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x", "speed_products": "FLOP/s",
+    "speed_copy": "B/s", "throughput": "1/s", "operations": "op", "accuracy": "share", "share": "share",
 }  # fmt: skip
+# The metric of a step's limit (`attainable.py`), in seconds, which nobody timed.
+LIMIT = "attainable"
 _STAMP = ("timestamp_utc", "git_sha", "dirty", "device_name", "num_threads", "loadavg", "torch")
 
 
@@ -65,6 +67,11 @@ class Measurement:
         return "caching" if self.mode.endswith(", caching") else "stock"
 
     @property
+    def attention(self) -> str:
+        """Of the stock forms of a transformer: "fused", their default, or "plain"."""
+        return "plain" if PLAIN_ATTENTION in self.mode else "fused"
+
+    @property
     def path(self) -> str:
         """What computed it: this engine's backend, or the name of the stock form."""
         return self.backend_used if self.variant == "dfs" else self.variant
@@ -76,8 +83,8 @@ class Measurement:
 
     @property
     def timings(self) -> dict[str, Stats]:
-        """The metrics in seconds."""
-        return {metric: stats for metric, stats in self.metrics.items() if _unit(metric) == "s"}
+        """The metrics that were timed."""
+        return {metric: stats for metric, stats in self.metrics.items() if _unit(metric) == "s" and metric != LIMIT}
 
     def flops_of(self, phase: str) -> float:
         """0 where nothing counts as arithmetic."""
@@ -87,6 +94,14 @@ class Measurement:
     def flops(self) -> float:
         """Of a training step."""
         return self.flops_of("forward") + self.flops_of("backward")
+
+    @property
+    def limit(self) -> str:
+        """The attainable limit in ms, and the share of it that the median step reaches; "-" where there is none."""
+        if LIMIT not in self:
+            return "-"
+        seconds = self[LIMIT].median
+        return f"{seconds * 1e3:.0f} ({seconds / self[TOTAL].median:.2f})"
 
     def csv_rows(self) -> Iterator[dict[str, Any]]:
         """One row per metric and kind of kernel, for `append_csv`."""

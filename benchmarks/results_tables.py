@@ -11,7 +11,14 @@ from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
 _STEP_HEADER = (
     *("variant", "layout", "mode", "forward ms", "backward ms", "step ms, median (min)"),
-    *("vs best `dense` (FLOP ceiling)", "vs best stock", "the same on one allocator", "peak MB", "n"),
+    *(
+        "vs best `dense` (FLOP ceiling)",
+        "vs best stock",
+        "the same on one allocator",
+        "limit ms (reached)",
+        "peak MB",
+        "n",
+    ),
 )
 # What a family's table has a column for, each in its best mode: variants, allocator.
 _FORMS = {
@@ -44,7 +51,7 @@ def _step_rows(found: Measurements) -> Iterator[tuple[str, ...]]:
             f"{dense[TOTAL].median / step.median:.2f} ({dense.flops / one.flops:.2f})",
             f"{best[TOTAL].median / step.median:.2f}",
             f"{same[TOTAL].median / step.median:.2f}",
-            *(f"{one['peak_memory'].median / 1e6:.0f}", str(step.n)),
+            *(one.limit, f"{one['peak_memory'].median / 1e6:.0f}", str(step.n)),
         )
 
 
@@ -83,13 +90,21 @@ def families_section(paths: list[Path]) -> Iterator[str]:
         forms = (found.of(variant=variants, allocator=allocator).fastest() for variants, allocator in _FORMS.values())
         rows.append(
             (
-                *(f"{ours.model}, {ours.batch_size}", ours.dtype, *map(milliseconds, forms)),
+                *(
+                    f"{ours.model}, {ours.batch_size}{', dropout' * (ours.suite == 'train_dropout')}",
+                    ours.dtype,
+                    *map(milliseconds, forms),
+                ),
                 *(f"{ratio.median:.2f} ({ratio.min:.2f})", f"{ratio.one_allocator:.2f}", f"{ratio.flops:.2f}"),
+                *(ours.limit, " / ".join(f"{one['peak_memory'].median / 1e6:.0f}" for one in (ours, ratio.best))),
                 *(ours[TOTAL].n, link(path, path.parents[1])),
             )
         )
         notes.append(f"- {ours.conditions}; {link(path, path.parents[1])}.")
-    ratios = ("dfs vs best stock, medians (minima)", "the same on one allocator", "FLOP ceiling", "n", "file")
+    ratios = (
+        *("dfs vs best stock, medians (minima)", "the same on one allocator", "FLOP ceiling", "limit ms (reached)"),
+        *("peak MB, dfs / best stock", "n", "file"),
+    )
     yield from table(("model, batch", "dtype", *_FORMS, *ratios), rows)
     yield ""
     yield "Milliseconds a step, medians, every formulation in its best mode. Each file's conditions:"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
+from dfs_engine.benchmarks.attainable import Gauges
 from dfs_engine.benchmarks.breakdown import profile_step
 from dfs_engine.benchmarks.measure import (
     Times,
@@ -96,11 +97,12 @@ def _time_cases(
             for step in models.values():
                 step.use_dropout()
         built.append((builder, steps, {}))
+    gauges = Gauges(DTYPES[dtype], config.device)
     for rounds, warmup in laps:
         for builder, steps, times in built:
             bar.set_description(f"{dtype}, batch {builder.batch_size}: timing {len(steps)} cases")
             in_lap = time_phases(
-                {str(case): step.phases for case, step in steps.items()},
+                {str(case): step.phases for case, step in steps.items()} | gauges.calls,
                 rounds,
                 warmup,
                 device=config.device,
@@ -112,11 +114,15 @@ def _time_cases(
                     times.setdefault(name, {}).setdefault(phase, []).extend(seconds)
     found = Measurements()
     for builder, steps, times in built:
+        speeds = gauges.speeds(times)
         timings = summarise(times)
         for case, step in steps.items():
             peak_bytes, flops = peak_memory(step.run, config.device), builder.count_flops(case)
             kernels = profile_step(step.phases) if config.breakdown and case.compile == "off" else {}
+            limit = builder.limit(case, dtype, speeds)
             found.append(
-                builder.measurement(case, dtype, step.backend_used, timings[str(case)], peak_bytes, flops, kernels)
+                builder.measurement(
+                    case, dtype, step.backend_used, timings[str(case)], peak_bytes, flops, kernels, limit
+                )
             )
     return found

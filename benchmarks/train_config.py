@@ -19,6 +19,8 @@ _MODES = {
     "off": "eager", "on": "compile", "reduce-overhead": "compile, reduce-overhead", "captured": "eager, captured",
 }  # fmt: skip
 COMPILE_OF_MODE = {mode: name for name, mode in _MODES.items()}
+# Of the mode, where stock attention is not PyTorch's fused one.
+PLAIN_ATTENTION = ", plain attention"
 
 
 class StepCase(NamedTuple):
@@ -29,11 +31,13 @@ class StepCase(NamedTuple):
     compile: str
     beta: float | None = None
     allocator: str = "stock"
+    attention: str = "fused"
 
     @property
     def mode(self) -> str:
-        mode = _MODES[self.compile]
-        return mode if self.allocator == "stock" else f"{mode}, {self.allocator}"
+        attention = "" if self.attention == "fused" else PLAIN_ATTENTION
+        allocator = "" if self.allocator == "stock" else f", {self.allocator}"
+        return f"{_MODES[self.compile]}{attention}{allocator}"
 
     def __str__(self) -> str:
         beta = "" if self.beta is None else f"/beta={self.beta:g}"
@@ -53,6 +57,8 @@ class BenchTrainConfig:
         variants: Some of dense, detach, split, dfs, and byot (BYOT's loss on the dense model).
         layouts: Some of nchw, channels_last; one is enough for a model of linear layers.
         compile: Some of off, on (torch.compile, whole graph).
+        attentions: Of the stock forms of a transformer, some of fused (PyTorch's scaled_dot_product_attention, the
+            default of transformers and timm) and plain (their attn_implementation="eager" and fused_attn=False).
         allocators: Some of stock, caching (dfs_engine.memory, with which `dfs train` runs); "auto" is both where it is
             there, on the CPU with the C++ extension.
         dtypes: Some of fp32, bf16, fp16 (autocast, float32 parameters), fp64. Each is a measurement of its own.
@@ -80,6 +86,7 @@ class BenchTrainConfig:
     variants: str = "dense,detach,split,dfs"
     layouts: str = "nchw,channels_last"
     compile: str = "off,on"
+    attentions: str = "fused"
     allocators: str = "auto"
     dtypes: str = "fp32,bf16"
     beta: str = "0.5"
@@ -103,6 +110,7 @@ class BenchTrainConfig:
         split_choices("variants", self.variants, (*VARIANTS, "byot"))
         split_choices("layouts", self.layouts, LAYOUTS)
         split_choices("compile", self.compile, ("off", "on"))
+        split_choices("attentions", self.attentions, ("fused", "plain"))
         if "caching" in self.chosen_allocators and not self._has_caching:
             raise ValueError(
                 f"allocators: expected stock with device {self.device}, got {self.allocators}: the caching allocator "
@@ -128,10 +136,15 @@ class BenchTrainConfig:
     def cases(self) -> list[StepCase]:
         """One interleaving: what is timed for each batch size and dtype."""
         return [
-            StepCase(variant, layout, compiled, beta, allocator)
+            StepCase(variant, layout, compiled, beta, allocator, attention)
             for variant in split_choices("variants", self.variants, (*VARIANTS, "byot"))
             for beta in ([None] if variant in UNSPLIT else split_betas("beta", self.beta))
             for layout in split_choices("layouts", self.layouts, LAYOUTS)
             for compiled in split_choices("compile", self.compile, ("off", "on"))
+            for attention in self._attentions(variant)
             for allocator in self.chosen_allocators
         ]
+
+    def _attentions(self, variant: str) -> list[str]:
+        """The engine's own steps choose by themselves."""
+        return ["fused"] if variant == "dfs" else split_choices("attentions", self.attentions, ("fused", "plain"))

@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 from dfs_engine.benchmarks import markdown
 from dfs_engine.benchmarks.breakdown import KINDS
 from dfs_engine.benchmarks.measure import TOTAL, Environment
-from dfs_engine.benchmarks.results import Measurement, Measurements
-from dfs_engine.benchmarks.train_config import COMPILE_OF_MODE, STOCK_VARIANTS, BenchTrainConfig, StepCase
+from dfs_engine.benchmarks.results import LIMIT, Measurement, Measurements
+from dfs_engine.benchmarks.train_config import (
+    COMPILE_OF_MODE,
+    PLAIN_ATTENTION,
+    STOCK_VARIANTS,
+    BenchTrainConfig,
+    StepCase,
+)
 
 
 class Baseline(NamedTuple):
@@ -28,7 +34,7 @@ BASELINES = {
 }
 _PHASES = ("forward", "loss", "backward", "update", TOTAL)
 _HEADER = (
-    *("dtype", "batch", "variant", "beta", "backend", "layout", "mode", "n", *_PHASES, "peak", "GFLOP"),
+    *("dtype", "batch", "variant", "beta", "backend", "layout", "mode", "n", *_PHASES, "peak", "GFLOP", "limit"),
     *(f"vs {name}" for name in BASELINES),
 )
 
@@ -82,12 +88,24 @@ class TrainReport:
             "case, in its dtype, with float64.",
             f"Load average at the end {self.loadavg_end:.2f}. Times in ms, median / minimum of n. Peak: MiB beyond "
             "weights and optimizer state. Ratios: the baseline's best step over this one, medians / minima (and what "
-            "FLOPs alone imply).",
+            "FLOPs alone imply). Limit: ms that the step's arithmetic and data would take at the machine's own best "
+            "speed, and the share of it that the median reaches.",
+            *self._speeds(),
             "",
             *markdown.table(_HEADER, map(self._cells, self.rows)),
             *self._breakdown(),
         ]
         return "\n".join(lines)
+
+    def _speeds(self) -> Iterator[str]:
+        """What limits rest on: one line for each interleaving."""
+        lines = (
+            f"Best speeds in turns with the steps, {row.dtype}, batch {row.batch_size}: products "
+            f"{row['speed_products'].median / 1e9:.0f} GFLOP/s, copy {row['speed_copy'].median / 1e9:.1f} GB/s."
+            for row in self.rows
+            if LIMIT in row
+        )
+        return iter(dict.fromkeys(lines))
 
     def _cells(self, row: Measurement) -> list[object]:
         beta = "-" if row.beta is None else f"{row.beta:g}"
@@ -95,7 +113,7 @@ class TrainReport:
         ratios = ["-" if ratio is None else ratio for ratio in self.ratios(row)]
         return [
             row.dtype, row.shape, row.variant, beta, row.backend_used, row.layout, row.mode, row[TOTAL].n, *times,
-            f"{row['peak_memory'].median / 2**20:.0f}", f"{row.flops / 1e9:.1f}", *ratios,
+            f"{row['peak_memory'].median / 2**20:.0f}", f"{row.flops / 1e9:.1f}", row.limit, *ratios,
         ]  # fmt: skip
 
     def _breakdown(self) -> Iterator[str]:
@@ -147,5 +165,5 @@ class TrainReport:
 
 def case_of(row: Measurement) -> StepCase:
     """What was measured there."""
-    compile = COMPILE_OF_MODE[row.mode.removesuffix(", caching")]
-    return StepCase(row.variant, row.layout, compile, row.beta, row.allocator)
+    compile = COMPILE_OF_MODE[row.mode.removesuffix(", caching").removesuffix(PLAIN_ATTENTION)]
+    return StepCase(row.variant, row.layout, compile, row.beta, row.allocator, row.attention)

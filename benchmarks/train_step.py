@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfs_engine.benchmarks.attainable import Speeds, Work, count_work
 from dfs_engine.benchmarks.measure import Phases, Stats
 from dfs_engine.benchmarks.options import LAYOUTS
-from dfs_engine.benchmarks.results import Measurement
+from dfs_engine.benchmarks.results import LIMIT, Measurement
 from dfs_engine.benchmarks.train_config import UNSPLIT, BenchTrainConfig, StepCase
 from dfs_engine.evaluation.flops import FlopCount, count_flops
 from dfs_engine.methods import Joint, Method, create_method
@@ -137,7 +138,7 @@ class StepBuilder:
             self.inputs = torch.randn(*self.inputs.shape[:2], config.image_size, config.image_size)
         self.target = torch.randint(config.num_classes, (batch_size,))
 
-    def _model(self, variant: str, beta: float | None, backend: str | None = None) -> MultiExitModel:
+    def _model(self, variant: str, beta: float | None, backend: str | None = None, **options: Any) -> MultiExitModel:
         config = self.config
         return create_model(
             config.model,
@@ -146,6 +147,7 @@ class StepBuilder:
             variant="dense" if variant == "byot" else variant,
             backend=backend or config.backend,
             **config.options,
+            **options,
         )
 
     def build(self, case: StepCase, dtype: str, batch_size: int | None = None, backend: str | None = None) -> Step:
@@ -155,6 +157,8 @@ class StepBuilder:
         held = torch.float64 if dtype == "fp64" else torch.float32
         model = self._model(case.variant, case.beta, backend).train()
         model.load_state_dict(self.weights)
+        if case.attention == "plain":
+            _use_plain_attention(self.config.model, model)
         model.to(device=device, dtype=held).to(memory_format=LAYOUTS[case.layout])
         method = copy.deepcopy(self.byot) if case.variant == "byot" else None
         inputs = self.inputs[:batch_size].to(device)
@@ -185,6 +189,22 @@ class StepBuilder:
         per_two = self.batch_size / 2
         return FlopCount(round(two.forward * per_two), round(two.backward * per_two))
 
+    def count_work(self, case: StepCase) -> Work | None:
+        """What no formulation of the case's step can do without; None of BYOT's, whose loss has products of its own."""
+        if case.variant == "byot":
+            return None
+        variant = "dense" if case.variant in UNSPLIT else "dfs"
+        model = self._model(variant, case.beta, "aten", device="meta").train()
+        return count_work(model, self.inputs.to("meta"))
+
+    def limit(self, case: StepCase, dtype: str, speeds: Speeds) -> dict[str, float]:
+        """The metrics of the case's attainable limit, at what the machine reached in the same run."""
+        work = self.count_work(case)
+        if work is None:
+            return {}
+        speed = {"speed_products": speeds.products, "speed_copy": speeds.copy}
+        return {LIMIT: work.seconds(DTYPES[dtype], speeds), **speed}
+
     def measurement(
         self,
         case: StepCase,
@@ -194,9 +214,15 @@ class StepBuilder:
         peak_bytes: int,
         flops: FlopCount,
         kernels: dict[str, float] | None = None,
+        limit: dict[str, float] | None = None,
     ) -> Measurement:
         """All that is told of a step; `peak_bytes` is beyond weights and optimizer state."""
-        counts = {"peak_memory": peak_bytes, "flops_forward": flops.forward, "flops_backward": flops.backward}
+        counts: dict[str, float] = {
+            "peak_memory": peak_bytes,
+            "flops_forward": flops.forward,
+            "flops_backward": flops.backward,
+        }
+        counts |= limit or {}
         return Measurement(
             suite="train_dropout" if self.config.dropout else "train",
             model=self.config.model,
@@ -285,6 +311,18 @@ def _scales(expected: dict[str, Tensor]) -> dict[str, float]:
     is_gradient = {name: name.startswith("gradient of ") for name in expected}
     scale = gradient_scale(expected[name] for name in expected if is_gradient[name])
     return {name: scale if is_gradient[name] else 0.0 for name in expected}
+
+
+def _use_plain_attention(name: str, model: torch.nn.Module) -> None:
+    """What users of timm and of transformers would set."""
+    switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for module in switched:
+        module.fused_attn = False  # type: ignore[assignment]
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "_attn_implementation"):
+        config._attn_implementation = "eager"
+    elif not switched:
+        raise ValueError(f"attentions: expected fused, the default, with {name}, which has no attention; got plain.")
 
 
 def _truth(case: StepCase) -> StepCase:

@@ -8,9 +8,26 @@
 #include <algorithm>
 #include <vector>
 
+#include "instruction_set.h"
+#ifdef DFS_X86
+#include <cpuid.h>
+#endif
+
 namespace dfs_engine {
 
 namespace {
+
+// oneDNN computes bfloat16 on every CPU with AVX-512. Where that lacks AVX512_BF16 it emulates, at a quarter of the
+// speed that it has in float.
+bool is_bfloat16_emulated() {
+#ifdef DFS_X86
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has_avx512_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+  return best_cpu_level() == CpuLevel::avx512 && !has_avx512_bf16;
+#else
+  return false;
+#endif
+}
 
 bool ask(const char* op) { return c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<bool()>().call(); }
 
@@ -38,10 +55,17 @@ void sum_blocks(const scalar_t* matrix, int64_t rows, int64_t columns, at::opmat
 }  // namespace
 
 at::ScalarType compute_dtype(at::ScalarType dtype) {
-  static const bool native_bf16 = ask("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool native_bf16 = ask("mkldnn::_is_mkldnn_bf16_supported") && !is_bfloat16_emulated();
   static const bool native_fp16 = ask("mkldnn::_is_mkldnn_fp16_supported");
   const bool emulated = (dtype == at::kBFloat16 && !native_bf16) || (dtype == at::kHalf && !native_fp16);
   return emulated ? at::kFloat : dtype;
+}
+
+std::vector<std::string> emulated_dtypes() {
+  std::vector<std::string> names;
+  if (compute_dtype(at::kBFloat16) == at::kFloat) names.emplace_back("bfloat16");
+  if (compute_dtype(at::kHalf) == at::kFloat) names.emplace_back("float16");
+  return names;
 }
 
 at::Tensor dense(const at::Tensor& tensor, at::ScalarType dtype, bool channels_last) {

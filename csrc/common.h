@@ -4,12 +4,18 @@
 #include <ATen/ATen.h>
 #include <c10/util/BFloat16.h>
 
+#include <string>
+#include <vector>
+
 namespace dfs_engine {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The dtype to compute in: half precision without hardware support runs 5 to 30 times slower in oneDNN than float.
 at::ScalarType compute_dtype(at::ScalarType dtype);
+
+// The half-precision dtypes that this CPU has no instructions for, by torch's names.
+std::vector<std::string> emulated_dtypes();
 
 // `tensor` in `dtype`, dense; channels_last if asked for and 4-D, else contiguous. No copy where it is so already.
 at::Tensor dense(const at::Tensor& tensor, at::ScalarType dtype, bool channels_last);

@@ -166,8 +166,8 @@ at::Tensor reduce(
 
 void check_depthwise(const char* op, at::ScalarType dtype, at::IntArrayRef weight_size, int64_t groups) {
   TORCH_CHECK(
-      (dtype == at::kFloat || dtype == at::kBFloat16) && groups > 1 && groups == weight_size[0] && weight_size[1] == 1,
-      op, ": the kernel depthwise computes one filter per channel in float32 and bfloat16, got a weight of size ",
+      (dtype == at::kFloat || dtype == at::kBFloat16) && groups == weight_size[0] && weight_size[1] == 1, op,
+      ": the kernel depthwise computes one filter per channel in float32 and bfloat16, got a weight of size ",
       weight_size, ", groups=", groups, " and ", dtype);
 }
 

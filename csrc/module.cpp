@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "common.h"
 #include "instruction_set.h"
 #include "memory.h"
 
@@ -47,6 +48,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "limit_instruction_set", &dfs_engine::limit_instruction_set,
       "Lets them run on no more than avx2 or baseline; before any has run.");
+  m.def(
+      "emulated_dtypes", &dfs_engine::emulated_dtypes,
+      "Half-precision dtypes that this CPU has no instructions for: the kernels compute them in float32.");
   m.def(
       "caching_allocator_enable", &dfs_engine::caching_allocator_enable,
       "Switches the caching allocator of CPU tensors; returns what it was.");

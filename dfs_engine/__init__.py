@@ -8,7 +8,10 @@ from dfs_engine.models import (
     attach_exits,
     create_model,
     list_models,
+    load_model,
     load_official_state_dict,
+    read_description,
+    save_model,
     to_official_state_dict,
 )
 from dfs_engine.partition import ChannelSlice, Partition, PartitionedFeature, partition
@@ -27,8 +30,11 @@ __all__ = [
     "attach_exits",
     "create_model",
     "list_models",
+    "load_model",
     "load_official_state_dict",
     "memory",
     "partition",
+    "read_description",
+    "save_model",
     "to_official_state_dict",
 ]

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfs_engine.gradients import ExitGradients, exit_gradients, gramian, weighted_sum
+from dfs_engine.gradients import ExitGradients, exit_gradients, gramian, gramian_by_block, rows_by_block, weighted_sum
 from dfs_engine.models import create_model
 
 
@@ -114,3 +114,149 @@ def test_frozen_parameters_are_left_alone(model):
     assert gradients.rows
     gradients.clear()
     assert not gradients.rows
+
+
+def twins(**options):
+    """A `dfs` VGG and the published formulation of it, of the same weights, with batch norms that are not neutral."""
+    options = {"num_classes": 5, "width": 6, "dtype": torch.float64, **options}
+    ours, stock = (create_model("vgg7_64", variant=variant, **options) for variant in ("dfs", "detach"))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("exit_gradient", ["own", "whole"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_apart_gradients_are_autograds_with_exact_zeros_where_nothing_was_computed(
+    beta, exit_gradient, reference, mode
+):
+    ours, stock = twins(beta=beta, exit_gradient=exit_gradient, reference=reference)
+    for model in (ours, stock):
+        getattr(model, mode)()
+    images, target = torch.randn(3, 3, 10, 14, dtype=torch.float64), torch.randint(5, (3,))
+    gradients = ExitGradients(ours)
+    with gradients.apart():
+        losses = losses_of(ours, images, target)
+    gradients.add(losses)
+    parameters, whole = list(stock.parameters()), []
+    for index, loss in enumerate(losses_of(stock, images, target)):
+        expected = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        expected = [torch.zeros_like(p) if g is None else g for g, p in zip(expected, parameters, strict=True)]
+        own = [torch.zeros_like(parameter) for parameter in parameters]
+        for piece, gradient in zip(gradients.pieces, gradients.rows[index], strict=True):
+            if gradient is not None:
+                piece.of(own[piece.column]).copy_(gradient)
+        for (name, _), found, wanted in zip(ours.named_parameters(), own, expected, strict=True):
+            torch.testing.assert_close(found, wanted, msg=lambda text, at=(index, name): f"{at}: {text}")
+        whole.append(torch.cat([g.flatten() for g, head in zip(expected, gradients.is_head, strict=True) if not head]))
+    for (name, buffer), wanted in zip(ours.named_buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(buffer, wanted, msg=lambda text, name=name: f"{name}: {text}")
+    vectors = torch.stack(whole)
+    torch.testing.assert_close(gradients.gramian(), vectors @ vectors.T)
+
+
+def test_apart_holds_the_parts_alone():
+    """Of the layer that makes f, exit k holds the rows of f-, and a deeper exit those of f+."""
+    model, _ = twins(beta=1 / 3)
+    gradients = ExitGradients(model)
+    with gradients.apart():
+        losses = losses_of(model, torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.randint(5, (3,)))
+    gradients.add(losses)
+    column = next(i for i, p in enumerate(gradients.parameters) if p is model.blocks[1].conv.weight)
+    held = {
+        (exit, tuple(piece.rows))
+        for exit, row in enumerate(gradients.rows)
+        for piece, gradient in zip(gradients.pieces, row, strict=True)
+        if piece.column == column and gradient is not None and gradient.shape == (piece.rows.width, 6, 3, 3)
+    }
+    assert held == {(1, (2, 6)), *((exit, (0, 2)) for exit in range(2, 6))}
+    number_of = {id(parameter): number for number, parameter in enumerate(gradients.parameters)}
+    assert gradients.num_reaching()[number_of[id(model.blocks[1].conv.weight)]] == 5
+    assert gradients.num_reaching()[number_of[id(model.exits[2].linear.weight)]] == 1
+
+
+def test_apart_weighted_sums_are_those_of_whole_gradients():
+    model, _ = twins(beta=0.4)
+    images, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(5, (4,))
+    weights, head_weights = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    grads = []
+    for apart in (True, False):
+        model.eval()
+        gradients = ExitGradients(model)
+        for part in (slice(3), slice(3, 4)):  # accumulated
+            if apart:
+                with gradients.apart():
+                    losses = losses_of(model, images[part], target[part])
+            else:
+                losses = losses_of(model, images[part], target[part])
+            gradients.add(losses)
+        gradients.write(weights, head_weights)
+        assert all(p.grad.stride() == p.stride() for p in model.parameters())
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def test_passes_within_and_without_apart_do_not_mix(model):
+    gradients = ExitGradients(model)
+    images, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(5, (4,))
+    gradients.add(losses_of(model, images, target))
+    with gradients.apart():
+        losses = losses_of(model, images, target)
+    with pytest.raises(RuntimeError, match="all passes of a step within"):
+        gradients.add(losses)
+    assert model.fork.leaves is None
+
+
+def test_a_layer_that_somebody_has_replaced_is_not_taken_apart():
+    """Its gradients are whole, and right."""
+    model, stock = twins()
+    for one in (model, stock):
+        torch.nn.utils.parametrizations.weight_norm(one.blocks[1].conv)
+    images, target = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.randint(5, (3,))
+    gradients = ExitGradients(model)
+    with gradients.apart():
+        losses = losses_of(model, images, target)
+    gradients.add(losses)
+    gradients.write(torch.ones(6))
+    sum(losses_of(stock, images, target)).backward()
+    for (name, parameter), wanted in zip(model.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+FAMILIES = {
+    "vgg7_64": {"width": 4},
+    "msdnet_cifar": {"channels": 4, "growth": 2, "head_width": 6, "dropout": 0.0},
+    "resnet18": {},
+}
+
+
+@pytest.mark.parametrize("variant", ["dense", "detach", "dfs"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_by_block_are_those_of_whole_backwards(name, variant):
+    model = create_model(name, num_classes=3, variant=variant, dtype=torch.float64, **FAMILIES[name])
+    model.blocks[1].requires_grad_(False)
+    images, target = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.randint(3, (2,))
+    parameters = list(model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    expected = exit_gradients(losses_of(model, images, target), trained)
+    columns = {id(parameter): index for index, parameter in enumerate(trained)}
+    seen = []
+    for block, rows in rows_by_block(model, lambda: losses_of(model, images, target)):
+        for index, parameter in enumerate(block):
+            seen.append(id(parameter))
+            for row, whole in zip(rows, expected, strict=True):
+                found, wanted = row[index], whole[columns[id(parameter)]]
+                assert (found is None) == (wanted is None), names[id(parameter)]
+                if found is not None:
+                    torch.testing.assert_close(found, wanted)
+    heads = {id(p) for index in range(model.num_exits) for p in model.exit_parameters(index)}
+    assert sorted(seen) == sorted(set(map(id, trained)) - heads)
+    gradients = ExitGradients(model)
+    gradients.add(losses_of(model, images, target))
+    found = gramian_by_block(model, lambda: losses_of(model, images, target))
+    torch.testing.assert_close(found, gradients.gramian())

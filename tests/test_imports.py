@@ -26,7 +26,9 @@ LAYERS = (
     {"gradients"},
     {"methods", "data", "evaluation", "validate"},
     {"training", "inference"},
-    {"cli", "benchmarks"},
+    {"benchmarks"},
+    {"experiments"},
+    {"cli"},
     {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -28,7 +28,7 @@ NEEDS_GPU = {ROOT / "docs/gpu.md"}  # its Python blocks do
 PLAIN = {*sys.stdlib_module_names, "torch", "numpy", "dfs_engine"}  # what a plain install can import
 PROGRAMS = ("dfs", "python", "torchrun", "make", "pip")
 # Words that stand for something, where a program checks what.
-PLACEHOLDERS = {"MODEL": "vgg7_64", "VARIANT": "dfs", "N": "2", "GPU": "0"}
+PLACEHOLDERS = {"MODEL": "vgg7_64", "RECIPE": "digits_vgg7_dfs", "VARIANT": "dfs", "N": "2", "GPU": "0"}
 
 
 class Block(NamedTuple):
@@ -164,11 +164,18 @@ def reached(*args, **kwargs):
 
 WORK = (
     "training.trainer.Trainer",
-    "training.evaluate.run",
+    "inference.evaluate.run",
+    "inference.predict.run",
+    "training.conflicts.run",
     "training.convert.run",
+    "inference.export.run",
     "validate.run",
     "evaluation.info.run",
     "runtime.doctor.report",
+    "experiments.compare.compare",
+    "experiments.compare.merge",
+    "experiments.sweep.compare",
+    "benchmarks.gradients.run",
     "benchmarks.ops.run",
     "benchmarks.plot.run",
     "benchmarks.train.run",
@@ -180,7 +187,7 @@ def check_dfs(words, monkeypatch):
     """Runs the command up to its work; where the text only names it, such as `dfs bench`, up to its help."""
     for place in WORK:
         monkeypatch.setattr(f"dfs_engine.{place}", reached)
-    monkeypatch.setattr("dfs_engine.training.weights.read_description", lambda path: {"data": {}})  # of no real run
+    monkeypatch.setattr("dfs_engine.models.weights.read_description", lambda path: {"data": {}})  # of no real run
     if all(re.fullmatch(r"[a-z]+", word) for word in words):
         words = [*words, "--help"]
     with pytest.raises((ReachedError, SystemExit)) as caught:

@@ -4,10 +4,10 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 from jsonargparse.typing import Path_fc
 
@@ -32,8 +32,8 @@ class Command:
     """Module and class of its configuration, which is imported only when it is called."""
     show: Callable[[Any], Any] = lambda result: result
     """Prints the result, and returns what --json writes of it."""
-    places: Mapping[str, tuple[type, str]] = field(default_factory=dict)
-    """Fields of the configuration that are given without a flag: their type and help."""
+    places: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Fields of the configuration that are given without a flag: their type and help; of a list, any number."""
     more_flags: Callable[[Parser], None] | None = None
     """Adds those that are no field of the configuration."""
     run: Callable[["Command", Any, list[str]], int] | None = None
@@ -46,7 +46,8 @@ class Command:
             add_commands(parser, self.subcommands, line)
             return
         for name, (kind, text) in self.places.items():
-            parser.add_argument(name, type=kind, help=text)
+            several: dict[str, Any] = {"nargs": "*", "default": []} if get_origin(kind) is list else {}
+            parser.add_argument(name, type=get_args(kind)[0] if several else kind, help=text, **several)
         if self.more_flags is not None:
             self.more_flags(parser)
         if self.config:
@@ -57,12 +58,10 @@ class Command:
         )
 
     def config_class(self) -> Any:
-        module, name = self.config.split(":")
-        return getattr(importlib.import_module(module), name)
+        return imported(self.config)
 
     def config_of(self, values: Any) -> Any:
-        config_class = self.config_class()
-        return config_class(**{item.name: values[item.name] for item in fields(config_class)})
+        return built(self.config_class(), values)
 
     def __call__(self, values: Any, line: list[str]) -> int:
         if self.subcommands:
@@ -73,6 +72,17 @@ class Command:
             result = importlib.import_module(self.config.split(":")[0]).run(self.config_of(values))
         write_json(values.json, self.show(result))
         return 0 if getattr(result, "ok", True) else 1
+
+
+def imported(place: str) -> Any:
+    """What "module:name" means."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def built(config_class: Any, values: Any, but: Sequence[str] = ()) -> Any:
+    """A configuration from parsed flags; fields in `but` have no flag."""
+    return config_class(**{item.name: values[item.name] for item in fields(config_class) if item.name not in but})
 
 
 def add_commands(parser: Parser, commands: Mapping[str, Command], line: list[str]) -> None:

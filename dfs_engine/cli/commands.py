@@ -5,16 +5,17 @@ stopped by Ctrl-C and SIGTERM.
 Only the subcommand that is called gets imported, so that `dfs doctor` works where half of the installation is missing.
 """
 
+import importlib
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dfs_engine.cli.command import Command, add_commands, fail, input_errors, write_json
+from dfs_engine.cli.command import Command, add_commands, built, fail, imported, input_errors, write_json
 from dfs_engine.cli.parser import Parser, normalise
 
 
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = _parse(line)
         return _COMMANDS[line[0]](values, line)
+    except BrokenPipeError:  # who reads has enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
     except MemoryError as error:
         fail(str(error) or "the memory does not suffice", 1)
     except KeyboardInterrupt as error:
@@ -86,8 +90,59 @@ def _train_flags(parser: Parser) -> None:
         "--config",
         action="config",
         help="YAML file of these flags, or the name of a recipe that comes with the package; flags after it override"
-        f" it. Recipes: {', '.join(list_recipes())}.",
+        " it. cifar100_msdnet_METHOD and cifar100_resnet18_METHOD train rows of the paper's tables, by the settings"
+        f" published for them. Recipes: {', '.join(list_recipes())}.",
     )
+
+
+def _compare_flags(config: str) -> Callable[[Parser], None]:
+    """Adds those of the class that `config` names, `--collect` and the recipe's."""
+
+    def add(parser: Parser) -> None:
+        _train_flags(parser)
+        parser.add_class_arguments(imported(config))
+        parser.add_argument(
+            "--collect",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="FOLDER",
+            help="Train nothing; merge the runs of these folders, of a comparison's parts say, into the table and"
+            " pictures of --output, with a copy of each run's small files.",
+        )
+        parser.add_class_arguments(imported("dfs_engine.training.config:TrainConfig"), skip=set(_SET_BY_COMPARE))
+
+    return add
+
+
+_SET_BY_COMPARE = ("run_dir", "resume")
+
+
+def _compare(config: str) -> Callable[[Command, Any, list[str]], int]:
+    """Runs the comparison that the class `config` describes."""
+
+    def run(_command: Command, values: Any, _line: list[str]) -> int:
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        with input_errors(RuntimeError), logging_redirect_tqdm():
+            from dfs_engine.experiments import compare
+            from dfs_engine.training.config import TrainConfig
+
+            if values.collect:
+                report = compare.merge(values.collect, values.output)
+            else:
+                recipe = built(TrainConfig, values, but=_SET_BY_COMPARE)
+                work = importlib.import_module(config.split(":")[0])
+                report = work.run(built(imported(config), values), recipe)
+        for title, headings, rows in report.tables():
+            _print_table(title, headings, rows)
+        for run in report.missing:
+            print(f"not in the table: {run.name}: {run.why}")
+        print(f"results: {', '.join(map(str, report.files))}")
+        write_json(values.json, report.to_json())
+        return 0 if report.ok else 1
+
+    return run
 
 
 def _train(command: Command, values: Any, line: list[str]) -> int:
@@ -120,31 +175,114 @@ def _train(command: Command, values: Any, line: list[str]) -> int:
     return 0
 
 
-def _eval(command: Command, values: Any, line: list[str]) -> int:
+def _with_data_of(path: Path, values: Any, line: list[str]) -> Any:
+    """The flags again, with the data of a run as defaults, which this command line's flags override."""
     from dfs_engine.data.config import is_option_of
+    from dfs_engine.models.weights import read_description
+
+    trained_on = read_description(path)["data"]
+    not_asked = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
+    is_named = any(word.partition("=")[0] == "--data.name" for word in line)
+    dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
+    flags = [
+        f"--data.{option}={value}"
+        for option, value in trained_on.items()
+        if value is not None and option not in not_asked and is_option_of(option, dataset)
+    ]
+    return _parse([line[0], *flags, *line[1:]])
+
+
+def _eval(command: Command, values: Any, line: list[str]) -> int:
     from dfs_engine.data.normalization import Normalization
-    from dfs_engine.training import evaluate
-    from dfs_engine.training.weights import read_description
+    from dfs_engine.inference import evaluate
+    from dfs_engine.inference.per_sample import is_per_sample_file
 
     with input_errors(RuntimeError):
-        # The data of the run are the defaults, which this command line's flags override.
-        trained_on = read_description(values.path)["data"]
-        by_eval = ("mean", "std")  # which belong together: a flag for one of them must not meet the run's other
-        is_named = any(word.partition("=")[0] == "--data.name" for word in line)
-        dataset = values.data.name if is_named else trained_on.get("name", values.data.name)
-        flags = [
-            f"--data.{option}={value}"
-            for option, value in trained_on.items()
-            if value is not None and option not in by_eval and is_option_of(option, dataset)
-        ]
-        values = _parse([line[0], *flags, *line[1:]])
-        result = evaluate.run(command.config_of(values))
+        alone = is_per_sample_file(values.path)
+        result = evaluate.run(command.config_of(values if alone else _with_data_of(values.path, values, line)))
     model, epoch = result["model"], "unknown" if result["epoch"] is None else result["epoch"]
     _print_accuracy(result, f"{model['name']}, {model['variant']}, epoch {epoch}, on {result['data']}")
     _print_further(result["further"])
+    _print_exits(result)
+    _print_budgets(result)
     if result["normalization"] is not None:
         print(f"images normalised by {Normalization(**result['normalization'])}")
+    print(f"results: {', '.join(result['files'])}")
     write_json(values.json, result)
+    return 0
+
+
+def _print_exits(result: dict[str, Any]) -> None:
+    """What each exit costs, and how far its confidence can be believed."""
+    calibration = result["calibration"].get("test")
+    if calibration is None:
+        return
+    columns = [
+        ("operations, M", result["operations"], 1e-6, "{:.2f}"),
+        ("ms", result["seconds"], 1e3, "{:.3f}"),
+        ("ECE %", [each["ece"] for each in calibration], 1, "{:.2f}"),
+        ("temperature", [each["temperature"] for each in calibration], 1, "{:.3f}"),
+        ("ECE % at it", [each["ece_at_temperature"] for each in calibration], 1, "{:.2f}"),
+    ]
+    shown = [column for column in columns if column[1] and None not in column[1]]
+    rows = [
+        [str(index + 1), *(form.format(unit * values[index]) for _, values, unit, form in shown)]
+        for index in range(result["num_exits"])
+    ]
+    _print_table("what a sample costs, and the calibration error", ["exit", *(column[0] for column in shown)], rows)
+
+
+def _print_budgets(result: dict[str, Any]) -> None:
+    if result["budgeted"] is None:
+        print(f"left out: {result['left_out']}")
+        return
+    cost, title, unit = ("operations", "operations, M", 1e-6) if result["operations"] else ("blocks", "blocks", 1.0)
+    headings = ["p", "accuracy %", f"mean {title}", "leave at each exit, %"]
+    rows = [
+        [
+            f"{point['p']:.2f}",
+            f"{point['accuracy']:.2f}",
+            f"{unit * point[cost]:.2f}",
+            " ".join(f"{100 * share:3.0f}" for share in point["exits"]),
+        ]
+        for point in result["budgeted"][3::4]
+    ]
+    _print_table("budgeted batch classification, thresholds from held-out samples", headings, rows)
+
+
+def _predict(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.inference import predict
+
+    with input_errors(RuntimeError):
+        result = predict.run(command.config_of(_with_data_of(values.path, values, line)))
+    if result["output"] is None:
+        columns = list(result["predictions"][0])
+        print("\t".join(columns))
+        for row in result["predictions"]:
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    else:
+        counts = ", ".join(f"exit {index} {count}" for index, count in enumerate(result["exits"], start=1))
+        skipped = f"; {result['num_skipped']} skipped, which cannot be read" if result["num_skipped"] else ""
+        print(f"{result['output']}: {len(result['predictions'])} predictions ({counts}){skipped}")
+    write_json(values.json, result)
+    return 0
+
+
+def _conflicts(command: Command, values: Any, line: list[str]) -> int:
+    from dfs_engine.training import conflicts
+
+    with input_errors(RuntimeError):
+        if values.paths:
+            values = _with_data_of(values.paths[0], values, line)
+        report = conflicts.run(command.config_of(values))
+    for one in report.measured:
+        _print_table(f"{one.source}: {one.title}, on {report.data}", *conflicts.summary_table(one.pairs))
+    print(
+        "shared: (weight, pair of exits) in which some element gets gradient from both; disjoint: none does. "
+        "The cosines are of the shared ones."
+    )
+    print(f"written: {', '.join(map(str, report.files))}")
+    write_json(values.json, report.to_json())
     return 0
 
 
@@ -156,6 +294,14 @@ def _show_converted(result: dict[str, Any]) -> dict[str, Any]:
         print(f"left out, because no part of the model: {', '.join(result['left_out'])}")
     for note in result["notes"]:
         print(note)
+    return result
+
+
+def _show_exported(result: dict[str, Any]) -> dict[str, Any]:
+    print(f"{result['folder']}: {result['model']['name']}, {result['num_exits']} exits, {result['format']} format")
+    rows = [(name, f"{size / 2**20:.2f}") for name, size in result["files"].items()]
+    _print_table("Files", ("file", "MiB"), rows)
+    print(f"largest difference from the model's logits: {result['largest_difference']:.2g}")
     return result
 
 
@@ -212,6 +358,16 @@ _BENCH = {
         "dfs_engine.benchmarks.ops:BenchOpsConfig",
         _show_table,
     ),
+    "gradients": Command(
+        "time each exit's own gradient",
+        "Times the gradient of every exit by itself, which methods such as PCGrad need, by this engine, by one call of"
+        " torch.autograd.grad an exit and by torchjd, interleaved.",
+        "  dfs bench gradients --model vgg7_64 --batch-size 32\n"
+        "  dfs bench gradients --model msdnet_cifar --exit-gradients own,whole --forms autograd,dfs\n"
+        "  dfs bench gradients --layouts channels_last --output gradients.csv",
+        "dfs_engine.benchmarks.gradients:BenchGradientsConfig",
+        _show_table,
+    ),
     "inference": Command(
         "time inference: stock forms, our evaluation mode, early exit",
         "Times the full model in stock PyTorch and prepared by `dfs_engine.inference.prepare`, and early exit at"
@@ -240,6 +396,18 @@ _BENCH = {
         _show_table,
     ),
 }
+_COMPARE, _SWEEP_BETA = "dfs_engine.experiments.compare:CompareConfig", "dfs_engine.experiments.sweep:SweepBetaConfig"
+_SWEEP = {
+    "beta": Command(
+        "accuracy of every exit against beta",
+        "Trains a recipe with several beta, and without surgery, and draws accuracy against beta. All that `dfs compare"
+        " --help` says holds: stopped, the same command goes on; --part and --collect.",
+        "  dfs sweep beta --config digits_vgg7_dfs --epochs 3 --output runs/beta\n"
+        "  dfs sweep beta --config cifar10_vgg7_w16 --betas .1,.5,.9 --seeds 3 --output runs/beta --data.root DIR",
+        more_flags=_compare_flags(_SWEEP_BETA),
+        run=_compare(_SWEEP_BETA),
+    ),
+}
 _COMMANDS = {
     "train": Command(
         "train a multi-exit model",
@@ -256,11 +424,78 @@ _COMMANDS = {
     ),
     "eval": Command(
         "measure saved weights, exit by exit",
-        "Measures every exit and the ensemble (the mean of all exits' logits) of saved weights on test images.",
-        "  dfs eval runs/first\n  dfs eval model.safetensors --data.root DIR --json result.json",
-        "dfs_engine.training.evaluate:EvalConfig",
+        "Measures every exit and the ensemble (the mean of all exits' logits) of saved weights on the test samples:"
+        " accuracy, loss, calibration error and operations. Where the run kept samples out of training"
+        " (data.val_fraction), also a temperature for each exit, and the accuracy for each of 40 budgets of mean"
+        " operations (budgeted batch classification), whose thresholds come from those samples, never from the test."
+        " Writes tables, a picture, and what every exit says of every sample, from which `dfs eval"
+        " per_sample.safetensors` makes them anew.",
+        "  dfs eval runs/first\n  dfs eval model.safetensors --data.root DIR --json result.json\n"
+        "  dfs eval runs/first --curve flops-vs-acc.csv --time_batch_size 1\n"
+        "  dfs eval runs/first/eval/per_sample.safetensors --output again",
+        "dfs_engine.inference.evaluate:EvalConfig",
         run=_eval,
-        places={"path": (Path, "A run folder, or the model.safetensors of one.")},
+        places={
+            "path": (
+                Path,
+                "A run folder, its model.safetensors, or the per_sample.safetensors of an earlier `dfs eval`.",
+            )
+        },
+    ),
+    "predict": Command(
+        "classify images or texts of your own",
+        "Classifies an image, a folder of images, or the texts in a file, and says of each the class, the exit taken"
+        " and the probability. They are prepared as the run's test samples were. With a threshold, or with thresholds"
+        " found on the samples that the run kept out of training, each leaves at the first exit that is sure enough.",
+        "  dfs predict runs/first photos\n  dfs predict runs/first photo.png --threshold 0.9\n"
+        "  dfs predict runs/first photos --budget 0.5 --output classes.csv\n"
+        "  dfs predict runs/sst2 reviews.txt --policy entropy --accuracy 0.9 --output classes.jsonl",
+        "dfs_engine.inference.predict:PredictConfig",
+        run=_predict,
+        places={
+            "path": (Path, "A run folder, or the model.safetensors of one."),
+            "input": (
+                Path,
+                "An image, a folder of images, or texts: a .txt file with one in each line, or a .csv, .tsv, .jsonl or"
+                " .parquet file with the run's text columns.",
+            ),
+        },
+    ),
+    "compare": Command(
+        "train a list of methods and variants under one recipe, into one table",
+        "Trains rows under one recipe, each run in a process and a folder of its own, and writes results.md,"
+        " results.csv and pictures: accuracy per exit and ensemble, mean and deviation over the seeds, time, memory,"
+        " operations. Rows are a list (--rows), or all combinations of --methods, --variants, --models and --betas. The"
+        " recipe is that of `dfs train`: --config and any of its flags. Stopped or killed, the same command goes on:"
+        " what has ended is kept, what was in the middle resumes from its checkpoint, what failed is tried again. A run"
+        " that fails is named in the table, and the others go on. Runs of another recipe or of other flags under the"
+        " same name are an error before anything is trained.",
+        "  dfs compare --config digits_vgg7_dfs --epochs 3 --methods joint,byot --seeds 2 --output runs/digits\n"
+        "  dfs compare --config cifar10_vgg7_w16 --rows methods --seeds 3 --lr_search --output runs/methods"
+        " --data.root DIR\n"
+        "  dfs compare --config cifar10_vgg7_w16 --rows my_rows.yaml --part 1/3 --output runs/part1 --data.root DIR\n"
+        "  dfs compare --collect runs/part1 runs/part2 runs/part3 --output runs/all",
+        more_flags=_compare_flags(_COMPARE),
+        run=_compare(_COMPARE),
+    ),
+    "sweep": Command(
+        "train a recipe with several values of an option",
+        "Trains a recipe with several values of one option, and draws what that does to every exit.",
+        "  dfs sweep beta --config digits_vgg7_dfs --epochs 3 --output runs/beta",
+        subcommands=_SWEEP,
+    ),
+    "conflicts": Command(
+        "measure how far the exits' gradients are in conflict",
+        "Compares the gradients of every two exits' losses, weight by weight, on training batches: their cosine, the"
+        " share of batches in which it is negative, and whether the two share any element, which surgery's parts do"
+        " not. Writes conflicts.csv and heat maps. Of several weights also how it goes; `dfs train --conflicts_every 1`"
+        " records that of one run. Without a path: a new model, by the --model flags.",
+        "  dfs conflicts runs/first\n"
+        "  dfs conflicts runs/dense runs/dfs --batches 4 --json conflicts.json\n"
+        "  dfs conflicts --model.name vgg7_64 --model.variant dense --data.name digits",
+        "dfs_engine.training.conflicts:ConflictsConfig",
+        run=_conflicts,
+        places={"paths": (list[Path], "Run folders, or the model.safetensors of some; the first one's data are read.")},
     ),
     "convert": Command(
         "read or write a checkpoint of the published code",
@@ -279,6 +514,17 @@ _COMMANDS = {
             "source": (Path, "A published checkpoint, or a run folder or weight file of dfs."),
             "output": (Path, "The file or run folder to write."),
         },
+    ),
+    "export": Command(
+        "write a model as torch.export or ONNX files, whole or in stages",
+        "Writes saved weights as files that run without this package: torch.export's (.pt2) or ONNX. One graph has all"
+        " exits; with --staged there is one for each exit, so that whoever runs them can stop behind any of them."
+        " Batches may have any number of samples, sentences any number of tokens. Needs no flags of the model, whatever"
+        " its variant. What was written is run once and compared with the model.",
+        "  dfs export runs/first\n  dfs export runs/first --format onnx --staged --output served",
+        "dfs_engine.inference.export:ExportConfig",
+        _show_exported,
+        places={"path": (Path, "A run folder, or the model.safetensors of one.")},
     ),
     "validate": Command(
         "check every op of this package against PyTorch in float64",

@@ -28,7 +28,14 @@ class BrokenImageError(ValueError):
 
 
 class Encoded(Protocol):
-    """Encoded images by position."""
+    """Encoded images by position.
+
+    Attributes:
+        argument: which one gave them, for errors. skip_flag: what leaves out those that cannot be decoded.
+    """
+
+    argument: str
+    skip_flag: str
 
     def __len__(self) -> int: ...
 
@@ -44,8 +51,8 @@ class Encoded(Protocol):
 class ImageFiles:
     """One path an image."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], argument: str = "data.root", skip_flag: str = "data.skip_broken") -> None:
+        self.paths, self.argument, self.skip_flag = paths, argument, skip_flag
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -59,6 +66,9 @@ class ImageFiles:
 
 class ImageCells:
     """The column of a table: binary cells, or Hugging Face's {"bytes": ..., "path": ...}."""
+
+    argument = "data.root"
+    skip_flag = "data.skip_broken"
 
     def __init__(self, table: Table, column: str) -> None:
         import pyarrow
@@ -122,19 +132,19 @@ def _opened(encoded: Encoded, index: int, use: Callable[[Any], Any]) -> Any:
         raise
     except Exception as error:  # the decoders of damaged files raise anything
         raise BrokenImageError(
-            f"data.root: expected an image, got {encoded.where(index)} ({error or type(error).__name__}). Replace or "
-            "delete it, or leave out all such images: --data.skip_broken true."
+            f"{encoded.argument}: expected an image, got {encoded.where(index)} ({error or type(error).__name__}). "
+            f"Replace or delete it, or leave out all such images: --{encoded.skip_flag} true."
         ) from error
 
 
-def readable(encoded: Encoded, config: DataConfig, title: str) -> list[int]:
-    """Positions of the images to use: all, or with `config.skip_broken` those that can be decoded, and says how many.
+def readable(encoded: Encoded, skip_broken: bool, title: str) -> list[int]:
+    """Positions of the images to use: all, or with `skip_broken` those that can be decoded, and says how many.
 
     Raises:
         ValueError: nothing is left; or, without skip_broken, an image whose first bytes are not one's.
     """
     positions = range(len(encoded))
-    if not config.skip_broken:
+    if not skip_broken:
         if len(encoded) <= CHECKED_AT_ONCE:
             for index in tqdm(positions, desc=f"checking {title}", unit="img", disable=None, leave=False):
                 _opened(encoded, index, lambda image: None)
@@ -151,20 +161,24 @@ def readable(encoded: Encoded, config: DataConfig, title: str) -> list[int]:
         found = threads.map(broken, positions)
         named = list(tqdm(found, desc=f"decoding {title}", total=len(encoded), unit="img", disable=None))
     kept = [index for index, where in enumerate(named) if where is None]
-    report_skipped([where for where in named if where is not None], len(encoded), title)
+    broken_ones = [where for where in named if where is not None]
+    report_skipped(broken_ones, len(encoded), title, argument=encoded.argument, flag=encoded.skip_flag)
     return kept
 
 
-def report_skipped(broken: Sequence[str], count: int, title: str) -> None:
-    """Says which images `skip_broken` leaves out. Raises ValueError if those are all."""
+def report_skipped(
+    broken: Sequence[str], count: int, title: str, *, argument: str = "data.root", flag: str = "data.skip_broken"
+) -> None:
+    """Says which images `flag` leaves out of those that `argument` gave. Raises ValueError if those are all."""
     if len(broken) == count:
         raise ValueError(
-            f"data.root: expected images in {title}, got {count} that cannot be decoded, {broken[:1]} first."
+            f"{argument}: expected images in {title}, got {count} that cannot be decoded, {broken[:1]} first."
         )
     if broken:
         others = f" and {len(broken) - 5} others" if len(broken) > 5 else ""
         logger.warning(
-            "data.skip_broken: left out %d of %d images of %s, which cannot be decoded: %s%s",
+            "%s: left out %d of %d images of %s, which cannot be decoded: %s%s",
+            flag,
             len(broken),
             count,
             title,

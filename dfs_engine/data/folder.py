@@ -85,13 +85,13 @@ def _splits(
     Args:
         test: None: a share of `train`.
     """
-    train_rows = readable(train.encoded, config, "the training images" if test else "the images")
+    train_rows = readable(train.encoded, config.skip_broken, "the training images" if test else "the images")
     if test is None:
         kept, drawn = draw_share(take(train.labels, train_rows), config.test_share(len(train_rows)), config.split_seed)
         test, test_rows, train_rows = train, take(train_rows, drawn), take(train_rows, kept)
         how = f" drawn by split_seed {config.split_seed}"
     else:
-        test_rows, how = readable(test.encoded, config, "the test images"), ""
+        test_rows, how = readable(test.encoded, config.skip_broken, "the test images"), ""
     augmented, centred = crops(config, size)
     return RawSplits(
         train=Images(DecodedImages(train.encoded, train_rows, augmented), take(train.labels, train_rows)),

@@ -63,11 +63,18 @@ def split_files(root: Path, expected: str, formats: Sequence[str]) -> dict[str, 
     return {"train": parts[TRAIN_SPLIT], "test": test}
 
 
-def read_table(paths: Iterable[Path], names: Sequence[str], expected: str, *, text: Sequence[str] = ()) -> Table:
+def read_table(
+    paths: Iterable[Path],
+    names: Sequence[str],
+    expected: str,
+    *,
+    text: Sequence[str] = (),
+    argument: str = "data.root",
+) -> Table:
     """The columns `names` of all files together.
 
     Args:
-        expected: what the files are to be, for the error.
+        expected: what the files are to be, and argument: which one gave them, for the error.
         text: of `names`, those that are text whatever their values look like.
     """
     import pyarrow
@@ -79,11 +86,11 @@ def read_table(paths: Iterable[Path], names: Sequence[str], expected: str, *, te
         try:
             table = _READERS[path.suffix](path, text)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"data.root: expected {expected}, got {path} that cannot be read: {error}.") from error
+            raise ValueError(f"{argument}: expected {expected}, got {path} that cannot be read: {error}.") from error
         missing = [name for name in names if name not in table.column_names]
         if missing:
             raise ValueError(
-                f"data.root: expected {expected}, got {path} with columns {', '.join(table.column_names)}. Say which "
+                f"{argument}: expected {expected}, got {path} with columns {', '.join(table.column_names)}. Say which "
                 "of them it is with --data.label_column, --data.text_column or --data.image_column."
             )
         parts.append(table.select(list(names)))
@@ -91,7 +98,7 @@ def read_table(paths: Iterable[Path], names: Sequence[str], expected: str, *, te
         columns = pyarrow.concat_tables(parts, promote_options="permissive")
     except pyarrow.ArrowException as error:
         listed = ", ".join(str(path) for path, _ in files)
-        raise ValueError(f"data.root: expected the same columns in {listed}, got {error}.") from error
+        raise ValueError(f"{argument}: expected the same columns in {listed}, got {error}.") from error
     return Table(columns, files)
 
 

@@ -37,6 +37,13 @@ def random_cutout(images: Tensor, size: int) -> Tensor:
     return images.masked_fill(hole, 0)
 
 
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (N, 3, H, W) -> (N, 3, *size), bilinearly, as torchvision does."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 class BatchTransform:
     """uint8 (N, 3, H, W) -> float32 (N, 3, *size): augmented, resized bilinearly if needed, normalised."""
 
@@ -74,6 +81,5 @@ class BatchTransform:
             images = torch.stack([self._color_jitter(image) for image in images])
         if augmentation.cutout:
             images = random_cutout(images, augmentation.cutout)
-        if images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)  # as torchvision's resize
+        images = resize(images, self.size)
         return images.to(torch.float32).sub_(self._mean).mul_(self._inverse_std)

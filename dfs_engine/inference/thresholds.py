@@ -15,8 +15,10 @@ from torch import Tensor
 from dfs_engine.inference.policies import Entropy, MaxProbability, Patience, Policy
 from dfs_engine.inference.simulate import check_logits, simulate
 
-# The published values of p, 0.05 ... 2, and others on both sides of them and between.
-_RATIOS = sorted({index / 20 for index in range(1, 41)} | {2 ** (index / 8) for index in range(-80, 81)})
+PUBLISHED_RATIOS = [index / 20 for index in range(1, 41)]
+"""The published values of p, 0.05 ... 2."""
+# Those, and others on both sides of them and between.
+_RATIOS = sorted({*PUBLISHED_RATIOS} | {2 ** (index / 8) for index in range(-80, 81)})
 
 
 class OperatingPoint(NamedTuple):
@@ -135,10 +137,9 @@ def _operating_points(
     any_one.check(len(exits), exits[0].size(1))
     surest = kind.sign * torch.stack([any_one.value(each) for each in exits])
     thresholds = find_by_shares(surest[:-1], shares_of_exits(len(exits)).to(labels.device))
-    surest[-1] = math.inf  # who decides about all that come
     found = []
     for row in dict.fromkeys(map(tuple, thresholds.tolist())):
-        first = (surest >= surest.new_tensor([*row, -math.inf])[:, None]).int().argmax(0)
+        first = route(surest, surest.new_tensor(row))
         found.append(_measure(kind([kind.sign * each for each in row]), first, is_right, costs))
     return found
 
@@ -153,8 +154,23 @@ def _measure(policy: Policy, exits: Tensor, is_right: Tensor, costs: list[float]
 
 def shares_of_exits(num_exits: int) -> Tensor:
     """float64 (P, num_exits): what share of the samples leaves where, for each p, and all at each one exit."""
-    powers = torch.tensor(_RATIOS, dtype=torch.float64)[:, None] ** torch.arange(num_exits)
-    return torch.cat([powers / powers.sum(1, keepdim=True), torch.eye(num_exits).double()])
+    return torch.cat([geometric_shares(num_exits, _RATIOS), torch.eye(num_exits).double()])
+
+
+def geometric_shares(num_exits: int, ratios: Sequence[float] = PUBLISHED_RATIOS) -> Tensor:
+    """float64 (P, num_exits): of each p, the share p**k / sum over j of p**j of exit k."""
+    powers = torch.tensor(ratios, dtype=torch.float64)[:, None] ** torch.arange(num_exits)
+    return powers / powers.sum(1, keepdim=True)
+
+
+def route(surest: Tensor, thresholds: Tensor) -> Tensor:
+    """int64 (N,): the first exit from 0 where a sample reaches the threshold; the last one decides about all that come.
+
+    Args:
+        surest: (num_exits, N), as in `find_by_shares`. thresholds: (num_exits - 1,).
+    """
+    leaves = surest[:-1] >= thresholds[:, None]
+    return torch.cat([leaves, torch.ones_like(surest[-1:], dtype=torch.bool)]).int().argmax(0)
 
 
 def find_by_shares(surest: Tensor, shares: Tensor) -> Tensor:

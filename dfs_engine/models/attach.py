@@ -1,5 +1,6 @@
 """Exits on a backbone that was written without them."""
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from dfs_engine.nn import (
     TokenHead,
     can_fix,
     convert_layers,
+    layers_to_stock,
     partition_layer,
     to_stock,
     whole,
@@ -388,6 +390,27 @@ class AttachedModel(MultiExitModel):
             "name": path_of(type(self.backbone)),
             "at": [cast(AttachedExit, exit).name for exit in self.exits],
         }
+
+    def _copy_as(self, variant: str) -> "AttachedModel":
+        twin = copy.deepcopy(self)
+        exits = [cast(AttachedExit, exit) for exit in twin.exits]
+        backbone, heads = twin.to_backbone(), iter([exit.head for exit in exits])
+        for exit in exits:
+            layers_to_stock(exit.head)
+        fork = self.fork
+        other = attach_exits(
+            backbone,
+            [exit.name for exit in exits],
+            beta=fork.beta,
+            head=lambda *_: next(heads),
+            variant=variant,
+            reference=fork.reference,
+            exit_gradient=fork.exit_gradient,
+            backend=fork.backend,
+            example_input=self.example_input(1),
+        )
+        other.training = self.training
+        return other
 
     def for_inference(self) -> "AttachedModel":
         """Folds each batch normalisation, and the `nn.ReLU` behind it, into the convolution that it alone reads, as far

@@ -252,8 +252,10 @@ def find_units(backbone: nn.Module) -> list[tuple[str, str, str | None]]:
             continue
         if len(conv.users) == 1:
             reader = next(iter(bn.users), None)
-            relu = reader if len(bn.users) == 1 and reader is not None and alone(reader, nn.ReLU) else None
-            units.append((str(conv.target), str(bn.target), None if relu is None else str(relu.target)))
+            has_relu = reader is not None and len(bn.users) == 1 and alone(reader, nn.ReLU)
+            units.append(
+                (str(conv.target), str(bn.target), str(reader.target) if reader is not None and has_relu else None)
+            )
     return units
 
 

@@ -1,7 +1,9 @@
-"""BERT with an exit after every layer: pooler (the first token through a dense layer and tanh), dropout, linear.
+"""BERT, RoBERTa, ELECTRA and DistilBERT with an exit after every layer: pooler (the first token through a dense layer
+and an activation), dropout, linear; each as its model has it for classification.
 
-The modules are transformers' own `BertForSequenceClassification`; its layers are applied here submodule by submodule,
-so that a layer can read a split hidden state, and so that no version's call signatures matter.
+The modules are transformers' own; its layers are applied here submodule by submodule, so that a layer can read a split
+hidden state, and so that no version's call signatures matter. `models.sentences` has the names, `models.huggingface`
+takes transformers' models apart and makes ours one of them.
 
 An exit reads the first token. So the last layer, from which nothing else is read, is computed for it alone in the `dfs`
 variant, with the same result; dropout draws fewer numbers there than in the other variants.
@@ -9,50 +11,19 @@ variant, with the same result; dropout draws fewer numbers there than in the oth
 Shapes: N sentences, T tokens, C hidden channels, the axis on which hidden states are split.
 """
 
-import contextlib
-import copy
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dfs_engine.models.multi_exit import Block, MultiExitModel, OnExit
-from dfs_engine.models.pretrained import pretrained_folder
-from dfs_engine.models.registry import register_models
-from dfs_engine.nn import (
-    Exit,
-    Fork,
-    Reading,
-    add,
-    apply_layer,
-    apply_linears,
-    attend,
-    convert_dropouts,
-    exit_loss,
-    map_channels,
-)
-from dfs_engine.runtime.extras import needs
-
-# Of transformers' BertConfig, what makes the model: `get_config` keeps these.
-_CONFIG_KEYS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "max_position_embeddings",
-    "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id",
-)  # fmt: skip
-
-# What of it changes the function, and which values this file computes.
-_SUPPORTED = {
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "position_embedding_type": ("absolute", None),
-    "problem_type": (None, "single_label_classification", "regression"),
-}
+from dfs_engine.models.multi_exit import Block
+from dfs_engine.nn import Exit, Fork, Reading, add, apply_layer, apply_linears, attend, map_channels, whole
 
 
 class BertBlock(Block):
-    """One transformers `BertLayer`: a reading of the hidden state (N, T, C) -> (N, T, C).
+    """One transformers `BertLayer`, or one of the same parts: a reading of the hidden state (N, T, C) -> (N, T, C).
 
     What is called beside the reading is the same for all: `mask`, bool (N, 1, 1, T), True where a token is no padding.
     """
@@ -60,6 +31,12 @@ class BertBlock(Block):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+
+    def forward(self, *input: Any, **context: Any) -> tuple:
+        """As `Block.forward`; recomputed in the backward where transformers was asked for gradient checkpointing."""
+        if not (self.training and getattr(self.layer, "gradient_checkpointing", False)):
+            return super().forward(*input, **context)
+        return checkpoint(super().forward, *input, use_reentrant=False, **context)
 
     def make(self, *input: Any, mask: Tensor | None = None) -> Tensor:
         return self._finish(input, apply_linears(self._projections(), input), mask)
@@ -88,203 +65,99 @@ class BertBlock(Block):
     def _finish(self, hidden: Reading, projections: list[Tensor], mask: Tensor | None) -> Tensor:
         """The layer behind query, key and value, for the tokens that have a query: `hidden` (N, t, C) -> (N, t, C)."""
         layer = cast(Any, self.layer)
-        mixed = _attend(layer.attention.self, projections, mask)
+        attention = layer.attention.self
+        mixed = _attend(attention, attention.num_attention_heads, projections, mask)
         after = layer.attention.output
         attended = after.LayerNorm(add(hidden, after.dropout(after.dense(mixed))))
         return layer.output(layer.intermediate(attended), attended)
 
 
 class BertStem(BertBlock):
-    """Embeddings and the first layer: ids (N, T) and token types or None -> (N, T, C)."""
+    """Embeddings and the first layer: ids (N, T) and token types or None -> (N, T, C).
 
-    def __init__(self, embeddings: nn.Module, layer: nn.Module) -> None:
+    Args:
+        projection: from the embeddings' width to C, where they differ (ELECTRA).
+    """
+
+    def __init__(self, embeddings: nn.Module, layer: nn.Module, projection: nn.Module | None = None) -> None:
         super().__init__(layer)
-        self.embeddings = embeddings
+        self.embeddings, self.projection = embeddings, projection
 
     def make(self, *input: Any, mask: Tensor | None = None) -> Tensor:
         return super().make(*self.enter(*input), mask=mask)
 
     def enter(self, *input: Any) -> Reading:
-        input_ids, token_type_ids = input
-        return (self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids),)
+        embedded = self._embed(*input)
+        return (embedded if self.projection is None else self.projection(embedded),)
+
+    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        return self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
 
 
-def _attend(attention: Any, projections: list[Tensor], mask: Tensor | None) -> Tensor:
+class DistilBertBlock(BertBlock):
+    """One transformers `TransformerBlock` of DistilBERT; see `BertBlock`."""
+
+    def _projections(self) -> list[nn.Module]:
+        attention = cast(Any, self.layer).attention
+        return [attention.q_lin, attention.k_lin, attention.v_lin]
+
+    def _finish(self, hidden: Reading, projections: list[Tensor], mask: Tensor | None) -> Tensor:
+        layer = cast(Any, self.layer)
+        mixed = _attend(layer.attention, layer.attention.n_heads, projections, mask)
+        attended = layer.sa_layer_norm(add(hidden, layer.attention.out_lin(mixed)))
+        return layer.output_layer_norm(layer.ffn(attended) + attended)
+
+
+class DistilBertStem(BertStem, DistilBertBlock):
+    """Embeddings and the first layer; DistilBERT has no token types, and takes no notice of any."""
+
+    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        return self.embeddings(input_ids=input_ids)
+
+
+def _attend(attention: Any, num_heads: int, projections: list[Tensor], mask: Tensor | None) -> Tensor:
     """What a `BertSelfAttention` does with query (N, t, C), key and value (N, T, C): -> (N, t, C)."""
-    heads = (attention.num_attention_heads, -1)
+    heads = (num_heads, -1)
     query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
-    return attend(query, key, value, attention.dropout, mask).transpose(1, 2).flatten(2)
+    plain = attention.config._attn_implementation == "eager" or None  # as whoever made the configuration wants it
+    return attend(query, key, value, attention.dropout, mask, plain=plain).transpose(1, 2).flatten(2)
 
 
 class BertExit(Exit):
-    """A reading of (N, T, C), of which it takes the first token -> logits (N, num_classes)."""
+    """A reading of (N, T, C), of which it takes the first token -> logits (N, num_classes).
 
-    def __init__(self, pooler: nn.Linear, dropout: float, classifier: nn.Linear) -> None:
+    Args:
+        activation: behind the pooler: tanh, but for ELECTRA and DistilBERT.
+        drops_token: whether dropout comes before the pooler too (RoBERTa, ELECTRA).
+    """
+
+    def __init__(
+        self,
+        pooler: nn.Linear,
+        dropout: float,
+        classifier: nn.Linear,
+        activation: Callable[[Tensor], Tensor] = torch.tanh,
+        drops_token: bool = False,
+    ) -> None:
         super().__init__()
         self.pooler, self.dropout, self.classifier = pooler, nn.Dropout(dropout), classifier
+        self.activation, self.drops_token = activation, drops_token
+
+    def fresh(self, std: float) -> "BertExit":
+        """One of the same sizes, with transformers' initialisation."""
+        layers = [nn.Linear(layer.in_features, layer.out_features) for layer in (self.pooler, self.classifier)]
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+        pooler, classifier = layers
+        return BertExit(pooler, self.dropout.p, classifier, self.activation, self.drops_token)
 
     def feature(self, reading: Reading) -> Reading:
         """Of (N, T, C): what the pooler makes of the first token, (N, C)."""
         first = map_channels(lambda tokens: tokens[:, 0], reading)
-        return (apply_layer(self.pooler, first).tanh(),)
+        if self.drops_token and self.training:  # the same entries for the part with gradient and for the whole
+            first = (self.dropout(whole(first)),)
+        return (self.activation(apply_layer(self.pooler, first)),)
 
     def classify(self, feature: Reading) -> Tensor:
         return self.classifier(self.dropout(*feature))
-
-
-class MultiExitBert(MultiExitModel):
-    """A `MultiExitModel` that is called as transformers' `BertForSequenceClassification` is, also by its `Trainer`.
-
-    A Trainer's `compute_metrics` gets the last exit's logits, as from any model; with `evaluate(ignore_keys=[])` and
-    `predict(..., ignore_keys=[])` a pair of those and all exits'. A loss outside of the model is computed of what
-    `forward` returns without labels: a `compute_loss_func` gets all exits, `label_smoothing_factor` takes the first.
-
-    Attributes:
-        config: the `BertConfig`. A Trainer reads there what of an output is no prediction
-            (`keys_to_ignore_at_inference`); for its `return_dict` see `forward`.
-    """
-
-    config: Any
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        return_features: bool | str = False,
-        on_exit: OnExit | None = None,
-    ) -> Any:
-        """Returns every exit's logits, shallow to deep; with labels, a `MultiExitClassifierOutput`.
-
-        Args:
-            input_ids: (N, T). attention_mask: (N, T), 0 for padding. token_type_ids: (N, T), 0 or 1.
-            labels: (N,) class indices, or numbers where num_classes is 1.
-            return_dict: whether to return a `MultiExitClassifierOutput`; None: as `config.return_dict` says, which is
-                None unless set: where there are labels.
-            return_features: also return features, as `MultiExitModel.forward`; f_k are the hidden states (N, T, C)
-                behind each layer.
-            on_exit: as `MultiExitModel.forward`; without labels.
-
-        Returns:
-            list of num_exits tensors (N, num_classes); with `return_features`, a pair of that and the list of features.
-            As a `MultiExitClassifierOutput`: `logits` of the last exit, `exit_logits` of all, a tuple, `hidden_states`
-            the features, a tuple too, and `loss`, the sum of all exits' losses.
-        """
-        if on_exit is not None and (labels is not None or return_dict):
-            raise ValueError("on_exit: expected neither labels nor return_dict beside it, since samples leave.")
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        result = self._run((input_ids, token_type_ids), return_features, on_exit, mask=mask)
-        if on_exit is not None:
-            return result
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if not (labels is not None if return_dict is None else return_dict):
-            return result
-        from dfs_engine.models.bert_output import MultiExitClassifierOutput
-
-        logits, features = result if return_features else (result, None)
-        loss = None
-        if labels is not None:
-            loss = torch.stack([exit_loss(exit_logits, labels) for exit_logits in logits]).sum()
-        return MultiExitClassifierOutput(
-            loss=loss,
-            logits=logits[-1],
-            hidden_states=None if features is None else tuple(features),
-            exit_logits=tuple(logits),
-        )
-
-    def example_input(self, batch: int = 1) -> Tensor:
-        """Random ids of at most 128 tokens, as GLUE is trained."""
-        embeddings = cast(Any, self.blocks[0]).embeddings.word_embeddings
-        shape = (batch, min(128, *self.input_shape))
-        return torch.randint(embeddings.num_embeddings, shape, device=embeddings.weight.device)
-
-
-@register_models(["bert"], "own", dim=-1)
-def _create_bert(
-    _name: str,
-    fork: Fork,
-    *,
-    num_classes: int,
-    config: Any = None,
-    pretrained: str | Path | None = None,
-    device: Any = None,
-    dtype: Any = None,
-) -> MultiExitModel:
-    """Any transformers BERT, with as many exits as layers; num_classes=1 is a regression.
-
-    Args:
-        config: a transformers `BertConfig`, or the folder or file of one; or a dict of what differs from the pretrained
-            model's, or from BERT-base's. None: as that.
-        pretrained: a folder that transformers saved, or an installed package that contains one. Layers, the last exit's
-            pooler and, where it has num_classes, the last classifier start from it, the other exits at random; nothing
-            is read on the meta device.
-    """
-    with needs("text"):
-        from transformers import BertForSequenceClassification
-
-    folder = None if pretrained is None else pretrained_folder(pretrained)
-    settings = _read_config(config, folder)
-    settings.num_labels = num_classes
-    with torch.device("meta") if str(device) == "meta" else contextlib.nullcontext():
-        if folder is None or str(device) == "meta":
-            stock: Any = BertForSequenceClassification(settings)
-        else:
-            stock = BertForSequenceClassification.from_pretrained(
-                folder, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True
-            )
-        exits: list[nn.Module] = [_new_exit(settings) for _ in range(settings.num_hidden_layers - 1)]
-    exits.append(BertExit(stock.bert.pooler.dense, stock.dropout.p, stock.classifier))
-    first, *deeper = stock.bert.encoder.layer
-    model = MultiExitBert(
-        [BertStem(stock.bert.embeddings, first), *(BertBlock(layer) for layer in deeper)],
-        exits,
-        fork,
-        num_classes=num_classes,
-        input_shape=(settings.max_position_embeddings,),
-    )
-    settings.return_dict = None
-    settings.keys_to_ignore_at_inference = ["hidden_states", "exit_logits"]
-    model.config = settings
-    model.options = {"config": {key: getattr(settings, key) for key in _CONFIG_KEYS}}
-    if fork.variant == "dfs":
-        convert_dropouts(model, fork.backend)
-    return model.to(device=device, dtype=dtype)
-
-
-def _new_exit(settings: Any) -> BertExit:
-    """With transformers' initialisation."""
-    dropout = settings.hidden_dropout_prob if settings.classifier_dropout is None else settings.classifier_dropout
-    pooler = nn.Linear(settings.hidden_size, settings.hidden_size)
-    classifier = nn.Linear(settings.hidden_size, settings.num_labels)
-    for layer in (pooler, classifier):
-        nn.init.normal_(layer.weight, std=settings.initializer_range)
-        nn.init.zeros_(layer.bias)
-    return BertExit(pooler, dropout, classifier)
-
-
-def _read_config(config: Any, folder: Path | None) -> Any:
-    """A `BertConfig` of its own, checked to be one that this file computes."""
-    from transformers import AutoConfig, BertConfig
-
-    if isinstance(config, (str, Path)):
-        source = Path(config).expanduser()
-        source = source if source.is_file() else pretrained_folder(source, "config")
-        settings = AutoConfig.from_pretrained(source, local_files_only=True)
-    elif config is None or isinstance(config, Mapping):
-        settings = BertConfig() if folder is None else AutoConfig.from_pretrained(folder, local_files_only=True)
-        unknown = [key for key in config or () if not hasattr(settings, key)]
-        if unknown:
-            raise ValueError(f"config: expected keys of transformers' BertConfig, got {', '.join(unknown)}.")
-        settings.update(dict(config or {}))
-    else:
-        settings = copy.deepcopy(config)
-    if settings.model_type != "bert":
-        raise ValueError(f"config: expected a BERT, got model_type={settings.model_type!r}.")
-    for key, valid in _SUPPORTED.items():
-        value = getattr(settings, key, valid[0])
-        if value not in valid:
-            raise ValueError(f"config: expected {key} to be {' or '.join(map(repr, valid))}, got {value!r}.")
-    return settings

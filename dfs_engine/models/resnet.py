@@ -97,8 +97,9 @@ class ResidualBlock(nn.Module):
         """See `dfs_engine.inference.prepare`."""
         if self.shortcut_conv is not None and can_fix(self.shortcut_conv, self.shortcut_bn):
             backend = getattr(self.shortcut_conv, "backend", None)
-            self.shortcut_conv = ConvAct(self.shortcut_conv, self.shortcut_bn, backend=backend)
-            self.shortcut_bn = nn.Identity()
+            fixed = ConvAct(self.shortcut_conv, self.shortcut_bn, backend=backend)
+            for name, layer in (("shortcut_conv", fixed), ("shortcut_bn", nn.Identity())):
+                setattr(self, name, layer)
         return self
 
 

@@ -28,7 +28,7 @@ from dfs_engine.nn import (
     apply_layer,
     can_fix,
     is_fixed_norm,
-    produce_readings,
+    produce_from,
 )
 from dfs_engine.partition import ChannelSlice, Partition
 
@@ -58,9 +58,10 @@ class VGGBlock(Block):
         return F.max_pool2d(feature, 2) if self.pool else feature
 
     def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
-        if not isinstance(self.bn, NormAct2d):  # not `dfs`, or e.g. converted to SyncBatchNorm
+        # Not `dfs`, or e.g. converted to SyncBatchNorm; and torch.export wants stock operators one by one.
+        if not isinstance(self.bn, NormAct2d) or torch.compiler.is_exporting():
             return super().produce(input, fork, is_last)
-        return produce_readings(self.bn, apply_layer(self.conv, input), fork, pool=self.pool, is_last=is_last)
+        return produce_from(self.conv, self.bn, input, fork, pool=self.pool, is_last=is_last)
 
     def for_inference(self) -> nn.Module:
         """See `dfs_engine.inference.prepare`."""

@@ -9,14 +9,12 @@ alone, with the same result; dropout draws fewer numbers there than in the other
 Shapes: N images, T tokens, C embedding channels, the axis on which features are split.
 """
 
-import contextlib
 import copy
 import logging
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.pretrained import WEIGHT_FILES, weight_file
@@ -28,7 +26,6 @@ from dfs_engine.nn import (
     Reading,
     add,
     apply_norm_linear,
-    attend,
     convert_dropouts,
     map_channels,
     whole,
@@ -83,7 +80,7 @@ class ViTBlock(Block):
     def _finish(self, input: Reading, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block behind `qkv`, for the tokens that have a query: `input` (N, t, C) -> (N, t, C)."""
         block: Any = self.block
-        tokens = add(input, block.drop_path1(block.ls1(_attend(block.attn, query, key, value))))
+        tokens = add(input, block.drop_path1(block.ls1(block.attn.mix(query, key, value))))
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
@@ -111,7 +108,12 @@ class ViTExit(Exit):
 
 def reads_slices(block: Any) -> bool:
     """Whether `_read_slices` was done to a timm block, and nobody has put something else into it since."""
-    return _is_plain(block) and isinstance(block.norm1, PartitionedLayerNorm) and isinstance(block.attn.qkv, nn.Linear)
+    return (
+        _is_plain(block)
+        and hasattr(block.attn, "mix")
+        and isinstance(block.norm1, PartitionedLayerNorm)
+        and isinstance(block.attn.qkv, nn.Linear)
+    )
 
 
 def _read_slices(block: Any) -> None:
@@ -123,24 +125,11 @@ def _read_slices(block: Any) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    from timm.models.vision_transformer import Attention
     from timm.models.vision_transformer import Block as PlainBlock
 
-    if type(block) is not PlainBlock or type(block.attn) is not Attention:
-        return False
-    parts = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
-    has_others = any(name not in parts and type(part) is not nn.Identity for name, part in block.attn.named_children())
-    return not has_others
+    from dfs_engine.models.vit_attention import is_plain
 
-
-def _attend(attention: Any, *projections: Tensor) -> Tensor:
-    """What timm's `Attention` does with query (N, t, width), key and value (N, T, width): -> (N, t, C)."""
-    heads = attention.num_heads, attention.head_dim
-    query, key, value = (projection.unflatten(-1, heads).transpose(1, 2) for projection in projections)
-    # timm's switch: the fused kernels have no second derivative.
-    with contextlib.nullcontext() if attention.fused_attn else sdpa_kernel(SDPBackend.MATH):
-        mixed = attend(attention.q_norm(query), attention.k_norm(key), value, attention.attn_drop)
-    return attention.proj_drop(attention.proj(mixed.transpose(1, 2).flatten(2)))
+    return type(block) is PlainBlock and is_plain(block.attn)
 
 
 def list_vits(pattern: str = "*") -> list[str]:
@@ -203,6 +192,10 @@ def create_vit(
         input_shape=(options.get("in_chans", 3), *vit.patch_embed.img_size),
     )
     if fork.variant == "dfs":
+        from dfs_engine.models.vit_attention import make_chosen
+
+        for module in model.modules():
+            make_chosen(module)
         for block in model.blocks[1:]:
             _read_slices(cast(ViTBlock, block).block)
         _warn_of_whole_blocks(name, blocks)

@@ -1,8 +1,13 @@
 """Where a feature goes to its two readers, the deeper path and the exit, in each variant."""
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
+from dfs_engine.nn.apart import Leaves
 from dfs_engine.nn.reading import Columns, Reading
 from dfs_engine.partition import EXIT_GRADIENTS, ChannelSlice, Partition, check_beta, fork_gradient
 from dfs_engine.reference import live_slice
@@ -26,6 +31,9 @@ class Fork(nn.Module):
         backend: of the ops, in the dfs variant.
     """
 
+    leaves: Leaves | None = None
+    """Where it is set, blocks that can do so make both parts of a feature apart (see `nn.apart`)."""
+
     def __init__(
         self,
         beta: float = 0.5,
@@ -44,7 +52,7 @@ class Fork(nn.Module):
 
     def forward(self, feature: Tensor) -> tuple[Reading, Reading]:
         """Returns (what the deeper path reads, what the exit reads)."""
-        if self.variant == "dense":
+        if self.variant == "dense" or (self.reference and self._is_exported()):
             return (feature,), (feature,)
         if self.variant in SLICED_VARIANTS:
             num_shared, exit_start = self.live_channels(feature.size(self.dim))
@@ -53,6 +61,30 @@ class Fork(nn.Module):
         parts = Partition(feature.size(self.dim), self.beta)
         exit_live = parts.exit_live(self.exit_gradient, self.reference)
         return (self._detach(feature, parts.shared),), (self._detach(feature, exit_live),)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Leaves]:
+        """Within, forward passes make both parts of a feature apart; gives their leaves."""
+        self.leaves = Leaves()
+        try:
+            yield self.leaves
+        finally:
+            self.leaves = None
+
+    def _is_exported(self) -> bool:
+        """Whether torch.export makes a graph, for inference: with referencing, a split changes gradients alone.
+
+        Raises:
+            RuntimeError: in training mode, since the graph would hold other gradients: it keeps no autograd.Function.
+        """
+        if not torch.compiler.is_exporting():
+            return False
+        if self.training and self.variant in SLICED_VARIANTS:
+            raise RuntimeError(
+                f"torch.export: expected a model in evaluation mode, got one of variant={self.variant!r} in training "
+                "mode. Call model.eval() first; to export for training, use variant='detach'."
+            )
+        return not self.training
 
     def live_channels(self, num_channels: int) -> tuple[int, int]:
         """(num_shared, exit_start): the deeper path trains [0, num_shared), the exit [exit_start, num_channels)."""

@@ -2,20 +2,41 @@
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfs_engine.nn.conv2d import PartitionedConv2d
 from dfs_engine.nn.fork import Fork
-from dfs_engine.nn.reading import Reading, readings
+from dfs_engine.nn.reading import Reading, apply_layer, readings
 from dfs_engine.ops import norm_act, norm_relu
+from dfs_engine.partition import ChannelSlice
 
 
 class _Tail(NamedTuple):
-    """What `NormAct2d` computes besides the normalisation: a ReLU and, of a feature that is split, its readings."""
+    """What `NormAct2d` computes besides the normalisation: a ReLU and, of a feature that is split, its readings.
+
+    Attributes:
+        fork: None: a ReLU alone.
+        is_last: the last feature is not split: its exit trains all of it.
+        pool: whether a 2x2 max pool ends the block.
+        num_channels, first: of a feature of so many channels the input is those from the first on (see `nn.apart`).
+    """
 
     fork: Fork | None = None
     is_last: bool = False
     pool: bool = False
+    num_channels: int | None = None
+    first: int = 0
+
+    def live_channels(self, width: int) -> tuple[int, int]:
+        """`Fork.live_channels` in an input of this width."""
+        assert self.fork is not None
+        if self.is_last:
+            return 0, 0
+        borders = self.fork.live_channels(self.num_channels or width)
+        num_shared, exit_start = (min(max(border - self.first, 0), width) for border in borders)
+        return num_shared, exit_start
 
 
 class NormAct2d(nn.BatchNorm2d):
@@ -29,8 +50,7 @@ class NormAct2d(nn.BatchNorm2d):
             return super().forward(input)
         if tail.fork is None:
             return norm_relu(input, **self._normalisation(), residual=residual, backend=self.backend)
-        # The last feature is not split: its exit trains all of it.
-        num_shared, exit_start = (0, 0) if tail.is_last else tail.fork.live_channels(input.size(1))
+        num_shared, exit_start = tail.live_channels(input.size(1))
         made = norm_act(
             input,
             **self._normalisation(),
@@ -83,3 +103,27 @@ def produce_readings(bn: NormAct2d, z: Tensor, fork: Fork, *, pool: bool, is_las
     """
     deeper, exit = readings(bn(z, None, _Tail(fork, is_last, pool)))
     return deeper, exit
+
+
+def produce_from(
+    conv: nn.Module, bn: NormAct2d, input: tuple, fork: Fork, *, pool: bool, is_last: bool
+) -> tuple[Reading, Reading]:
+    """`produce_readings` of the convolution of `input`, a reading; each part by itself where the fork wants that.
+
+    A layer that somebody has put in the place of one of this package's is never taken apart.
+    """
+    can = type(conv) is PartitionedConv2d and conv.groups == 1 and type(bn) is NormAct2d
+    num_shared, exit_start = fork.live_channels(bn.num_features)
+    if fork.leaves is None or is_last or not can or num_shared in (0, bn.num_features) or torch.compiler.is_compiling():
+        return produce_readings(bn, apply_layer(conv, input), fork, pool=pool, is_last=is_last)
+    made = []
+    for rows in (ChannelSlice(0, num_shared), ChannelSlice(num_shared, bn.num_features)):
+        tail = _Tail(fork, pool=pool, num_channels=bn.num_features, first=rows.start)
+        made.append(fork.leaves.call(bn, rows, fork.leaves.call(conv, rows, *input), None, tail))
+    (shared, full, _, *exits), (_, full_rest, _, *exits_rest) = made
+    exit, average = (_join(*parts) for parts in zip(exits[:2], exits_rest[:2], strict=True))
+    return (shared, _join(full, full_rest), fork.columns(0)), (exit, average, fork.columns(exit_start))
+
+
+def _join(first: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([first, rest], 1) if first.size(1) > 0 else rest

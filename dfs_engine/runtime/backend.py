@@ -182,6 +182,9 @@ def select(
 ) -> str:
     """Picks the backend that serves `op`, and remembers it for `last_used`.
 
+    In a graph that torch.export makes, it is `aten` whatever is asked for: its operators are those that every runtime
+    has.
+
     Args:
         op: one of `OPS`.
         backend: an explicit request (see `requested`); None or "auto" picks: this project's kernels for the device
@@ -194,6 +197,8 @@ def select(
             `reference` under a transform of torch.func.
     """
     explicit = requested(backend)
+    if torch.compiler.is_exporting():
+        return "aten"
     if explicit not in ("reference", SPLIT):
         check_no_transform(op)
     if explicit == SPLIT:

@@ -35,6 +35,11 @@ Geometry = tuple[Pair, Pair, Pair, int]
 
 HALF = (torch.bfloat16, torch.float16)
 
+# With fewer channels than this a convolution in bfloat16 is calibrated by itself.
+_NARROW = 64
+# Of longer sequences the attention weights are not kept.
+_PLAIN_TOKENS = 512
+
 _winograd: bool | None = {"0": False, "1": True}.get(os.environ.get("DFS_WINOGRAD", ""))
 
 
@@ -130,6 +135,23 @@ def linear_backend(
     return backends.select(op, weight.device, dtype, request, wins)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """The form of an attention of (N, heads, t, d) by (N, heads, T, d): "fused", PyTorch's kernels; "plain"; "float".
+
+    On a CPU the backward of the fused kernel runs in bfloat16 at a fifth of what plain products reach, which keep the
+    attention weights for it: worth it in training, for sequences that are not too long. Where the CPU has no bfloat16
+    instructions, both forms take several times as long as the fused kernel in float32.
+
+    Traced by torch.compile, which guards on T being that long or not.
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or backends.unavailable_reason("cpp") is not None:
+        return "fused"
+    if _bfloat16_is_emulated:
+        return "float"
+    is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return "plain" if is_training and key.size(-2) <= _PLAIN_TOKENS else "fused"
+
+
 def norm_act_backend(z: Tensor, residual: Tensor | None, pool: bool, request: str | None) -> str:
     """On CUDA as the tuned table says, which knows channels_last without a residual alone.
 
@@ -169,7 +191,7 @@ def conv_act_kernel(input: Tensor, weight_size: torch.Size, geometry: Geometry, 
     if not is_ours or backends.unavailable_reason("cpp", input.device.type) is not None or input.numel() == 0:
         return "aten"
     _, padding, _, groups = geometry
-    if _is_winograd(weight_size, *geometry) and _takes_winograd(input.dtype):
+    if _is_winograd(weight_size, *geometry) and _takes_winograd(input.dtype, min(weight_size[:2])):
         height, width = (size + 2 * pad - 2 for size, pad in zip(input.shape[2:], padding, strict=True))
         if min(height, width) >= (2 if pool else 1) and _fixed_winograd_pays(
             input.dtype, weight_size[1], weight_size[0], input.size(0), height, width
@@ -186,12 +208,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def _computes_in_float(dtype: torch.dtype) -> bool:
-    """Whether the cpp backend converts to float32: where the CPU lacks the instructions, as csrc/common.cpp does."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+    """Whether the cpp backend converts to float32, as csrc/common.cpp does: where the CPU lacks the instructions."""
+    from dfs_engine import _C
+
+    return dtype == torch.float32 or str(dtype).removeprefix("torch.") in _C.emulated_dtypes()
+
+
+# Looked up at import, because torch.compile traces what reads it.
+_bfloat16_is_emulated = backends.unavailable_reason("cpp") is None and _computes_in_float(torch.bfloat16)
 
 
 def _is_winograd(weight_size: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
@@ -211,8 +235,11 @@ def _is_gemm(weight_size: torch.Size, groups: int) -> bool:
     return groups == 1 and min(weight_size[:2]) >= 16 and weight_size[2] * weight_size[3] > 1
 
 
-def _takes_winograd(dtype: torch.dtype) -> bool:
-    return _computes_in_float(dtype) or (dtype == torch.bfloat16 and calibration.wins().half_conv)
+def _takes_winograd(dtype: torch.dtype, channels: int) -> bool:
+    """Whether it may be the faster one in this dtype, of a convolution that reads and makes at least `channels`."""
+    if dtype != torch.bfloat16 or _computes_in_float(dtype):
+        return _computes_in_float(dtype)
+    return calibration.wins().half_conv if channels >= _NARROW else calibration.wins().half_conv_narrow
 
 
 def _winograd_pays(
@@ -261,7 +288,7 @@ def _conv2d(
     input: Tensor, weight: Tensor, bias: object, stride: Pair, padding: Pair, dilation: Pair, groups: int
 ) -> str:
     size, dtype = weight.shape, input.dtype
-    if groups == 1 and _is_winograd(size, stride, padding, dilation, groups) and _takes_winograd(dtype):
+    if groups == 1 and _is_winograd(size, stride, padding, dilation, groups) and _takes_winograd(dtype, min(size[:2])):
         num_images, _, height, width = input.shape
         sizes = num_images, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
         return "winograd" if _winograd_pays(dtype, size[1], size[0], *sizes) else "aten"
@@ -282,7 +309,7 @@ def _conv2d_grad_input(
 ) -> str:
     out_channels, dtype = weight.size(0), grad_output.dtype
     size = torch.Size((out_channels, stop - start, *weight.shape[2:])) if groups == 1 else weight.shape
-    if groups == 1 and _is_winograd(size, stride, padding, dilation, groups) and _takes_winograd(dtype):
+    if groups == 1 and _is_winograd(size, stride, padding, dilation, groups) and _takes_winograd(dtype, min(size[:2])):
         num_images, _, height, width = input_size
         return "winograd" if _winograd_pays(dtype, out_channels, stop - start, num_images, height, width) else "aten"
     return "depthwise" if channels_last and _is_depthwise(size, groups, dtype) else "aten"
@@ -301,7 +328,8 @@ def _conv2d_grad_weight(
     dtype = grad_output.dtype
     if groups == 1:
         pays = _winograd or weight_size[0] * weight_size[1] > 256
-        if pays and _is_winograd(weight_size, stride, padding, dilation, groups) and _takes_winograd(dtype):
+        fewest = min(weight_size[:2])
+        if pays and _is_winograd(weight_size, stride, padding, dilation, groups) and _takes_winograd(dtype, fewest):
             return "winograd"
         is_gemm = _computes_in_float(dtype) and _is_gemm(weight_size, groups) and calibration.wins().conv_grad_weight
         return "gemm" if is_gemm else "aten"

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 EXTRAS = {
     "vision": ("torchvision", "timm", "PIL", "pyarrow"),
     "text": ("transformers", "datasets", "pyarrow", "sklearn", "scipy"),
+    "hub": ("huggingface_hub", "safetensors"),
     "train": (
         "accelerate", "filelock", "jsonargparse", "matplotlib", "yaml", "rich", "safetensors", "sklearn", "tensorboard",
-        "tqdm",
+        "torchmetrics", "tqdm",
     ),
+    "methods": ("torchjd",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "wandb": ("wandb",),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
 

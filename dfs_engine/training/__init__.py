@@ -5,6 +5,5 @@
 
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.idle_columns import hold_idle_columns
-from dfs_engine.training.weights import load_model
 
-__all__ = ["ModelConfig", "OptimConfig", "TrainConfig", "hold_idle_columns", "load_model"]
+__all__ = ["ModelConfig", "OptimConfig", "TrainConfig", "hold_idle_columns"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dfs_engine.methods import create_method
 from dfs_engine.models import MultiExitModel
-from dfs_engine.training.files import read_tensors, write_tensors
-from dfs_engine.training.weights import weights_path
+from dfs_engine.models.weights import weights_path
+from dfs_engine.runtime.files import read_tensors, write_tensors
 
 
 def adapters_path(weights: Path | str) -> Path:

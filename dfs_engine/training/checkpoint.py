@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfs_engine.checks import one_line
-from dfs_engine.training.files import WriteError, flush, write_error, write_text
-from dfs_engine.training.weights import REMEDY, check_same_model, completed
+from dfs_engine.models.weights import REMEDY, check_same_model, completed
+from dfs_engine.runtime.files import WriteError, flush, write_error, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+_PREVIOUS = "-previous"
 _MANIFEST_KEYS = ("files", "model", "config", "progress")
 
 
@@ -82,7 +83,7 @@ def _complete(partial: Path, description: dict[str, Any]) -> None:
 def _publish(partial: Path, final: Path) -> None:
     """Gives the checkpoint its name, and removes the others; at any moment one of them is there."""
     if final.exists():  # of the same step, before its evaluation
-        final.replace(final.with_name(f"{final.name}-previous"))
+        final.replace(final.with_name(f"{final.name}{_PREVIOUS}"))
     partial.replace(final)
     flush(final.parent)
     for old in _named(final.parent):
@@ -126,7 +127,10 @@ def latest(run_dir: Path, model_config: dict[str, Any]) -> tuple[Path, dict[str,
 
 def last(run_dir: Path) -> Path | None:
     """Folder of the last checkpoint; None where there is none."""
-    return max(_named(run_dir / "checkpoints"), default=None)
+    # Of one step, the one without "-previous": a process that was killed may have removed half of the other.
+    named = _named(run_dir / "checkpoints")
+    names = {path.name.removesuffix(_PREVIOUS): path for path in sorted(named, reverse=True)}
+    return names[max(names)] if names else None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

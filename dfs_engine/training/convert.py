@@ -13,12 +13,12 @@ from dfs_engine.data.normalization import published_data
 from dfs_engine.methods import create_method
 from dfs_engine.models import MultiExitModel, load_official_state_dict, to_official_state_dict
 from dfs_engine.models.official import adapter_keys, published_beta
+from dfs_engine.models.weights import WEIGHTS_FILE, is_own_file, load_model, read_description, save_model, weights_path
+from dfs_engine.runtime.files import atomic_file, write_tensors
 from dfs_engine.training.adapters import fresh_adapters, load_adapters, save_adapters
 from dfs_engine.training.build import build_model
 from dfs_engine.training.config import ModelConfig
-from dfs_engine.training.files import atomic_file, write_tensors
 from dfs_engine.training.published_files import SAFE, is_transformers_folder, read_published
-from dfs_engine.training.weights import WEIGHTS_FILE, is_own_file, load_model, save_weights, weights_path
 
 _PICKLED = (".pth", ".pt", ".tar", ".bin")
 
@@ -86,8 +86,8 @@ def _to_official(source: Path, config: ConvertConfig) -> dict[str, Any]:
     endings = (*_PICKLED, SAFE)
     if output.suffix not in endings:
         raise ValueError(f"output: expected a published checkpoint to end in {', '.join(endings)}, got {output}.")
-    model, description = load_model(source)
-    wanted = description.get("adapters", True) if config.adapters is None else config.adapters
+    model = load_model(source)
+    wanted = read_description(source).get("adapters", True) if config.adapters is None else config.adapters
     adapters, notes = _published_adapters(source, model) if wanted else ({}, [])
     tensors = to_official_state_dict(model, adapters)
     if output.suffix == SAFE:
@@ -145,7 +145,7 @@ def _from_official(source: Path, config: ConvertConfig) -> dict[str, Any]:
         "converted_from": source.name,
         "adapters": bool(adapters),
     }
-    save_weights(output, model, description)
+    save_model(model, output, description)
     save_adapters(output, adapters)
     if adapters:
         notes.append(f"{len(adapters)} tensors of its adapters of feature distillation are kept beside the weights")

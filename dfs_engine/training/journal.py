@@ -1,4 +1,4 @@
-"""What a run tells people while it trains: log lines, a progress bar, TensorBoard's events, metrics.csv and a plot."""
+"""What a run tells people while it trains: log lines, a progress bar, trackers' events, metrics.csv and a plot."""
 
 import contextlib
 import logging
@@ -15,9 +15,10 @@ from dfs_engine.data import DataSplits
 from dfs_engine.evaluation.metrics import TITLES
 from dfs_engine.models import MultiExitModel
 from dfs_engine.runtime.backend import select
+from dfs_engine.runtime.extras import needs
+from dfs_engine.runtime.files import write_text
 from dfs_engine.training import report, run_folder
 from dfs_engine.training.config import TrainConfig
-from dfs_engine.training.files import write_text
 from dfs_engine.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,19 +35,29 @@ class Journal:
     ) -> None:
         self.config, self.run_dir, self.accelerator, self.model, self.data = config, run_dir, accelerator, model, data
         self._events: Any = None
+        self._wandb: Any = None
+        if config.wandb:
+            with needs("wandb"):
+                import wandb  # noqa: F401 (said before the work)
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """Writes TensorBoard's events in the block, of a run that has done `step` steps."""
-        is_written = self.config.tensorboard and self.accelerator.is_main_process
-        with report.event_writer(self.run_dir / "tensorboard" if is_written else None, step) as self._events:
+        """Writes TensorBoard's events and wandb's in the block, of a run that has done `step` steps."""
+        config, is_main = self.config, self.accelerator.is_main_process
+        with (
+            report.event_writer(
+                self.run_dir / "tensorboard" if config.tensorboard and is_main else None, step
+            ) as events,
+            report.wandb_run(self.run_dir if config.wandb and is_main else None, config.to_dict()) as run,
+        ):
+            self._events, self._wandb = events, run
             yield
 
-    def begin(self, num_in_epoch: int) -> None:
+    def begin(self, num_in_epoch: int, num_phases: int = 1) -> None:
         """Writes what the run is and what it runs on.
 
         Args:
-            num_in_epoch: samples that an epoch sees.
+            num_in_epoch: samples that a pass sees. num_phases: passes of an epoch.
         """
         config, accelerator = self.config, self.accelerator
         write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -59,10 +70,11 @@ class Journal:
         }
         write_text(self.run_dir / run_folder.ENVIRONMENT_FILE, yaml.safe_dump(environment, sort_keys=False))
         logger.info(
-            "training: %s with %s for %s of %d samples in batches of %d, on %s",
+            "training: %s with %s for %s of %s%d samples in batches of %d, on %s",
             report.title(environment["model"]),
             report.counted(self.model.num_exits, "exit"),
             report.counted(config.epochs, "epoch"),
+            f"{num_phases} passes over " if num_phases > 1 else "",
             num_in_epoch,
             config.batch_size,
             self.data.description,
@@ -93,6 +105,11 @@ class Journal:
             leave=False,
             disable=not shown,
         )
+
+    def begin_phase(self, progress: Progress, name: str, bar: "tqdm[Any]") -> None:
+        """Says which pass of the epoch begins, of a method whose passes have names."""
+        if name:
+            bar.set_description(f"epoch {progress.epoch + 1}/{self.config.epochs}, {name}")
 
     def log_step(self, progress: Progress, loss: float, lr: float, bar: "tqdm[Any]") -> None:
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -127,3 +144,5 @@ class Journal:
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dfs_engine.models.weights import REMEDY
 from dfs_engine.training import report
-from dfs_engine.training.weights import REMEDY
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfs_engine.checks import one_line
 from dfs_engine.models.pretrained import WEIGHT_FILES, weight_file
-from dfs_engine.training.files import read_tensors
+from dfs_engine.runtime.files import read_tensors
 
 SAFE = ".safetensors"
 # Under which a training checkpoint holds its state_dict, and the average of its weights.

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 
 from dfs_engine.evaluation.metrics import TITLES
+from dfs_engine.models.weights import describe_model
 from dfs_engine.runtime.doctor import version_of
+from dfs_engine.runtime.files import atomic_file, write_text
 from dfs_engine.runtime.machine import cpu_and_instructions
-from dfs_engine.training.files import atomic_file
-from dfs_engine.training.weights import describe_model
 
 Row = dict[str, float]
 
@@ -104,6 +105,28 @@ def event_writer(folder: Path | None, step: int) -> Iterator[Any]:
             yield writer
     finally:
         threading.excepthook = hook
+
+
+@contextlib.contextmanager
+def wandb_run(run_dir: Path | None, config: dict[str, Any]) -> Iterator[Any]:
+    """accelerate's tracker of Weights & Biases; None without a folder. A resumed run goes on as the same one there."""
+    if run_dir is None:
+        yield None
+        return
+    from accelerate.tracking import WandBTracker
+
+    folder = run_dir / "wandb"
+    folder.mkdir(exist_ok=True)
+    identity = folder / "id.txt"
+    if not identity.is_file():
+        write_text(identity, uuid.uuid4().hex[:8])
+    names = {"name": run_dir.name, "id": identity.read_text(), "resume": "allow"}
+    tracker = WandBTracker("dfs_engine", dir=str(run_dir), config=config, **names)
+    tracker.start()
+    try:
+        yield tracker
+    finally:
+        tracker.finish()
 
 
 def environment(device: torch.device, num_processes: int) -> dict[str, Any]:

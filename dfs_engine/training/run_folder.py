@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dfs_engine.training.weights import WEIGHTS_FILE
+from dfs_engine.models.weights import WEIGHTS_FILE
+from dfs_engine.training import elastic
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ENVIRONMENT_FILE = "environment.yaml"
 _LOCK_FILE = ".lock"
+_RESTART_PATIENCE = 60.0  # seconds; the data loader's workers look every 5 whether their process still lives
 
 
 def default_path(data_name: str, model_config: dict[str, Any]) -> Path:
@@ -32,10 +34,11 @@ def default_path(data_name: str, model_config: dict[str, Any]) -> Path:
 def check_usable(run_dir: Path, *, resume: bool) -> None:
     """Raises OSError, saying what to do, unless a run can begin in `run_dir`, or go on there. Makes no folder."""
     _check_writable(run_dir)
-    if (run_dir / _LOCK_FILE).exists():
+    # One of several processes tries the lock, or they would find each other's.
+    if int(os.environ.get("RANK", 0)) == 0 and (run_dir / _LOCK_FILE).exists():
         with _lock(run_dir):  # BlockingIOError: a run is writing to it
             pass
-    if not resume:
+    if not resume and not elastic.has_begun(run_dir):
         _check_free(run_dir)
 
 
@@ -94,8 +97,10 @@ def locked(run_dir: Path, accelerator: "Accelerator") -> Iterator[None]:
 def _lock(run_dir: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
+    # Workers that a killed process left behind hold its lock until they notice.
+    patience = _RESTART_PATIENCE if elastic.has_begun(run_dir) else 0
     try:
-        lock = FileLock(run_dir / _LOCK_FILE).acquire(timeout=0)
+        lock = FileLock(run_dir / _LOCK_FILE).acquire(timeout=patience)
     except Timeout:
         raise BlockingIOError(
             f"run_dir: expected a folder that no run is writing to, got {run_dir}, which {_holder(run_dir)} writes to. "

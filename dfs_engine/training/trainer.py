@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dfs_engine.data import DataSplits, load_data
+from dfs_engine.evaluation.conflicts import check_has_conflicts
 from dfs_engine.models import MultiExitModel
+from dfs_engine.models.weights import WEIGHTS_FILE, save_model
 from dfs_engine.runtime import memory
-from dfs_engine.training import checkpoint, report, run_folder
+from dfs_engine.training import checkpoint, elastic, report, run_folder
 from dfs_engine.training.adapters import save_adapters
 from dfs_engine.training.batches import EpochBatches, eval_loader, to_device, train_loader, worker_deaths
 from dfs_engine.training.build import (
@@ -26,9 +29,11 @@ from dfs_engine.training.build import (
     build_model,
     build_optimizer,
     input_shape,
+    synchronise_batch_norms,
     train_accelerator,
 )
 from dfs_engine.training.config import TrainConfig
+from dfs_engine.training.conflicts import record_epoch
 from dfs_engine.training.evaluate import evaluate
 from dfs_engine.training.journal import Journal
 from dfs_engine.training.out_of_memory import batch_in_memory
@@ -37,7 +42,6 @@ from dfs_engine.training.resume import check_same_run
 from dfs_engine.training.schedules import Schedule
 from dfs_engine.training.signals import Interrupted, StopRequest
 from dfs_engine.training.step import OptimizerStep
-from dfs_engine.training.weights import WEIGHTS_FILE, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +85,14 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
+        elastic.check_can_restart(config.run_dir)
         if config.run_dir is not None:
             run_folder.check_usable(config.run_dir, resume=config.resume)
         set_seed(config.seed)
         self._load(model, data)
         config = self.config
+        if config.conflicts_every:
+            check_has_conflicts(self.raw_model)
         self.raw_method = build_method(config, self.raw_model)
         self.accelerator = train_accelerator(config, self.raw_model, self.raw_method)
         self.run_dir = config.run_dir or run_folder.default_path(config.data.name, self.raw_model.get_config())
@@ -95,7 +102,10 @@ class Trainer:
         unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
         if unreached:
             logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
-        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs)
+        num_phases = self.raw_method.num_phases
+        self.steps_per_epoch = self.batches.num_batches * num_phases
+        self.samples_per_epoch = self.batches.num_in_epoch * num_phases
+        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs, num_phases)
         self.journal = Journal(config, self.run_dir, self.accelerator, self.raw_model, self.data)
         self.progress = Progress()
         self.loss_sums = self._zero_losses()
@@ -103,7 +113,7 @@ class Trainer:
         self._saved_at: tuple[int, int] | None = None
         self._stop = StopRequest(self.accelerator)
         set_seed(config.seed + self.accelerator.process_index)  # every process draws its own dropout
-        if config.resume:
+        if config.resume or self._was_restarted():
             self._resume()
 
     def _load(self, model: MultiExitModel | None, data: DataSplits | None) -> None:
@@ -137,6 +147,8 @@ class Trainer:
         """Model, method and optimizer on their device, in the run's precision."""
         config = self.config
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        if config.sync_batch_norm:
+            synchronise_batch_norms(self.raw_model, self.accelerator)
         self.raw_model.to(self.accelerator.device).to(memory_format=self.memory_format)
         self.ema = build_ema(self.raw_model, config.optim)  # a copy, hence before `prepare` ties `forward` to the model
         if config.compile:
@@ -145,17 +157,24 @@ class Trainer:
         trained = nn.ModuleList([self.raw_model, self.raw_method])
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, build_optimizer(trained, config.optim))
         has_state = bool(self.raw_method.state_dict())  # then it is part of the checkpoint
-        self.method = self.accelerator.prepare(self.raw_method) if has_state else self.raw_method
+        is_trained = any(parameter.requires_grad for parameter in self.raw_method.parameters())
+        self.method: nn.Module = self.raw_method
+        if has_state:  # DistributedDataParallel takes no module that it has nothing to do for
+            self.method = self.accelerator.prepare_model(self.raw_method, evaluation_mode=not is_trained)
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
+
+    def _was_restarted(self) -> bool:
+        """Whether torchrun started the processes anew, and those before left a checkpoint to go on from."""
+        return elastic.has_begun(self.run_dir) and checkpoint.last(self.run_dir) is not None
 
     def fit(self) -> TrainResult:
         """Trains until the last epoch.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite. MemoryError: the batch does not fit. OSError: the
-                disk is full, a worker process of the data loader died, or another process changed the run folder. The
-                last checkpoint stays as it was.
+                disk is full, a worker process of the data loader or another process of the run died, or a stranger
+                changed the run folder. The last checkpoint stays as it was.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; a checkpoint was saved first. A second one raises it at once.
         """
         with run_folder.locked(self.run_dir, self.accelerator), self._stop.caught():
@@ -163,13 +182,16 @@ class Trainer:
                 raise FileExistsError(
                     f"run_dir: expected {self.run_dir} as this run left it, got another run's checkpoint in it."
                 )
-            with self._says_how_to_go_on(), worker_deaths([self.train_loader, *self.eval_loaders.values()]):
+            if self.accelerator.is_main_process:
+                elastic.note_begin(self.run_dir)
+            loaders = [self.train_loader, *self.eval_loaders.values()]
+            with self._says_how_to_go_on(), elastic.peer_deaths(), worker_deaths(loaders):
                 return self._fit()
 
     def _fit(self) -> TrainResult:
         config, progress = self.config, self.progress
         if self.accelerator.is_main_process:
-            self.journal.begin(self.batches.num_in_epoch)
+            self.journal.begin(self.batches.num_in_epoch, self.raw_method.num_phases)
         metrics: dict[str, dict[str, Any]] | None = None
         caches = config.caching_allocator and self.accelerator.device.type == "cpu" and memory.is_available()
         with self.journal.opened(progress.step), memory.caching_allocator(caches):
@@ -200,6 +222,8 @@ class Trainer:
         """Metrics of every exit and of the ensemble on each of `DataSplits.measured`, "test" first."""
         options: dict[str, Any] = {"channels_last": self.config.channels_last, "metrics": self.data.metrics}
         model = self.model if self.ema is None else self.ema.module
+        if self.ema is not None:  # batch statistics are the main process's, as in the checkpoint
+            broadcast(list(model.buffers()))
         found = {}
         for name, loader in self.eval_loaders.items():
             with batch_in_memory("eval_batch_size", self.config.eval_batch_size):
@@ -234,7 +258,7 @@ class Trainer:
             raise MemoryError(f"{error} {self._kept()}") from error
 
     def _where(self, step: int) -> str:
-        return f"step {step} (epoch {max(step - 1, 0) // self.schedule.steps_per_epoch + 1})"
+        return f"step {step} (epoch {max(step - 1, 0) // self.steps_per_epoch + 1})"
 
     def _kept(self) -> str:
         if self.last_checkpoint is None:
@@ -244,42 +268,55 @@ class Trainer:
         return f"The last good checkpoint is {self.last_checkpoint}. Go on with: {how}"
 
     def _train_epoch(self) -> None:
-        config, progress, device = self.config, self.progress, self.accelerator.device
+        config, progress = self.config, self.progress
         self.model.train()
-        self.batches.epoch, self.batches.start = progress.epoch, progress.step_in_epoch
-        started = time.perf_counter() - progress.seconds
         self.schedule.apply(self.optimizer, progress.step)
         self._stop_if_asked()
         size = config.micro_batch_size or self.batches.batch_size // self.batches.num_processes
         remedy = f", or add --micro_batch_size {max(size // 2, 1)}, which computes the same in pieces"
         with (
-            self.journal.progress_bar(progress, self.batches.num_batches) as bar,
+            self.journal.progress_bar(progress, self.steps_per_epoch) as bar,
             batch_in_memory("batch_size", config.batch_size, remedy),
         ):
-            for input, target in self.train_loader:
-                target = target.to(device, non_blocking=True)
-                losses = self.train_step(to_device(input, device, self.memory_format), target)
-                self.loss_sums += losses.double() * len(target)
-                progress.step += 1
-                progress.step_in_epoch += 1
-                progress.seconds = time.perf_counter() - started
-                self.schedule.apply(self.optimizer, progress.step)
-                bar.update()
-                if config.log_every_steps and progress.step % config.log_every_steps == 0:
-                    loss = losses.sum().item()
-                    if self.accelerator.is_main_process:
-                        self.journal.log_step(progress, loss, self.schedule(progress.step - 1), bar)
-                every = config.checkpoint_every_steps
-                if every and progress.step % every == 0 and progress.step_in_epoch < self.batches.num_batches:
-                    self._save_checkpoint()
-                self._stop_if_asked()
+            while progress.step_in_epoch < self.steps_per_epoch:
+                self._train_phase(bar)
+
+    def _train_phase(self, bar: "tqdm[Any]") -> None:
+        """A pass over the data, or what is left of it: all of an epoch, unless the method makes several."""
+        config, progress, device = self.config, self.progress, self.accelerator.device
+        phase, start = divmod(progress.step_in_epoch, self.batches.num_batches)
+        self.batches.epoch, self.batches.start = progress.epoch * self.raw_method.num_phases + phase, start
+        self.step.epoch, self.step.phase = progress.epoch, phase
+        self.journal.begin_phase(progress, self.raw_method.phase_name(phase), bar)
+        started = time.perf_counter() - progress.seconds
+        if start == 0:
+            self.raw_method.begin_phase(self.step)
+        for input, target in self.train_loader:
+            target = target.to(device, non_blocking=True)
+            losses = self.train_step(to_device(input, device, self.memory_format), target)
+            self.loss_sums += losses.double() * len(target)
+            start += 1
+            if start == self.batches.num_batches:
+                self.raw_method.end_phase(self.step)
+            progress.step += 1
+            progress.step_in_epoch += 1
+            progress.seconds = time.perf_counter() - started
+            self.schedule.apply(self.optimizer, progress.step)
+            bar.update()
+            if config.log_every_steps and progress.step % config.log_every_steps == 0:
+                loss = losses.sum().item()
+                if self.accelerator.is_main_process:
+                    self.journal.log_step(progress, loss, self.schedule(progress.step - 1), bar)
+            every = config.checkpoint_every_steps
+            if every and progress.step % every == 0 and progress.step_in_epoch < self.steps_per_epoch:
+                self._save_checkpoint()
+            self._stop_if_asked()
 
     def _finish_epoch(self) -> dict[str, dict[str, Any]]:
         """Evaluates, reports and saves; moves on to the next epoch."""
         progress = self.progress
         metrics = self.evaluate()
-        num_samples = self.batches.num_in_epoch
-        train_losses = [loss_sum / num_samples for loss_sum in self._total_losses()]
+        train_losses = [loss_sum / self.samples_per_epoch for loss_sum in self._total_losses()]
         progress.epoch += 1
         row: report.Row = {
             "epoch": progress.epoch,
@@ -288,13 +325,16 @@ class Trainer:
             "train_loss": sum(train_losses),
             **report.metrics_row(metrics, train_losses),
             "seconds": round(progress.seconds, 3),
-            "samples_per_second": round(num_samples / progress.seconds, 1),
+            "samples_per_second": round(self.samples_per_epoch / progress.seconds, 1),
         }
         progress.rows.append(row)
         progress.step_in_epoch, progress.seconds, self.loss_sums = 0, 0.0, self._zero_losses()
         with checkpoint.together(self.accelerator, self.run_dir):
             if self.accelerator.is_main_process:
                 self.journal.end_epoch(progress.rows)
+                every = self.config.conflicts_every
+                if every and progress.epoch % every == 0:
+                    record_epoch(self.config, self.raw_model, self.data, self.run_dir, progress.epoch)
         self._save_checkpoint()
         return metrics
 
@@ -308,7 +348,7 @@ class Trainer:
                 model, weights = (self.raw_model, "last") if self.ema is None else (self.ema.module, "ema")
                 at = {"epoch": progress.epoch, "step": progress.step, "weights": weights}
                 extras = {"data": config["data"], "class_names": self.data.class_names, **at}
-                save_weights(file, model, extras)
+                save_model(model, file, extras)
                 save_adapters(file, dict(self.raw_method.named_parameters()))
         description = {
             "model": self.raw_model.get_config(),
@@ -325,8 +365,7 @@ class Trainer:
         folder, saved = checkpoint.latest(self.run_dir, self.raw_model.get_config())
         progress = Progress.load(saved["progress"], self.raw_model.num_exits)
         epoch = progress.epoch + (progress.step_in_epoch > 0)
-        steps = self.batches.num_batches
-        check_same_run(saved, self.config, num_train=len(self.data.train), steps_per_epoch=steps, epoch=epoch)
+        check_same_run(saved, self.config, num_train=len(self.data.train), schedule=self.schedule, epoch=epoch)
         settings = [{**group, "params": None} for group in self.optimizer.param_groups]
         checkpoint.restore(self.accelerator, folder)
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):

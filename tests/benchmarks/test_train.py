@@ -47,7 +47,7 @@ def test_every_case_is_timed_equally_often_and_stays_in_the_table(tiny, tmp_path
     table = report.table()
     assert "synthetic" in table
     assert len([line for line in table.splitlines() if line.startswith(("| fp32", "| bf16"))]) == len(report.rows)
-    assert len((tmp_path / "train.csv").read_text().splitlines()) == 1 + 8 * len(report.rows)
+    assert len((tmp_path / "train.csv").read_text().splitlines()) == 1 + 11 * len(report.rows)
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert found["data"] == "synthetic"
     assert {(row["compile"], row["allocator"], *row["shape"]) for row in found["rows"]} == {
@@ -273,3 +273,39 @@ def test_dropout_is_timed_and_compared_without(monkeypatch, dropout):
     for seen in losses.values():
         assert len(seen) >= 4
         assert (max(seen) - min(seen) > 0.3) is dropout
+
+
+def test_stock_transformers_are_timed_with_either_attention(monkeypatch):
+    pytest.importorskip("transformers")
+    fused = torch.nn.functional.scaled_dot_product_attention
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BenchTrainConfig(
+        model="bert", options={"config": sizes}, batch_size="2", variants="dense,dfs", layouts="nchw", compile="off",
+        attentions="fused,plain", allocators="stock", dtypes="fp32", rounds=1, warmup=1, progress=False,
+    )  # fmt: skip
+    report = train.run(config)
+    assert [(row.variant, row.mode, row.attention) for row in report.rows] == [
+        ("dense", "eager", "fused"), ("dense", "eager, plain attention", "plain"), ("dfs", "eager", "fused"),
+    ]  # fmt: skip
+    builder = train_step.StepBuilder(config, 2)
+    for attention, expected in (("fused", 2), ("plain", 0)):
+        step = builder.build(StepCase("dense", "nchw", "off", attention=attention), "fp32")
+        calls.clear()
+        step.run()
+        assert len(calls) == expected
+    assert all(row["attainable"].median > 0 for row in report.rows)
+    assert "Best speeds in turns with the steps, fp32, batch 2: products" in report.table()
+
+
+def test_a_model_without_attention_has_no_plain_one(tiny):
+    with pytest.raises(
+        ValueError, match="attentions: expected fused, the default, with vgg7_64, which has no attention"
+    ):
+        tiny(attentions="plain", variants="dense", layouts="nchw")

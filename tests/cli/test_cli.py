@@ -229,7 +229,7 @@ def test_doctor(capsys, tmp_path):
     assert json.loads((tmp_path / "doctor.json").read_text())
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "convert", "validate", "info", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "convert", "validate", "info", "doctor", "bench"])
 def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -241,7 +241,7 @@ def test_help_teaches(capsys, command):
 @pytest.mark.parametrize(
     "line",
     [
-        *("", "train", "eval", "convert", "validate", "info", "doctor"),
+        *("", "train", "eval", "predict", "convert", "validate", "info", "doctor"),
         *("bench", "bench train", "bench ops", "bench plot", "bench tune"),
     ],
 )

@@ -304,7 +304,7 @@ def test_default_is_bert_base_and_the_meta_device_makes_no_weights():
         ({"config": {"hiden_size": 3}}, "config: expected keys of transformers' BertConfig, got hiden_size"),
         ({"config": {"is_decoder": True}}, r"config: expected is_decoder to be False, got True"),
         ({"config": {"problem_type": "multi_label_classification"}}, "config: expected problem_type"),
-        ({"config": transformers.DistilBertConfig()}, "config: expected a BERT, got model_type='distilbert'"),
+        ({"config": transformers.DistilBertConfig()}, "config: expected a bert, got model_type='distilbert'. Its name"),
     ],
     ids=["typo", "decoder", "multi-label", "another model"],
 )

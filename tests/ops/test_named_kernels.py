@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dfs_engine.ops import partitioned_conv2d, partitioned_linear
 from dfs_engine.runtime import backend as backends
+from dfs_engine.runtime import choice
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -19,7 +20,7 @@ CONVOLUTIONS = {
     "gemm": (1, (3, 2), {"padding": 1, "stride": (2, 1)}),
     "aten": (2, (3, 2), {"padding": 1, "dilation": (1, 2)}),
 }
-SLICES = pytest.mark.parametrize("part", [(0, 24), (0, 12), (9, 23), (7, 7)], ids=str)
+SLICES = pytest.mark.parametrize("part", [(0, 24), (0, 12), (9, 23), (7, 8), (7, 7)], ids=str)
 REFERENCE = pytest.mark.parametrize("reference", [True, False], ids=["reference", "no-reference"])
 
 
@@ -43,7 +44,7 @@ def _nothing_ran(monkeypatch):
 @REFERENCE
 def test_convolutions(kernel, dtype, layout, images, part, reference, check):
     groups, size, geometry = CONVOLUTIONS[kernel]
-    if kernel == "gemm" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if kernel == "gemm" and dtype == torch.bfloat16 and not choice._computes_in_float(dtype):
         pytest.skip("refused: test_gemm.py")
     tensors = {
         "input": torch.randn(images, 24, 7, 9, dtype=dtype).contiguous(memory_format=layout),

@@ -246,7 +246,7 @@ def picked(input: Tensor, weight: Tensor) -> list[str]:
 )
 def test_it_is_picked_where_it_pays(num_images, channels, size, pays, monkeypatch):
     """`pays`: for outputs and grad_input, and for grad_weight; None: it does not even apply."""
-    monkeypatch.setattr(choice.calibration, "wins", lambda: choice.calibration.Wins(False, False, False, False))
+    monkeypatch.setattr(choice.calibration, "wins", lambda: choice.calibration.Wins(False, False, False, False, False))
     input, weight = torch.empty(num_images, channels, size, size), torch.empty(channels, channels, 3, 3)
     of_images, of_weight = ("winograd" if pay else "aten" for pay in pays or (False, False))
     assert picked(input, weight) == [of_images, of_images, of_weight]
@@ -260,13 +260,17 @@ def test_it_is_picked_where_it_pays(num_images, channels, size, pays, monkeypatc
 
 
 @pytest.mark.parametrize("half_wins", [True, False])
+@pytest.mark.parametrize("channels", [64, 48])
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_bf16_images_are_left_to_the_cpus_own_instructions_unless_it_is_faster(
-    half_wins, has_instructions, monkeypatch
+    half_wins, channels, has_instructions, monkeypatch
 ):
-    monkeypatch.setattr(choice.calibration, "wins", lambda: choice.calibration.Wins(False, False, False, half_wins))
+    """With few channels another answer decides."""
+    half, narrow = (half_wins, not half_wins) if channels == 64 else (not half_wins, half_wins)
+    wins = choice.calibration.Wins(False, False, False, half, narrow)
+    monkeypatch.setattr(choice.calibration, "wins", lambda: wins)
     monkeypatch.setattr(choice, "_computes_in_float", lambda dtype: dtype != torch.bfloat16 or not has_instructions)
-    input, weight = torch.empty(8, 64, 32, 32).bfloat16(), torch.empty(64, 64, 3, 3).bfloat16()
+    input, weight = torch.empty(8, channels, 32, 32).bfloat16(), torch.empty(channels, channels, 3, 3).bfloat16()
     expected = "winograd" if half_wins or not has_instructions else "aten"
     assert picked(input, weight) == [expected] * 3
 

@@ -94,7 +94,7 @@ def convolve(channels: int, kernel: int, dtype: torch.dtype = torch.float32, **o
 def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_their_own(
     backend, is_faster, monkeypatch
 ):
-    monkeypatch.setattr(calibration, "wins", lambda: calibration.Wins(False, False, is_faster, False))
+    monkeypatch.setattr(calibration, "wins", lambda: calibration.Wins(False, False, is_faster, False, False))
     ours = "cpp" if backends.unavailable_reason("cpp") is None else "aten"
     for arguments, expected in (
         ((16, 3), ours),
@@ -111,7 +111,7 @@ def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_th
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_automatic_linear_takes_what_the_calibration_found(own, onednn, monkeypatch):
-    monkeypatch.setattr(calibration, "wins", lambda: calibration.Wins(own, onednn, not own, False))
+    monkeypatch.setattr(calibration, "wins", lambda: calibration.Wins(own, onednn, not own, False, False))
     CALLS["partitioned_linear"]()
     is_ours = (own or onednn) and backends.unavailable_reason("cpp") is None
     assert backends.last_used("partitioned_linear").partition(":")[0] == ("cpp" if is_ours else "aten")

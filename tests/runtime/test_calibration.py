@@ -15,15 +15,15 @@ from dfs_engine.ops import partitioned_linear
 from dfs_engine.runtime import calibration
 from dfs_engine.runtime.backend import unavailable_reason
 from dfs_engine.runtime.calibration import answers, kept, measure, table, table_entry
-from dfs_engine.runtime.calibration.answers import HALF, LINEAR, STRIDED, Answer, Question
+from dfs_engine.runtime.calibration.answers import HALF, HALF_NARROW, LINEAR, STRIDED, Answer, Question
 
 pytestmark = pytest.mark.skipif(unavailable_reason("cpp") is not None, reason=str(unavailable_reason("cpp")))
 
 ASKED = dict.fromkeys(LINEAR[:2], ("gemm", "onednn")) | {LINEAR[2]: ("gemm",)}
-ASKED |= dict.fromkeys(STRIDED, ("gemm",)) | dict.fromkeys(HALF, ("winograd",))
+ASKED |= dict.fromkeys(STRIDED, ("gemm",)) | dict.fromkeys((*HALF, *HALF_NARROW), ("winograd",))
 SPEEDUPS = {"gemm": 1.5, "onednn": 1.8, "winograd": 0.5}
-WINS = (True, True, True, False)
-NONE = (False, False, False, False)
+WINS = (True, True, True, False, False)
+NONE = (False,) * 5
 MACHINE = table.Machine("AuthenticAMD", 25, 17, "avx512", "avx512", 2)
 
 
@@ -95,7 +95,7 @@ def test_what_did_not_repeat_is_not_kept_and_atens_kernels_run(measured, tmp_pat
 
 def test_what_repeated_is_kept_and_the_others_are_asked_by_the_next_process(measured):
     measured.failing = {LINEAR[2], STRIDED[0]}
-    assert calibration.wins() == (False, True, False, False)
+    assert calibration.wins() == (False, True, False, False, False)
     measured.failing = set()
     assert ask_as_a_new_process() == WINS
     assert measured.asked == [set(ASKED), {LINEAR[2], STRIDED[0]}]
@@ -156,8 +156,8 @@ def test_asking_again_measures_everything_and_is_kept(measured, monkeypatch, kno
     assert calibration.wins() == WINS
     measured.asked.clear()
     measured.speedups = {"gemm": 0.5, "onednn": 0.5, "winograd": 2.0}
-    assert calibration.recalibrate().wins == (False, False, False, True)
-    assert ask_as_a_new_process() == (False, False, False, True)
+    assert calibration.recalibrate().wins == (False, False, False, True, True)
+    assert ask_as_a_new_process() == (False, False, False, True, True)
     assert measured.asked == [set(ASKED)]
 
 
@@ -197,10 +197,10 @@ def test_a_new_entry_of_the_table_comes_before_what_was_kept(measured, monkeypat
         ({"gemm": 1.04, "onednn": 1.04, "winograd": 1.05}, NONE),  # within noise
         (
             {"gemm": 1.06, "onednn": 1.06, "winograd": 1.06},
-            (True, False, True, True),
+            (True, False, True, True, True),
         ),  # oneDNN's is no faster than ours
-        ({"gemm": 0.9, "onednn": 1.06, "winograd": 1.06}, (False, True, False, True)),
-        ({"gemm": 1.2, "onednn": 1.3, "winograd": 0.81}, (True, True, True, False)),
+        ({"gemm": 0.9, "onednn": 1.06, "winograd": 1.06}, (False, True, False, True, True)),
+        ({"gemm": 1.2, "onednn": 1.3, "winograd": 0.81}, (True, True, True, False, False)),
     ],
 )
 def test_a_kernel_is_on_where_it_is_clearly_faster_than_what_it_replaces(measured, speedups, expected):
@@ -225,7 +225,7 @@ def test_the_worst_size_decides_on_the_strided_weight_gradient_and_the_sum_of_th
 
 def test_what_does_not_apply_is_not_asked(measured, monkeypatch):
     monkeypatch.setattr(answers, "questions", lambda: dict.fromkeys((*LINEAR, *STRIDED), ("gemm",)))
-    assert calibration.wins() == (True, False, True, False)
+    assert calibration.wins() == (True, False, True, False, False)
     assert measured.asked == [{*LINEAR, *STRIDED}]
     assert calibration.settled().origins["half_conv"].startswith("never: ")
 
@@ -241,7 +241,7 @@ def test_onednns_product_is_asked_for_where_it_can_run(num_threads):
 
 def test_a_machine_that_is_in_the_table_measures_nothing_and_writes_nothing(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(table, "entries", lambda: [entry(gemm=0.9), entry(MACHINE._replace(model=18))])
-    assert calibration.wins() == (False, True, False, False)
+    assert calibration.wins() == (False, True, False, False, False)
     assert not measured.asked
     assert not (tmp_path / "cache").exists()
     assert calibration.settled().origins["linear"] == "the table of known machines, measured on 2026-01-02"
@@ -488,7 +488,7 @@ def test_the_first_op_that_depends_on_it_asks_compiled_or_not(measured):
 
 def test_fake_tensors_are_not_measured(measured):
     with FakeTensorMode():
-        assert calibration.wins() == (True, True, True, True)
+        assert calibration.wins() == (True,) * 5
     assert not measured.asked
     assert calibration.wins() == WINS
     assert len(measured.asked) == 1

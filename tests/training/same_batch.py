@@ -7,6 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dfs_engine import create_model
@@ -53,6 +54,13 @@ def train(model: nn.Module, batches: list[Tensor], targets: Tensor) -> Tensor:
     return torch.stack(steps)
 
 
+def sharded(model: MultiExitModel) -> MultiExitModel:
+    """FSDP2: half of every block's, every exit's and of what else there is in each process."""
+    for part in (*model.blocks, *model.exits):
+        fully_shard(part)
+    return fully_shard(model)
+
+
 def main(rank: int, store: str, family: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(minutes=3)
@@ -62,8 +70,9 @@ def main(rank: int, store: str, family: str) -> None:
     targets = torch.randint(NUM_CLASSES, (NUM_STEPS, BATCH))
     untrained = copy.deepcopy(model).eval()
     alone = train(copy.deepcopy(model), batches, targets)
-    together = train(DistributedDataParallel(model), batches, targets)
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=0.0)
+    for several in (sharded(copy.deepcopy(model)), DistributedDataParallel(model)):
+        together = train(several, batches, targets)
+        torch.testing.assert_close(together, alone, rtol=1e-10, atol=0.0)
     without_steps = exit_losses(untrained(batches[-1]), targets[-1])
     assert not torch.allclose(alone[-1], without_steps, rtol=1e-3), "the steps have to change the weights"
     dist.destroy_process_group()

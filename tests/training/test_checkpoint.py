@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from dfs_engine.models import create_model
-from dfs_engine.training.files import atomic_file, write_text
-from dfs_engine.training.weights import load_model, read_description, save_weights
+from dfs_engine.models.weights import load_model, read_description, save_model
+from dfs_engine.runtime.files import atomic_file, write_text
 
 
 @pytest.fixture
@@ -18,15 +18,15 @@ def weights(tmp_path):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     path = tmp_path / "model.safetensors"
-    save_weights(path, model, {"data": {"name": "digits"}, "epoch": 3})
+    save_model(model, path, {"data": {"name": "digits"}, "epoch": 3})
     return path, model
 
 
 def test_weights_rebuild_the_model(weights):
     path, model = weights
-    loaded, description = load_model(path)
+    loaded = load_model(path)
     assert loaded.get_config() == model.get_config()
-    assert description["epoch"] == 3
+    assert read_description(path)["epoch"] == 3
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -70,8 +70,7 @@ def test_weights_from_before_their_start_was_recorded(tmp_path):
     config = {key: value for key, value in model.get_config().items() if key != "init"}
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path, metadata={"dfs_engine": json.dumps({"model": config})})
-    loaded, description = load_model(path)
-    assert description["model"]["init"] == loaded.get_config()["init"] == "torch"
+    assert read_description(path)["model"]["init"] == load_model(path).get_config()["init"] == "torch"
 
 
 def test_missing_weights(tmp_path):

@@ -12,9 +12,8 @@ from dfs_engine import create_model, to_official_state_dict
 from dfs_engine.cli import main
 from dfs_engine.methods import create_method
 from dfs_engine.models.official import adapter_keys
-from dfs_engine.training import load_model
+from dfs_engine.models.weights import load_model, read_description, save_model
 from dfs_engine.training.adapters import adapters_path, load_adapters
-from dfs_engine.training.weights import save_weights
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_there_and_back(published, tmp_path, capsys, suffix, output):
     write(tmp_path / f"published{suffix}", tensors)
     line = ["convert", str(tmp_path / f"published{suffix}"), str(tmp_path / output)]
     assert main([*line, "--model.beta", "0.3", "--json", str(tmp_path / "out.json")]) == 0
-    loaded, description = load_model(tmp_path / output)
+    loaded, description = load_model(tmp_path / output), read_description(tmp_path / output)
     assert loaded.get_config() == model.get_config()
     assert description["converted_from"] == f"published{suffix}"
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
@@ -77,7 +76,7 @@ def test_every_family(tmp_path, name, options):
     torch.save(tensors, tmp_path / "published.pth")
     flags = ["--model.name", name, "--model.options", json.dumps(options), "--model.beta", "0.5"]
     assert main(["convert", str(tmp_path / "published.pth"), str(tmp_path / "run"), *flags]) == 0
-    loaded, _ = load_model(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     assert loaded.get_config() == model.get_config()
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "back.pth")]) == 0
     back = read(tmp_path / "back.pth")
@@ -89,7 +88,7 @@ def test_a_training_checkpoint(published, tmp_path):
     _, tensors = published
     write(tmp_path / "latest.pth.tar", tensors, epoch=11)
     assert main(["convert", str(tmp_path / "latest.pth.tar"), str(tmp_path / "run"), "--model.beta", "0.3"]) == 0
-    assert load_model(tmp_path / "run")[1]["epoch"] == 12
+    assert read_description(tmp_path / "run")["epoch"] == 12
 
 
 NARROW = {"vgg7_64": {"width": 4}, "resnet18": {"width": 4}}
@@ -118,7 +117,7 @@ def test_adapters_travel_beside_the_weights(tmp_path, capsys, name, output):
     found = load_adapters(tmp_path / output)
     assert found.keys() == adapters.keys()
     assert all(torch.equal(value, adapters[key]) for key, value in found.items())
-    model, _ = load_model(tmp_path / output)
+    model = load_model(tmp_path / output)
     assert not any("adapt" in key for key in model.state_dict())
 
     assert main(["convert", str(tmp_path / output), str(tmp_path / "back.pth")]) == 0
@@ -140,7 +139,7 @@ def test_adapters_travel_beside_the_weights(tmp_path, capsys, name, output):
 def test_weights_without_adapters_get_fresh_ones(tmp_path, capsys, name):
     tensors, _, _ = with_adapters(name)
     model = create_model(name, num_classes=7, **NARROW[name])
-    save_weights(tmp_path / "model.safetensors", model, {})
+    save_model(model, tmp_path)
     for output in ("one.pth", "other.pth"):
         assert main(["convert", str(tmp_path), str(tmp_path / output)]) == 0
         assert "fresh ones: the weights were trained without" in capsys.readouterr().out
@@ -151,7 +150,7 @@ def test_weights_without_adapters_get_fresh_ones(tmp_path, capsys, name):
 
 def test_adapters_of_another_form(tmp_path, capsys):
     model = create_model("vgg7_64", num_classes=7, width=4)
-    save_weights(tmp_path / "model.safetensors", model, {})
+    save_model(model, tmp_path)
     save_file(create_method("byot", model, features="exits").state_dict(), adapters_path(tmp_path))
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path), str(tmp_path / "published.pth")])
@@ -202,7 +201,7 @@ def test_wrapped_state_dicts(tmp_path, wrap):
     torch.save(wrap(to_official_state_dict(model)), tmp_path / "published.pth")
     flags = ["--model.options", "{width: 4}"]
     assert main(["convert", str(tmp_path / "published.pth"), str(tmp_path / "run"), *flags]) == 0
-    loaded, description = load_model(tmp_path / "run")
+    loaded, description = load_model(tmp_path / "run"), read_description(tmp_path / "run")
     assert description["epoch"] == 5
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
@@ -216,7 +215,7 @@ def test_averaged_weights_of_timm(tmp_path, capsys):
         assert main(["convert", str(tmp_path / "published.pth"), str(tmp_path / output), *flags, *more]) == 0
     assert capsys.readouterr().out.count("averaged weights are left out; --ema takes them") == 1
     for model, output in zip(models, ("last", "ema"), strict=True):
-        loaded = load_model(tmp_path / output)[0].state_dict()
+        loaded = load_model(tmp_path / output).state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
     torch.save(last, tmp_path / "plain.pth")
     with pytest.raises(SystemExit):
@@ -267,7 +266,7 @@ def test_a_folder_of_transformers(tmp_path, capsys, file):
         main(line)
     assert "model.name: expected bert of a transformers folder, got vgg7_64" in capsys.readouterr().err
     assert main([*line, "--model.name", "bert"]) == 0
-    loaded, _ = load_model(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
     assert loaded.get_config()["config"]["hidden_size"] == 8
 
@@ -293,7 +292,7 @@ def test_beta_is_asked_for_where_tensors_do_not_tell(tmp_path, capsys, name, opt
     assert f"model.beta: expected the dns_ratio that the checkpoint of {name} was" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*line, "--model.beta", "0.3"]) == 0
-    assert load_model(tmp_path / "run")[0].get_config()["beta"] == 0.3
+    assert load_model(tmp_path / "run").get_config()["beta"] == 0.3
     assert main([*line, "--overwrite", "--model.variant", "dense"]) == 0  # which has none
 
 
@@ -303,7 +302,7 @@ def test_beta_of_a_vgg_is_found(tmp_path, capsys, beta):
     torch.save(to_official_state_dict(model), tmp_path / "published.pth")
     line = ["convert", str(tmp_path / "published.pth"), str(tmp_path / "run"), "--model.options", "{width: 16}"]
     assert main(line) == 0
-    loaded, _ = load_model(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     found = loaded.get_config()["beta"]
     assert f"beta {found:g}, as its layers are split" in capsys.readouterr().out
     # So few channels do not tell others from the shorter 0.38 and 0.62.
@@ -321,7 +320,7 @@ def test_beta_of_a_vgg_is_checked(published, tmp_path, capsys):
 def test_converted_cifar_checkpoints_record_the_published_normalization(published, tmp_path):
     torch.save(published[1], tmp_path / "published.pth")
     assert main(["convert", str(tmp_path / "published.pth"), str(tmp_path / "run")]) == 0
-    data = load_model(tmp_path / "run")[1]["data"]
+    data = read_description(tmp_path / "run")["data"]
     assert data == {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}
 
 

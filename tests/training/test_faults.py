@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from dfs_engine.cli import main
-from dfs_engine.training import checkpoint, journal, load_model, report
+from dfs_engine.models.weights import load_model
+from dfs_engine.training import checkpoint, journal, report
 from dfs_engine.training.config import OptimConfig
 from dfs_engine.training.signals import Interrupted
 from dfs_engine.training.trainer import Trainer

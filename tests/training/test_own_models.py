@@ -10,8 +10,8 @@ from dfs_engine import attach_exits
 from dfs_engine.cli import main
 from dfs_engine.models import MultiExitModel
 from dfs_engine.models.multi_exit import Block
+from dfs_engine.models.weights import load_model, read_description, save_model
 from dfs_engine.nn import ExitHead, Fork, whole
-from dfs_engine.training import weights
 from dfs_engine.training.trainer import Trainer
 
 
@@ -89,9 +89,9 @@ def test_it_trains_and_resumes_exactly(make_config, tmp_path, make, name):
     assert_same(whole.raw_model, resumed.raw_model)
     assert result.metrics == expected.metrics
     assert name in (config.run_dir / "environment.yaml").read_text()
-    loaded, description = weights.load_model(config.run_dir, model=make())
+    loaded = load_model(config.run_dir, model=make())
     assert_same(resumed.raw_model, loaded)
-    assert description["model"] == make().get_config()
+    assert read_description(config.run_dir)["model"] == make().get_config()
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def attached_run(make_config):
 
 def test_the_weights_say_what_has_to_be_made_again(attached_run, capsys):
     with pytest.raises(ValueError, match=r"Backbone with exits attached at \['norm', 'first'\]. Make that model in P"):
-        weights.load_model(attached_run.run_dir)
+        load_model(attached_run.run_dir)
     with pytest.raises(SystemExit) as caught:
         main(["eval", str(attached_run.run_dir), "--device", "cpu"])
     assert caught.value.code == 2
@@ -120,7 +120,7 @@ def test_resumed_by_the_command_it_says_where_to(attached_run, capsys):
 def test_another_model_is_refused(attached_run):
     other = attached(at=["first"])
     with pytest.raises(ValueError, match=r"expected a model with at=\['first'\], got .* at=\['norm', 'first'\]"):
-        weights.load_model(attached_run.run_dir, model=other)
+        load_model(attached_run.run_dir, model=other)
     with pytest.raises(ValueError, match=r"expected a model with at=\['first'\]"):
         Trainer(replace(attached_run, resume=True), model=other)
 
@@ -136,11 +136,11 @@ def test_tied_weights_are_saved(tmp_path):
     model = attached()
     model.backbone.second = nn.Conv2d(6, 6, 3)
     model.backbone.second.weight = model.backbone.first.weight
-    weights.save_weights(tmp_path / "model.safetensors", model, {})
+    save_model(model, tmp_path)
     other = attached()
     other.backbone.second = nn.Conv2d(6, 6, 3)
     other.backbone.second.weight = other.backbone.first.weight
     with torch.no_grad():
         other.backbone.first.weight.zero_()
-    weights.load_model(tmp_path / "model.safetensors", model=other)
+    load_model(tmp_path, model=other)
     assert_same(model, other)

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from dfs_engine.data import DataConfig
 from dfs_engine.data.mixup import Mixup
+from dfs_engine.inference.evaluate import EvalConfig
+from dfs_engine.inference.evaluate import run as run_evaluation
 from dfs_engine.methods import ByotConfig, Joint
+from dfs_engine.models.weights import read_description
 from dfs_engine.training.batches import micro_batches
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
-from dfs_engine.training.evaluate import EvalConfig
-from dfs_engine.training.evaluate import run as run_evaluation
 from dfs_engine.training.step import OptimizerStep
 from dfs_engine.training.trainer import Trainer
-from dfs_engine.training.weights import read_description
 
 PLAIN_SGD = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.0)
 

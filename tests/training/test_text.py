@@ -13,7 +13,7 @@ import yaml
 
 from dfs_engine.cli import main
 from dfs_engine.data import DataConfig, load_data
-from dfs_engine.training import load_model
+from dfs_engine.models.weights import load_model, read_description
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 from dfs_engine.training.trainer import Trainer
 
@@ -81,7 +81,7 @@ def test_it_learns(make_config, variant):
     assert result.metrics["ensemble"].keys() == {"top1", "loss"}
     assert "test_top5_exit1" not in last
     assert (config.run_dir / "accuracy_per_exit.png").exists()
-    weights, description = load_model(config.run_dir)
+    weights, description = load_model(config.run_dir), read_description(config.run_dir)
     assert weights.get_config() == trainer.raw_model.get_config()
     assert description["data"]["name"] == "sst2"
 

@@ -3,7 +3,8 @@
 ATen's `linear` goes to MKL, which may run at a third of an AMD CPU's peak; oneDNN's product, which ATen does not use
 there, may be faster, and so may this project's own. oneDNN's weight gradient of a strided convolution may run at a
 third of the peak of a CPU with AVX2. A bfloat16 convolution by Winograd's algorithm in float beats oneDNN's where
-bfloat16 instructions do twice as much as float ones, and loses where they do sixteen times as much.
+bfloat16 instructions do twice as much as float ones, if there are enough channels, and loses where they do sixteen
+times as much.
 
 Where an answer comes from: `kept.py` (measured on this machine before, in a file), else `table.py` (shipped: a machine
 that is in it measures nothing), else `measure.py` (measured now, in a second or two). A measurement that does not
@@ -35,12 +36,14 @@ class Wins(NamedTuple):
         conv_grad_weight: our matrix product in the float32 weight gradient of convolutions that Winograd does not take,
             such as strided ones; neither 1x1 nor grouped ones, nor with fewer than 16 channels.
         half_conv: Winograd on bfloat16 images; without meaning where the CPU has no bfloat16 instructions.
+        half_conv_narrow: the same where the convolution reads or makes fewer than 64 channels.
     """
 
     linear: bool
     onednn_linear: bool
     conv_grad_weight: bool
     half_conv: bool
+    half_conv_narrow: bool
 
     @property
     def in_linear(self) -> bool:
@@ -63,6 +66,7 @@ _RULES = {
     # The worst, because it serves all sizes, and none may lose.
     "conv_grad_weight": _Rule("gemm", answers.STRIDED, min),
     "half_conv": _Rule("winograd", answers.HALF, statistics.harmonic_mean),
+    "half_conv_narrow": _Rule("winograd", answers.HALF_NARROW, statistics.harmonic_mean),
 }
 
 
@@ -96,9 +100,9 @@ def wins() -> Wins:
     than that the cpp backend serves an op, which asks again when it runs.
     """
     if torch.compiler.is_compiling():
-        return Wins(True, True, True, True)
+        return Wins(*[True] * len(Wins._fields))
     if _current is None and type(torch.empty(0, device="cpu")) is not torch.Tensor:
-        return Wins(True, True, True, True)
+        return Wins(*[True] * len(Wins._fields))
     return settled().wins
 
 

@@ -9,7 +9,7 @@ import torch
 FP32, BF16 = "fp32", "bf16"
 MANY_ROWS = "1024 rows or more"
 LARGE_IMAGES, SMALL_IMAGES = "3x3, stride 2, large images", "3x3, stride 2, small images"
-PLAIN_3X3 = "3x3, stride 1"
+PLAIN_3X3, NARROW_3X3 = "3x3, stride 1", "3x3, stride 1, 32 to 63 channels"
 
 
 class Question(NamedTuple):
@@ -29,19 +29,23 @@ class Answer(NamedTuple):
 
 LINEAR = tuple(Question(op, FP32, MANY_ROWS) for op in ("linear", "linear_grad_input", "linear_grad_weight"))
 STRIDED = tuple(Question("conv2d_grad_weight", FP32, images) for images in (LARGE_IMAGES, SMALL_IMAGES))
-HALF = tuple(Question(op, BF16, PLAIN_3X3) for op in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"))
+HALF, HALF_NARROW = (
+    tuple(Question(op, BF16, shape) for op in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"))
+    for shape in (PLAIN_3X3, NARROW_3X3)
+)
 
 
 def questions() -> dict[Question, tuple[str, ...]]:
     """What this process can be asked: the kernels to be compared with ATen's."""
+    from dfs_engine import _C
+
     # ATen hands oneDNN's product, which is a convolution here, to something else on one thread; csrc/linear.cpp knows.
     products = ("gemm",) if torch.get_num_threads() == 1 else ("gemm", "onednn")
     asked: dict[Question, tuple[str, ...]] = dict.fromkeys(LINEAR, products)
     asked[LINEAR[2]] = ("gemm",)
     asked |= dict.fromkeys(STRIDED, ("gemm",))
-    # Elsewhere bfloat16 is computed in float in any case, as csrc/common.cpp decides by the same question.
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        asked |= dict.fromkeys(HALF, ("winograd",))
+    if "bfloat16" not in _C.emulated_dtypes():  # else it is computed in float in any case
+        asked |= dict.fromkeys((*HALF, *HALF_NARROW), ("winograd",))
     return asked
 
 

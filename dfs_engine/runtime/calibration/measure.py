@@ -29,7 +29,8 @@ _ROWS_INPUTS_OUTPUTS = ((1576, 192, 768), (2048, 384, 1536))  # ViT-Ti and BERT
 # Images, channels, pixels a side. Strided: a batch as large as training's.
 _STRIDED = {answers.LARGE_IMAGES: (32, 64, 32), answers.SMALL_IMAGES: (32, 256, 8)}
 # Large enough that the transformation of the weights, which is the same for any batch, does not decide.
-_HALF = ((16, 64, 32), (32, 128, 16))
+# Images, channels read and made, pixels a side; the narrow ones are an MSDNet's, read from four times as many.
+_HALF = {answers.PLAIN_3X3: ((16, 64, 64, 32), (32, 128, 128, 16)), answers.NARROW_3X3: ((32, 128, 32, 16),)}
 
 
 def measure(
@@ -104,7 +105,7 @@ def _calls(question: Question) -> list[Call]:
         x, grad = _images(num_images, channels, size), _images(num_images, 2 * channels, size // 2)
         weight_size, geometry = (2 * channels, channels, 3, 3), ((2, 2), (1, 1), (1, 1), 1)
         return [functools.partial(op, grad, x, weight_size, *geometry, False)]
-    return [_half(op, question.op, *sizes) for sizes in _HALF]
+    return [_half(op, question.op, *sizes) for sizes in _HALF[question.shape]]
 
 
 def _linear(op: Callable, name: str, rows: int, inputs: int, outputs: int) -> Call:
@@ -118,14 +119,15 @@ def _linear(op: Callable, name: str, rows: int, inputs: int, outputs: int) -> Ca
     return functools.partial(op, grad, x, False)
 
 
-def _half(op: Callable, name: str, num_images: int, channels: int, size: int) -> Call:
-    x = _images(num_images, channels, size).bfloat16()
-    weight, geometry = torch.ones(channels, channels, 3, 3, dtype=torch.bfloat16), ((1, 1), (1, 1), (1, 1), 1)
+def _half(op: Callable, name: str, num_images: int, in_channels: int, out_channels: int, size: int) -> Call:
+    x, grad = (_images(num_images, channels, size).bfloat16() for channels in (in_channels, out_channels))
+    weight = torch.ones(out_channels, in_channels, 3, 3, dtype=torch.bfloat16)
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
     if name == "conv2d":
         return functools.partial(op, x, weight, None, *geometry)
     if name == "conv2d_grad_input":
-        return functools.partial(op, x, weight, x.shape, *geometry, 0, channels // 2, True)
-    return functools.partial(op, x, x, weight.shape, *geometry, False)
+        return functools.partial(op, grad, weight, x.shape, *geometry, 0, in_channels // 2, True)
+    return functools.partial(op, grad, x, weight.shape, *geometry, False)
 
 
 def _images(num_images: int, channels: int, size: int) -> torch.Tensor:

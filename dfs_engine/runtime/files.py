@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dfs_engine.checks import one_line
+from dfs_engine.runtime.extras import needs
 
 
 class WriteError(OSError):
@@ -39,8 +40,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Replaces a safetensors file in one move."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with needs("hub"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
     with atomic_file(path) as partial:
         try:
@@ -68,7 +70,8 @@ def open_tensors(path: Path, argument: str, remedy: str = "") -> Iterator[Any]:
     Raises:
         ValueError: it is damaged, or another kind of file; the message names the argument that gave it.
     """
-    from safetensors import SafetensorError, safe_open
+    with needs("hub"):
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:

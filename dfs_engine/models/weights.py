@@ -1,4 +1,4 @@
-"""Weight files, which say themselves what rebuilds the model: RUN/model.safetensors."""
+"""Weights in safetensors files that say themselves what rebuilds the model; a run writes one, and so does anybody."""
 
 import contextlib
 import json
@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dfs_engine.checks import one_line
-from dfs_engine.models import MultiExitModel, check_model, create_model
-from dfs_engine.training.files import open_tensors, tensors_of, write_tensors
+from torch import Tensor
+
+from dfs_engine.models.multi_exit import MultiExitModel
+from dfs_engine.models.registry import check_model, create_model
+from dfs_engine.runtime.files import open_tensors, tensors_of, write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 REMEDY = "Train anew in another --run_dir, or restore the file from a copy."
 """What helps where a run's file is damaged."""
 _METADATA_KEY = "dfs_engine"
+_OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt")
+_MAX_LISTED = 5
 # What configs did not say while it was the only way.
 _ONCE_IMPLIED = {"vgg7_64": {"init": "torch"}, "vgg16_64": {"init": "torch"}}
 
@@ -40,38 +44,60 @@ def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], where: str) 
         )
 
 
-def save_weights(path: Path, model: MultiExitModel, description: dict[str, Any]) -> None:
-    """Writes weights that `load_model` can read alone.
+def save_model(model: MultiExitModel, path: Path | str, description: dict[str, Any] | None = None) -> Path:
+    """Writes weights, and what they are of, for `load_model`. The file is replaced in one move, or left as it was.
 
     Args:
-        description: JSON-able extras (data, epoch) that `load_model` returns.
+        model: of `create_model`, of `attach_exits` or of a class of one's own; not what wraps one (DDP, torch.compile).
+        path: a file that ends in .safetensors, or a folder that gets a model.safetensors; it is made where it is not.
+        description: JSON-able words of one's own about them, which `read_description` returns.
+
+    Returns:
+        The file.
     """
-    header = json.dumps({**description, "model": model.get_config()})
-    write_tensors(path, model.state_dict(), {_METADATA_KEY: header})
+    if not isinstance(model, MultiExitModel):
+        raise TypeError(
+            f"model: expected a MultiExitModel, got a {type(model).__name__}. Of a wrapped model give what it wraps: "
+            "model.module of DistributedDataParallel, model._orig_mod of torch.compile."
+        )
+    path = Path(path).expanduser()
+    if path.suffix in _OTHER_FORMATS and not path.is_dir():
+        raise ValueError(f"path: expected a folder, or a file that ends in .safetensors, got {path}.")
+    file = path if path.suffix == ".safetensors" and not path.is_dir() else path / WEIGHTS_FILE
+    header = json.dumps({**(description or {}), "model": model.get_config()})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, model.state_dict(), {_METADATA_KEY: header})
+    return file
 
 
 def read_description(path: Path | str) -> dict[str, Any]:
-    """What a weight file says about itself, without reading the weights.
+    """What a weight file says about itself, without reading the weights: "model", the arguments of `create_model`, and
+    what `save_model` was told; of a run "data", "epoch" and more.
 
     Args:
-        path: a weight file, or a run folder with one.
+        path: a weight file, or a folder with one.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is damaged, or dfs_engine did not write it.
     """
     with _open_weights(path) as file:
         return _header(path, file)
 
 
-def load_model(path: Path | str, model: MultiExitModel | None = None) -> tuple[MultiExitModel, dict[str, Any]]:
-    """Rebuilds the model of a run folder or of a weight file.
+def load_model(path: Path | str, model: MultiExitModel | None = None) -> MultiExitModel:
+    """The model of a weight file, with its weights; `read_description` tells what else is known of them.
 
     Args:
-        model: gets the weights. Needed where `create_model` cannot build it: with exits attached to a backbone, or of
-            a class of one's own.
+        path: what `save_model` wrote, or a run folder.
+        model: gets the weights, once all of them are known to fit. Needed where `create_model` cannot build it: with
+            exits attached to a backbone, or of a class of one's own.
 
     Returns:
-        The model, on the CPU if it was built here, and the file's description.
+        `model`, or a new one, on the CPU and in training mode, as any that is built.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: truncated, not written by dfs_engine, or of another model.
+        FileNotFoundError: no such file. ValueError: it is damaged, dfs_engine did not write it, or it is of another
+            model; every difference is named.
     """
     with _open_weights(path) as file:
         description = _header(path, file)
@@ -80,12 +106,26 @@ def load_model(path: Path | str, model: MultiExitModel | None = None) -> tuple[M
         model = _build(path, description["model"])
     else:
         check_same_model(description["model"], model.get_config(), str(path))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = one_line(error, 300)
-        raise ValueError(f"path: expected {path} to fit the model that it describes, got {reason}") from None
-    return model, description
+    _check_fits(path, weights, model)
+    model.load_state_dict(weights)
+    return model
+
+
+def _check_fits(path: Path | str, weights: dict[str, Tensor], model: MultiExitModel) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    misfits = [f"no {name}" for name in expected if name not in found]
+    misfits += [f"{name}, which the model does not have" for name in found if name not in expected]
+    misfits += [
+        f"{name} of shape {found[name]} where the model has {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if misfits:
+        more = f", and {len(misfits) - _MAX_LISTED} more" if len(misfits) > _MAX_LISTED else ""
+        raise ValueError(
+            f"path: expected {path} to fit the model that it describes, got {', '.join(misfits[:_MAX_LISTED])}{more}."
+        )
 
 
 def _build(path: Path | str, config: dict[str, Any]) -> MultiExitModel:
@@ -106,7 +146,7 @@ def _is_buildable(config: dict[str, Any]) -> bool:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is one that `save_weights` wrote, by its header."""
+    """Whether a file is one that `save_model` wrote, by its header."""
     try:
         with open_tensors(path, "path") as file:
             return _METADATA_KEY in (file.metadata() or {})
@@ -126,7 +166,7 @@ def _open_weights(path: Path | str) -> Iterator[Any]:
     if not file_path.is_file():
         raise FileNotFoundError(
             f"path: expected a run folder with {WEIGHTS_FILE}, or such a file, got {path} (nothing there). "
-            "`dfs train` writes one after every epoch."
+            "`dfs train` writes one after every epoch, save_model(model, path) whenever it is called."
         )
     with open_tensors(file_path, "path", f" {REMEDY}") as file:
         yield file
