@@ -14,7 +14,7 @@ _KEY = ("suite", "model", "op", "variant", "backend_used", "dtype", "shape", "mo
 # Of what is not in seconds, as metrics' names begin.
 _UNITS = {
     "flops": "FLOP", "bytes": "B", "peak_memory": "B", "automatic": "bool", "speedup": "x", "speed_products": "FLOP/s",
-    "speed_copy": "B/s",
+    "speed_copy": "B/s", "throughput": "1/s", "operations": "op", "accuracy": "share", "share": "share",
 }  # fmt: skip
 # The metric of a step's limit (`attainable.py`), in seconds, which nobody timed.
 LIMIT = "attainable"

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <tuple>
 
 namespace dfs_engine {
 
@@ -21,6 +22,24 @@ at::ScalarType winograd_dtype(at::ScalarType dtype);
 at::Tensor winograd_conv2d(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef padding,
     bool flipped);
+
+// What winograd_conv_act takes in place of a weight (out, in, 3, 3), in the order of this machine's kernels: of use in
+// this process alone.
+at::Tensor winograd_weight(const at::Tensor& weight);
+
+// What follows a convolution: bias, residual, ReLU, y * scale + shift, 2x2 max pool, in this order. Vectors are float,
+// contiguous; the residual is like the output. With a residual there is neither scale nor pool, with a pool a scale;
+// scale and shift come together.
+struct ConvEnding {
+  std::optional<at::Tensor> bias, scale, shift, residual;
+  bool relu, pool, averages;
+};
+
+// The convolution of a channels_last input of a `winograd_dtype`, and its averages over the pixels, (images, channels),
+// or, without `averages`, (0, channels).
+std::tuple<at::Tensor, at::Tensor> winograd_conv_act(
+    const at::Tensor& input, const at::Tensor& weights, int64_t out_channels, const ConvEnding& ending,
+    at::IntArrayRef padding);
 
 // Gradient (out, in, 3, 3) of the weight, in float, from channels_last tensors of a `winograd_dtype`. The same for any
 // number of threads.

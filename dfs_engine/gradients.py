@@ -189,6 +189,9 @@ class Piece(NamedTuple):
 class ExitGradients:
     """The gradients of a model's exits for one optimizer step, summed over the pieces of its batch.
 
+    Args:
+        routing: of each exit, the parameters that its loss trains. None: all that it reaches.
+
     Attributes:
         parameters: the model's trainable ones.
         is_head: of each, whether it belongs to one exit's classifier; the others are what the exits share.
@@ -196,7 +199,7 @@ class ExitGradients:
         rows: see `exit_gradients`, with an entry for each of `pieces`; empty before the first `add`.
     """
 
-    def __init__(self, model: MultiExitModel) -> None:
+    def __init__(self, model: MultiExitModel, routing: Sequence[Iterable[nn.Parameter]] | None = None) -> None:
         exits = range(model.num_exits)
         heads = {id(parameter) for index in exits for parameter in model.exit_parameters(index)}
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -205,7 +208,9 @@ class ExitGradients:
         self.rows: list[Row] = []
         self._fork = model.fork
         self._leaves: Leaves | None = None
-        self._reached = [list(dict.fromkeys(model.reached_parameters(index))) for index in exits]
+        if routing is None:
+            routing = [model.reached_parameters(index) for index in exits]
+        self._reached = [list(dict.fromkeys(parameters)) for parameters in routing]
 
     def clear(self) -> None:
         """Forgets the rows, before a step, or after it to free their memory."""

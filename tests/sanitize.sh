@@ -32,6 +32,7 @@ if [ $# -eq 0 ]; then
     # The compiler's tracing and the subprocesses add time, and nothing for the kernels; those compute no float64.
     set -- tests/ops/test_norm_act.py tests/ops/test_winograd.py tests/ops/test_gemm.py tests/ops/test_conv2d.py \
         tests/ops/test_depthwise.py tests/ops/test_dropout.py tests/runtime/test_memory.py tests/ops/test_linear.py \
+        tests/ops/test_conv_act.py \
         -k "not aten and not compile and not opcheck and not meta"
 fi
 # libasan comes before everything else, and libstdc++ with it: it wraps the throwing of exceptions.

@@ -168,6 +168,7 @@ WORK = (
     "inference.predict.run",
     "training.conflicts.run",
     "training.convert.run",
+    "inference.export.run",
     "validate.run",
     "evaluation.info.run",
     "runtime.doctor.report",

@@ -90,7 +90,8 @@ def _train_flags(parser: Parser) -> None:
         "--config",
         action="config",
         help="YAML file of these flags, or the name of a recipe that comes with the package; flags after it override"
-        f" it. Recipes: {', '.join(list_recipes())}.",
+        " it. cifar100_msdnet_METHOD and cifar100_resnet18_METHOD train rows of the paper's tables, by the settings"
+        f" published for them. Recipes: {', '.join(list_recipes())}.",
     )
 
 
@@ -296,6 +297,14 @@ def _show_converted(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _show_exported(result: dict[str, Any]) -> dict[str, Any]:
+    print(f"{result['folder']}: {result['model']['name']}, {result['num_exits']} exits, {result['format']} format")
+    rows = [(name, f"{size / 2**20:.2f}") for name, size in result["files"].items()]
+    _print_table("Files", ("file", "MiB"), rows)
+    print(f"largest difference from the model's logits: {result['largest_difference']:.2g}")
+    return result
+
+
 def _show_table(report: Any) -> Any:
     print(report.table())
     return report.to_json()
@@ -357,6 +366,17 @@ _BENCH = {
         "  dfs bench gradients --model msdnet_cifar --exit-gradients own,whole --forms autograd,dfs\n"
         "  dfs bench gradients --layouts channels_last --output gradients.csv",
         "dfs_engine.benchmarks.gradients:BenchGradientsConfig",
+        _show_table,
+    ),
+    "inference": Command(
+        "time inference: stock forms, our evaluation mode, early exit",
+        "Times the full model in stock PyTorch and prepared by `dfs_engine.inference.prepare`, and early exit at"
+        " several accuracies, interleaved. Who leaves early depends on weights and data: give the folder of a run that"
+        " kept validation samples (data.val_fraction), on which the thresholds are found.",
+        "  dfs bench inference --run_dir runs/first --output inference.csv\n"
+        "  dfs bench inference --run_dir runs/first --batch_size 1,64 --drops 0,0.01 --compile off\n"
+        "  dfs bench inference --model resnet18    # the full model alone, random weights",
+        "dfs_engine.benchmarks.inference:BenchInferenceConfig",
         _show_table,
     ),
     "plot": Command(
@@ -494,6 +514,17 @@ _COMMANDS = {
             "source": (Path, "A published checkpoint, or a run folder or weight file of dfs."),
             "output": (Path, "The file or run folder to write."),
         },
+    ),
+    "export": Command(
+        "write a model as torch.export or ONNX files, whole or in stages",
+        "Writes saved weights as files that run without this package: torch.export's (.pt2) or ONNX. One graph has all"
+        " exits; with --staged there is one for each exit, so that whoever runs them can stop behind any of them."
+        " Batches may have any number of samples, sentences any number of tokens. Needs no flags of the model, whatever"
+        " its variant. What was written is run once and compared with the model.",
+        "  dfs export runs/first\n  dfs export runs/first --format onnx --staged --output served",
+        "dfs_engine.inference.export:ExportConfig",
+        _show_exported,
+        places={"path": (Path, "A run folder, or the model.safetensors of one.")},
     ),
     "validate": Command(
         "check every op of this package against PyTorch in float64",

@@ -1,16 +1,15 @@
 """A model that computes for each sample no more than its exit needs."""
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfs_engine.inference.policies import PolicyLike, State, check_policy, decide
 from dfs_engine.inference.prediction import Prediction
 from dfs_engine.models import MultiExitModel
+from dfs_engine.models.multi_exit import evaluating
 from dfs_engine.nn import select_rows
 
 
@@ -67,7 +66,7 @@ class EarlyExit:
             TypeError: the policy returns something else than (done, value).
         """
         routing = _Routing(self.policy, self.model.num_exits - 1)
-        with _eval_mode(self.model):
+        with evaluating(self.model):
             logits = self.model(*input, **named, on_exit=routing)
         return routing.join(logits)
 
@@ -108,15 +107,3 @@ class _Routing:
         chosen = torch.cat([select_rows(each, those) for each, those in zip(logits, rows, strict=True)])[order]
         exits = torch.cat([torch.full_like(those, index) for index, those in enumerate(rows)])[order]
         return Prediction(chosen.argmax(-1), exits, torch.cat(values)[order], chosen)
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,6 +1,6 @@
 """What the methods share that combine the exits' gradients by their inner products."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,24 @@ from dfs_engine.models import MultiExitModel
 from dfs_engine.nn import exit_loss
 
 
-class CombiningMethod(Method):
+class PerExitMethod(Method):
+    """Each exit's loss has a backward of its own, whose gradient `combine` gets."""
+
+    combines = True
+    refuses: Mapping[str, str] = {
+        "compile": "a compiled backward computes all exits' gradients at once, and the method needs each exit's own",
+        "fp16": "the method's own backwards would go round its loss scaling",
+        "processes": "DistributedDataParallel averages the gradient of one loss, not each exit's own",
+    }
+
+    def forward(
+        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Each exit's mean loss."""
+        return tuple(exit_loss(exit_logits, target) for exit_logits in logits)
+
+
+class CombiningMethod(PerExitMethod):
     """The update is ``sum_k weights_k g_k``, with weights that depend on the Gramian ``G[i, j] = g_i . g_j`` alone.
 
     g_k is the gradient of exit k's loss by what the exits share: the blocks. An exit's classifier gets the plain
@@ -21,17 +38,9 @@ class CombiningMethod(Method):
         include_heads: count the classifiers among what is combined: in the Gramian, and in what the weights are for.
     """
 
-    combines = True
-
     def __init__(self, include_heads: bool = False) -> None:
         super().__init__()
         self.include_heads = include_heads
-
-    def forward(
-        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, ...]:
-        """Each exit's mean loss."""
-        return tuple(exit_loss(exit_logits, target) for exit_logits in logits)
 
     def weights(self, gramian: Tensor) -> Tensor:
         """(K,) float64, of the gradients whose (K, K) float64 inner products these are, both on the CPU."""

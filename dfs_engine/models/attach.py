@@ -1,5 +1,6 @@
 """Exits on a backbone that was written without them."""
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dfs_engine.models.backbone import (
     copy_to_try,
     find_consumers,
     find_cuts,
+    find_units,
     image_for,
     next_partitionable,
     observe,
@@ -23,11 +25,14 @@ from dfs_engine.models.leaving import AllLeftError, Leaving, say_where_all_wait
 from dfs_engine.models.multi_exit import Distillation, MultiExitModel, OnExit, check_no_features, path_of
 from dfs_engine.nn import (
     SLICED_VARIANTS,
+    ConvAct,
     ExitHead,
     Fork,
     Reading,
     TokenHead,
+    can_fix,
     convert_layers,
+    layers_to_stock,
     partition_layer,
     to_stock,
     whole,
@@ -385,6 +390,53 @@ class AttachedModel(MultiExitModel):
             "name": path_of(type(self.backbone)),
             "at": [cast(AttachedExit, exit).name for exit in self.exits],
         }
+
+    def _copy_as(self, variant: str) -> "AttachedModel":
+        twin = copy.deepcopy(self)
+        exits = [cast(AttachedExit, exit) for exit in twin.exits]
+        backbone, heads = twin.to_backbone(), iter([exit.head for exit in exits])
+        for exit in exits:
+            layers_to_stock(exit.head)
+        fork = self.fork
+        other = attach_exits(
+            backbone,
+            [exit.name for exit in exits],
+            beta=fork.beta,
+            head=lambda *_: next(heads),
+            variant=variant,
+            reference=fork.reference,
+            exit_gradient=fork.exit_gradient,
+            backend=fork.backend,
+            example_input=self.example_input(1),
+        )
+        other.training = self.training
+        return other
+
+    def for_inference(self) -> "AttachedModel":
+        """Folds each batch normalisation, and the `nn.ReLU` behind it, into the convolution that it alone reads, as far
+        as torch.fx shows it; see `MultiExitModel.for_inference`."""
+        backbone = self.backbone
+        try:
+            units = find_units(backbone)
+        except Exception as error:  # as in attach_exits
+            logger.warning(
+                "prepare: torch.fx cannot trace the backbone (%s), so its batch normalisations stay apart from the "
+                "convolutions.",
+                f"{type(error).__name__}: {one_line(error)}",
+            )
+            return self
+        for conv_path, bn_path, relu_path in units:
+            conv, bn = backbone.get_submodule(conv_path), backbone.get_submodule(bn_path)
+            if not can_fix(conv, bn):
+                continue
+            relu = None if relu_path is None else backbone.get_submodule(relu_path)
+            has_relu = type(relu) is nn.ReLU and not relu._forward_hooks and not relu._forward_pre_hooks
+            backend: Any = getattr(conv, "backend", None)
+            backbone.set_submodule(conv_path, ConvAct(conv, bn, relu=has_relu, backend=backend))
+            backbone.set_submodule(bn_path, nn.Identity())
+            if has_relu:
+                backbone.set_submodule(cast(str, relu_path), nn.Identity())
+        return self
 
     def to_backbone(self) -> nn.Module:
         """Gives the backbone back as it came, trained; this model is of no use afterwards."""

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from dfs_engine.nn.partitioned import Partitioned
+
 
 class Consumers(NamedTuple):
     """What reads one feature.
@@ -202,6 +204,9 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Partitioned) or super().is_leaf_module(m, module_qualified_name)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_module(m, forward, args, kwargs)
         name = self.names.get(m)
@@ -222,6 +227,36 @@ def find_cuts(backbone: nn.Module, names: Iterable[str]) -> frozenset[str]:
         for feature in made
         if feature.target is _feature and not any(position[node] < position[feature] < last_read[node] for node in made)
     )
+
+
+def find_units(backbone: nn.Module) -> list[tuple[str, str, str | None]]:
+    """Paths of a convolution, the batch normalisation that alone reads it and the `nn.ReLU` that alone reads that, if
+    there is one, of those that run once in an evaluation pass.
+
+    Raises as `find_consumers`.
+    """
+    twin = copy_to_try(backbone).eval()
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    graph, num_calls = _graph(twin, [])
+
+    def alone(node: fx.Node, kind: Any) -> bool:
+        is_call = node.op == "call_module" and num_calls[node.target] == 1
+        return is_call and isinstance(twin.get_submodule(str(node.target)), kind)
+
+    units = []
+    for bn in graph.nodes:
+        conv = bn.args[0] if bn.args else None
+        if not alone(bn, nn.BatchNorm2d) or not isinstance(conv, fx.Node) or not alone(conv, nn.Conv2d):
+            continue
+        if len(conv.users) == 1:
+            reader = next(iter(bn.users), None)
+            has_relu = reader is not None and len(bn.users) == 1 and alone(reader, nn.ReLU)
+            units.append(
+                (str(conv.target), str(bn.target), str(reader.target) if reader is not None and has_relu else None)
+            )
+    return units
 
 
 def next_partitionable(backbone: nn.Module, name: str, kind: type[nn.Module]) -> str | None:

@@ -39,6 +39,7 @@ from dfs_engine.models.bert import BertBlock, BertExit, BertStem, DistilBertBloc
 from dfs_engine.models.hub import write_card
 from dfs_engine.models.multi_exit import MultiExitModel, OnExit
 from dfs_engine.models.pretrained import pretrained_folder
+from dfs_engine.models.registry import create_model
 from dfs_engine.nn import Fork, convert_dropouts, convert_layers, exit_loss, smooth_labels
 
 # Of transformers' configs, what makes the model: `get_config` keeps these.
@@ -154,6 +155,7 @@ class MultiExitSentenceModel(MultiExitModel):
     """
 
     config: Any
+    input_defaults: ClassVar[dict[str, int]] = {"attention_mask": 1, "token_type_ids": 0}
     kind: ClassVar[str]
     stock_class: ClassVar[Any]
     config_keys: ClassVar[tuple[str, ...]] = _BERT_KEYS
@@ -179,10 +181,10 @@ class MultiExitSentenceModel(MultiExitModel):
             [*(parts.exit.fresh(config.initializer_range) for _ in deeper), parts.exit],
             fork,
             num_classes=config.num_labels,
-            input_shape=(self.max_tokens(config),),
+            input_shape=(self.num_positions(config),),
             config=config,
         )
-        self.name = self.kind
+        self.name, self.create = self.kind, create_model
         convert_layers(self, fork.variant, fork.backend)
         if fork.variant == "dfs":
             convert_dropouts(self, fork.backend)
@@ -194,7 +196,7 @@ class MultiExitSentenceModel(MultiExitModel):
         raise NotImplementedError
 
     @staticmethod
-    def max_tokens(config: Any) -> int:
+    def num_positions(config: Any) -> int:
         """How many tokens the model can read."""
         return config.max_position_embeddings
 
@@ -280,6 +282,18 @@ class MultiExitSentenceModel(MultiExitModel):
         shape = (batch, min(128, *self.input_shape))
         return torch.randint(words.num_embeddings, shape, device=words.weight.device)
 
+    def example_inputs(self, batch: int = 1) -> dict[str, Tensor]:
+        """Sentences of random lengths, each in two parts where the model tells parts apart."""
+        input_ids = self.example_input(batch)
+        position = torch.arange(input_ids.size(1), device=input_ids.device)
+        lengths, first = torch.randint(1, input_ids.size(1) + 1, (2, batch, 1), device=input_ids.device)
+        is_second = (position >= first).long().clamp(max=getattr(self.config, "type_vocab_size", 1) - 1)
+        return {"input_ids": input_ids, "attention_mask": (position < lengths).long(), "token_type_ids": is_second}
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.input_shape[0]
+
 
 class MultiExitBert(MultiExitSentenceModel, BertPreTrainedModel):
     """BERT; see `MultiExitSentenceModel`."""
@@ -307,7 +321,7 @@ class MultiExitRoberta(MultiExitSentenceModel, RobertaPreTrainedModel):
         return Parts(stock.roberta.embeddings, stock.roberta.encoder.layer, exit)
 
     @staticmethod
-    def max_tokens(config: Any) -> int:
+    def num_positions(config: Any) -> int:
         return config.max_position_embeddings - config.pad_token_id - 1  # its positions begin behind that of padding
 
 

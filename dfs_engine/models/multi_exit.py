@@ -1,13 +1,17 @@
 """The contract of every multi-exit model."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
-from dfs_engine.nn.fork import Fork
+from dfs_engine.models.variants import check_same_outputs, zero_unread_columns
+from dfs_engine.nn.convert import to_stock
+from dfs_engine.nn.fork import SLICED_VARIANTS, VARIANTS, Fork
+from dfs_engine.nn.linear import PartitionedLinear
 from dfs_engine.nn.reading import Reading, flat, readings, select_rows, select_samples
 from dfs_engine.partition import ChannelSlice
 
@@ -75,6 +79,19 @@ def run_model(model: nn.Module, input: Tensor | Mapping[str, Tensor], **options:
     return model(**input, **options) if isinstance(input, Mapping) else model(input, **options)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts modules in training mode into evaluation mode for a block, and back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def check_no_features(on_exit: OnExit | None) -> None:
     """That `on_exit` is not asked for together with features."""
     if on_exit is not None:
@@ -102,11 +119,14 @@ class MultiExitModel(nn.Module):
         others: what a base class beside this one takes.
     """
 
-    # Set by `create_model`, for `get_config`.
+    # Set by `create_model`, for `get_config` and `to_variant`.
     name: str = ""
     options: dict[str, Any]
+    create: "Callable[..., MultiExitModel] | None" = None
     # A family with a published form of its own says so.
     distillation = Distillation()
+    # What stands for an argument of `forward` that is not given, where all of them have to be.
+    input_defaults: ClassVar[dict[str, int]] = {}
 
     def __init__(
         self,
@@ -149,7 +169,8 @@ class MultiExitModel(nn.Module):
         Raises:
             ValueError: `return_features` and `on_exit` together.
         """
-        if self.fork.variant == "dfs" and self.fork.dim == 1:  # the kernels behind it want that, and it is small
+        # The kernels behind it want that, and it is small.
+        if self.fork.variant == "dfs" and self.fork.dim == 1 and not torch.compiler.is_exporting():
             input = input.contiguous(memory_format=torch.channels_last)
         return self._run((input,), return_features, on_exit)
 
@@ -186,10 +207,59 @@ class MultiExitModel(nn.Module):
             context = {name: _select_context(value, len(exit_logits), kept) for name, value in context.items()}
         return (logits, features) if return_features else logits
 
+    def to_variant(self, variant: str) -> "MultiExitModel":
+        """A copy in another variant: the same weights, the same logits in evaluation mode, other gradients.
+
+        Without referencing (`reference=False`), weight columns outside the slices are zeroed in a "dense" copy.
+
+        Args:
+            variant: "dense", which is stock PyTorch throughout, "detach", "split" or "dfs".
+
+        Raises:
+            ValueError: an unknown variant; or, between "dense" and the others without referencing, a model that cannot
+                compute the same there, for the reason named. TypeError: a model that `create_model` did not build.
+        """
+        check_choice("variant", variant, VARIANTS)
+        other = self._copy_as(variant)
+        if not self.fork.reference and variant != self.variant and "dense" in (variant, self.variant):
+            inputs = self.example_inputs(2)
+            if variant == "dense":
+                sliced = self if self.variant in SLICED_VARIANTS else self._copy_as("dfs")
+                with evaluating(sliced):
+                    zero_unread_columns(sliced, other, inputs)
+            check_same_outputs(self, other, inputs)
+        return other
+
+    def _copy_as(self, variant: str) -> "MultiExitModel":
+        if self.create is None:
+            raise TypeError(
+                f"to_variant: expected a model of create_model or attach_exits, got a {type(self).__name__} made "
+                "otherwise. Build it anew in that variant, and load its state_dict."
+            )
+        first = next(self.parameters())
+        config = {**self.get_config(), "variant": variant}
+        with torch.random.fork_rng():  # whose numbers the copy's own weights, which go, would take
+            other = self.create(**config, device=first.device, dtype=first.dtype)
+        other.load_state_dict(self.state_dict())
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(self.get_parameter(name).requires_grad)
+        for name, module in other.named_modules():
+            module.training = self.get_submodule(name).training
+        return other
+
     def example_input(self, batch: int = 1) -> Any:
         """A random batch of what `forward` takes, where the model is and in its dtype."""
         parameter = next(self.parameters())
         return torch.randn(batch, *self.input_shape, device=parameter.device, dtype=parameter.dtype)
+
+    def example_inputs(self, batch: int = 1) -> dict[str, Tensor]:
+        """A random batch of every tensor that `forward` takes for inference, by the names of its arguments."""
+        return {"input": self.example_input(batch)}
+
+    @property
+    def max_tokens(self) -> int | None:
+        """What it reads are sentences of any length up to this; None: samples of one shape."""
+        return None
 
     def exit_parameters(self, index: int) -> Iterator[nn.Parameter]:
         """Parameters of exit `index`'s classifier alone."""
@@ -208,6 +278,21 @@ class MultiExitModel(nn.Module):
         referencing.
         """
         yield from ()
+
+    def for_inference(self) -> "MultiExitModel":
+        """What `dfs_engine.inference.prepare` does to the copy that it makes, before it comes to the parts.
+
+        Images' features are read whole, since nothing needs a gradient for a part of them; without referencing each
+        reader gets zeros in the other's part. Of tokens the sliced form stays, which leaves out what no exit reads.
+        """
+        fork = self.fork
+        if fork.dim == 1 and fork.variant != "dense":
+            variant = "dense" if fork.reference else "detach"
+            self.fork = Fork(fork.beta, variant, reference=fork.reference, exit_gradient=fork.exit_gradient)
+            for module in self.modules():
+                if type(module) is PartitionedLinear and module.stop - module.start == module.in_features:
+                    to_stock(module)  # the same product; asking which kernel is to compute it costs as much, of one row
+        return self
 
     def get_config(self) -> dict[str, Any]:
         """JSON-able arguments that rebuild this model: `create_model(**model.get_config())`.

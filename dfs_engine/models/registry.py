@@ -131,5 +131,5 @@ def create_model(
     convert_layers(model, variant, backend)
     # Where the weights lie and where they came from is no part of what the model is.
     kept = {key: value for key, value in options.items() if key not in ("device", "dtype", "pretrained")}
-    model.name, model.options = name, kept | model.options
+    model.name, model.options, model.create = name, kept | model.options, create_model
     return model

@@ -14,6 +14,7 @@ from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, MultiExitModel
 from dfs_engine.models.registry import register_models
 from dfs_engine.nn import (
+    ConvAct,
     ConvNormReLU,
     Exit,
     ExitHead,
@@ -21,6 +22,7 @@ from dfs_engine.nn import (
     Reading,
     apply_layer,
     apply_norm_relu,
+    can_fix,
     global_avg_pool,
     multiply,
     whole,
@@ -50,6 +52,11 @@ class Stem(ConvNormReLU):
     def forward(self, *input: Any, residual: Tensor | None = None) -> Tensor:
         output = super().forward(*input, residual=residual)
         return F.max_pool2d(output, 3, 2, 1) if self.large else output
+
+    def for_inference(self) -> nn.Module:
+        """See `dfs_engine.inference.prepare`."""
+        fixed = super().for_inference()
+        return nn.Sequential(fixed, nn.MaxPool2d(3, 2, 1)) if self.large and fixed is not self else fixed
 
 
 class ResidualBlock(nn.Module):
@@ -84,6 +91,15 @@ class ResidualBlock(nn.Module):
         for layer in layers:
             input = (layer(*input),)
         return last(*input, residual=shortcut)
+
+    def for_inference(self) -> nn.Module:
+        """See `dfs_engine.inference.prepare`."""
+        if self.shortcut_conv is not None and can_fix(self.shortcut_conv, self.shortcut_bn):
+            backend = getattr(self.shortcut_conv, "backend", None)
+            fixed = ConvAct(self.shortcut_conv, self.shortcut_bn, backend=backend)
+            for name, layer in (("shortcut_conv", fixed), ("shortcut_bn", nn.Identity())):
+                setattr(self, name, layer)
+        return self
 
 
 class Stage(Block):

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from dfs_engine.checks import check_choice
 from dfs_engine.models.multi_exit import Block, Distillation, MultiExitModel
 from dfs_engine.models.registry import register_models
-from dfs_engine.nn import ExitHead, Fork, NormAct2d, Reading, apply_layer, produce_from
+from dfs_engine.nn import (
+    Affine,
+    ConvAct,
+    ExitHead,
+    Fork,
+    NormAct2d,
+    Reading,
+    apply_layer,
+    can_fix,
+    is_fixed_norm,
+    produce_from,
+)
 from dfs_engine.partition import ChannelSlice, Partition
 
 # name -> convolutions per stage, width of each stage as a multiple of the first, image size, pixels a side of what
@@ -47,12 +58,37 @@ class VGGBlock(Block):
         return F.max_pool2d(feature, 2) if self.pool else feature
 
     def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
-        if not isinstance(self.bn, NormAct2d):  # not `dfs`, or e.g. converted to SyncBatchNorm
+        # Not `dfs`, or e.g. converted to SyncBatchNorm; and torch.export wants stock operators one by one.
+        if not isinstance(self.bn, NormAct2d) or torch.compiler.is_exporting():
             return super().produce(input, fork, is_last)
         return produce_from(self.conv, self.bn, input, fork, pool=self.pool, is_last=is_last)
 
+    def for_inference(self) -> nn.Module:
+        """See `dfs_engine.inference.prepare`."""
+        return FixedVGGBlock(self) if can_fix(self.conv) and is_fixed_norm(self.bn) else self
+
     def extra_repr(self) -> str:
         return f"pool={self.pool}"
+
+
+class FixedVGGBlock(Block):
+    """A `VGGBlock` in evaluation, in one pass, which gives the exit its average too."""
+
+    def __init__(self, block: VGGBlock) -> None:
+        super().__init__()
+        backend = getattr(block.conv, "backend", None)
+        self.conv = ConvAct(block.conv, relu=True, affine=Affine.of(block.bn), pool=block.pool, backend=backend)
+
+    def make(self, *input: Any) -> Tensor:
+        return self.conv(*input)
+
+    def produce(self, input: tuple, fork: Fork, is_last: bool, **context: Any) -> tuple[Reading, ...]:
+        feature, average = self.conv.with_average(*input)
+        if is_last:
+            return (feature,), (average,)
+        deeper, _ = fork(feature)
+        _, exit = fork(average)
+        return deeper, exit
 
 
 class VGG(MultiExitModel):

@@ -54,3 +54,13 @@ def to_stock(layer: Any) -> None:
     layer.__class__ = layer.stock
     for name in ("start", "stop", "reference", "backend"):
         del vars(layer)[name]
+
+
+def layers_to_stock(module: nn.Module) -> None:
+    """Undoes `convert_layers`."""
+    for layer in module.modules():
+        if type(layer) in (PartitionedConv2d, PartitionedLinear):
+            to_stock(layer)
+        elif type(layer) is NormAct2d:
+            cast(Any, layer).__class__ = nn.BatchNorm2d
+            del vars(layer)["backend"]

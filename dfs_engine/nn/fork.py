@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from dfs_engine.checks import check_choice
@@ -51,7 +52,7 @@ class Fork(nn.Module):
 
     def forward(self, feature: Tensor) -> tuple[Reading, Reading]:
         """Returns (what the deeper path reads, what the exit reads)."""
-        if self.variant == "dense":
+        if self.variant == "dense" or (self.reference and self._is_exported()):
             return (feature,), (feature,)
         if self.variant in SLICED_VARIANTS:
             num_shared, exit_start = self.live_channels(feature.size(self.dim))
@@ -69,6 +70,21 @@ class Fork(nn.Module):
             yield self.leaves
         finally:
             self.leaves = None
+
+    def _is_exported(self) -> bool:
+        """Whether torch.export makes a graph, for inference: with referencing, a split changes gradients alone.
+
+        Raises:
+            RuntimeError: in training mode, since the graph would hold other gradients: it keeps no autograd.Function.
+        """
+        if not torch.compiler.is_exporting():
+            return False
+        if self.training and self.variant in SLICED_VARIANTS:
+            raise RuntimeError(
+                f"torch.export: expected a model in evaluation mode, got one of variant={self.variant!r} in training "
+                "mode. Call model.eval() first; to export for training, use variant='detach'."
+            )
+        return not self.training
 
     def live_channels(self, num_channels: int) -> tuple[int, int]:
         """(num_shared, exit_start): the deeper path trains [0, num_shared), the exit [exit_start, num_channels)."""

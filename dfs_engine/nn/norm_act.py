@@ -89,20 +89,6 @@ def apply_norm_relu(bn: nn.Module, z: Tensor, residual: Tensor | None = None) ->
     return F.relu(feature if residual is None else feature.add_(residual), inplace=True)
 
 
-class ConvNormReLU(nn.Module):
-    """Convolution, BN, a residual where one is given, ReLU: (N, in, H, W) -> (N, out, ceil(H / stride), ...)."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False, **dd: Any
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, **dd)
-        self.bn = nn.BatchNorm2d(out_channels, **dd)
-
-    def forward(self, *input: Any, residual: Tensor | None = None) -> Tensor:
-        return apply_norm_relu(self.bn, apply_layer(self.conv, input), residual)
-
-
 def produce_readings(bn: NormAct2d, z: Tensor, fork: Fork, *, pool: bool, is_last: bool) -> tuple[Reading, Reading]:
     """ReLU, `bn`, an optional 2x2 max pool, and the fork, in one op.
 

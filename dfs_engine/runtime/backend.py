@@ -33,6 +33,7 @@ KERNEL_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "partitioned_norm_linear": _FLOATS,
         "norm_act": (torch.float32, torch.bfloat16),
         "dropout": (torch.float32, torch.bfloat16),
+        "conv_act": (torch.float32, torch.bfloat16),
     },
     "triton": dict.fromkeys(OPS, _FLOATS),
 }
@@ -49,6 +50,7 @@ CPP_KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
         "linear_grad_input": ("aten", "onednn", "gemm"),
         "linear_grad_weight": ("aten", "gemm"),
     },
+    "conv_act": {"conv_act_forward": ("aten", "winograd", "onednn")},
 }
 
 # The request in force when an op names none: the environment's, until `use_backend` sets another for a block.
@@ -180,6 +182,9 @@ def select(
 ) -> str:
     """Picks the backend that serves `op`, and remembers it for `last_used`.
 
+    In a graph that torch.export makes, it is `aten` whatever is asked for: its operators are those that every runtime
+    has.
+
     Args:
         op: one of `OPS`.
         backend: an explicit request (see `requested`); None or "auto" picks: this project's kernels for the device
@@ -192,6 +197,8 @@ def select(
             `reference` under a transform of torch.func.
     """
     explicit = requested(backend)
+    if torch.compiler.is_exporting():
+        return "aten"
     if explicit not in ("reference", SPLIT):
         check_no_transform(op)
     if explicit == SPLIT:

@@ -19,10 +19,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dfs_engine.checks import is_transforming
 from dfs_engine.kernels.config import convolution, prefers_triton
 from dfs_engine.partition import dense_memory_format
 from dfs_engine.runtime import backend as backends
@@ -172,6 +174,38 @@ def norm_act_table(pool: bool) -> str:
     return "norm_act_pool" if pool else "norm_act"
 
 
+def conv_act_kernel(input: Tensor, weight_size: torch.Size, geometry: Geometry, pool: bool, request: str | None) -> str:
+    """Of `conv_act`: "winograd" or "onednn" with a weight that was brought into their order before, else "aten".
+
+    Without the extension, in other dtypes, on other devices and under torch.compile, which fuses by itself: "aten".
+    """
+    explicit = backends.requested(request)
+    name, _, kernel = (explicit or "").partition(":")
+    if name == "cpp":
+        backends.check_request("conv_act", cast(str, explicit), input.device, input.dtype)
+        if kernel:
+            return kernel
+    elif name or torch.compiler.is_compiling() or is_transforming():
+        return "aten"
+    is_ours = backends.unsupported_dtype("conv_act", "cpp", input.dtype) is None
+    if not is_ours or backends.unavailable_reason("cpp", input.device.type) is not None or input.numel() == 0:
+        return "aten"
+    _, padding, _, groups = geometry
+    if _is_winograd(weight_size, *geometry) and _takes_winograd(input.dtype, min(weight_size[:2])):
+        height, width = (size + 2 * pad - 2 for size, pad in zip(input.shape[2:], padding, strict=True))
+        if min(height, width) >= (2 if pool else 1) and _fixed_winograd_pays(
+            input.dtype, weight_size[1], weight_size[0], input.size(0), height, width
+        ):
+            return "winograd"
+    return "onednn" if torch.backends.mkldnn.is_available() and groups == 1 else "aten"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which oneDNN convolves images of `dtype` here, as csrc/common.cpp has it: half precision that the CPU lacks
+    would be emulated, slowly."""
+    return torch.float32 if _computes_in_float(dtype) else dtype
+
+
 @functools.cache
 def _computes_in_float(dtype: torch.dtype) -> bool:
     """Whether the cpp backend converts to float32, as csrc/common.cpp does: where the CPU lacks the instructions."""
@@ -224,6 +258,24 @@ def _winograd_pays(
         return False
     tiles = num_images * -(-height // 4) * -(-width // 4)
     return speedup * num_images * height * width > 16 * (tiles + weights)
+
+
+def _fixed_winograd_pays(
+    dtype: torch.dtype, in_channels: int, out_channels: int, num_images: int, height: int, width: int
+) -> bool:
+    """As `_winograd_pays`, of a weight that was transformed before.
+
+    Reading it costs as much as some tiles, more of them where it is large: in a whole net no cache holds it from one
+    call to the next. Measured on VGG7 and ResNet18 as they are, 1 to 64 images.
+    """
+    if _winograd is not None:
+        return _winograd
+    speedup, fewest = (2.1, 16) if _computes_in_float(dtype) else (1.3, 32)
+    if in_channels * out_channels <= 256 or min(in_channels, out_channels) < fewest:
+        return False
+    tiles = num_images * -(-height // 4) * -(-width // 4)
+    least = 10 if 36 * in_channels * out_channels <= 1 << 21 else 14
+    return speedup * num_images * height * width > 16 * max(tiles, least)
 
 
 def _has_adjacent_channels(images: Tensor) -> bool:

@@ -17,6 +17,7 @@ EXTRAS = {
         "torchmetrics", "tqdm",
     ),
     "methods": ("torchjd",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "bench": ("jsonargparse", "matplotlib", "yaml", "rich", "tqdm"),
 }  # fmt: skip
 

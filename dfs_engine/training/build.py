@@ -1,13 +1,14 @@
 """The parts of a run, built from its config."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from dfs_engine.methods import Method, create_method
+from dfs_engine.methods import Method, create_method, section_of
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.runtime.extras import needs
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
@@ -40,25 +41,39 @@ def build_method(config: TrainConfig, model: MultiExitModel) -> Method:
     Raises:
         ValueError: it does not go with the model, or with what else the config asks for.
     """
-    section = getattr(config, config.method, None)
+    section = getattr(config, section_of(config.method), None)
     method = create_method(config.method, model, **(vars(section) if section else {}))
-    if method.combines:
-        _check_combines(config)
+    for given in _given(config):
+        if given.name in method.refuses:
+            raise ValueError(
+                f"{given.argument}: expected {given.expected} with method={config.method}, got {given.value}: "
+                f"{method.refuses[given.name]}. {given.remedy}"
+            )
     return method
 
 
-def _check_combines(config: TrainConfig) -> None:
-    """That each exit's gradient can be had alone, and means something."""
+class _Given(NamedTuple):
+    """One of `methods.REFUSABLE` that a config asks for, in the words of an error message."""
+
+    name: str
+    argument: str
+    expected: str
+    value: str
+    remedy: str
+
+
+def _given(config: TrainConfig) -> Iterator[_Given]:
+    optim, size = config.optim, config.micro_batch_size
     if config.compile:
-        raise ValueError(
-            f"compile: expected false with method={config.method}, got true: a compiled backward computes all exits' "
-            "gradients at once, and the method needs each exit's own. Leave it out."
-        )
+        yield _Given("compile", "compile", "false", "true", "Leave it out.")
     if config.precision == "fp16":
-        raise ValueError(
-            f"precision: expected fp32 or bf16 with method={config.method}, got fp16, whose loss scaling the method's "
-            "own backwards would go round. Use --precision bf16."
-        )
+        yield _Given("fp16", "precision", "fp32 or bf16", "fp16", "Use --precision bf16.")
+    if size is not None:
+        yield _Given("micro_batch_size", "micro_batch_size", "none", str(size), "Leave it out.")
+    if optim.ema_decay:
+        yield _Given("ema", "optim.ema_decay", "0", str(optim.ema_decay), "Leave it out.")
+    if optim.name == "adamw":
+        yield _Given("adamw", "optim.name", "sgd", "adamw", "Leave it out.")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -116,16 +131,16 @@ def train_accelerator(config: TrainConfig, model: MultiExitModel, method: Method
     """`accelerator_for` the run, told whether some parameters of `model` get no gradient.
 
     Raises:
-        ValueError: several processes, with a method that combines gradients.
+        ValueError: several processes, with a method that refuses them.
     """
     from accelerate.utils import DistributedDataParallelKwargs
 
     accelerator = accelerator_for(config.device, config.precision)
-    if accelerator.num_processes > 1 and method.combines:
+    if accelerator.num_processes > 1 and "processes" in method.refuses:
+        pieces = "" if "micro_batch_size" in method.refuses else ", with --micro_batch_size if the batch is too large"
         raise ValueError(
-            f"method: expected joint, byot or ge with {accelerator.num_processes} processes, got {config.method}: "
-            "DistributedDataParallel averages the gradient of one loss, not each exit's own. Train in one process, "
-            "with --micro_batch_size if the batch is too large for it."
+            f"method: expected joint, byot, ge or meta_gf with {accelerator.num_processes} processes, got "
+            f"{config.method}: {method.refuses['processes']}. Train in one process{pieces}."
         )
     if accelerator.num_processes > 1:
         # Looking for them costs a walk over the graph in every step, so only where there are any.

@@ -7,7 +7,18 @@ from typing import Any
 
 from dfs_engine.checks import check_choice, check_numbers
 from dfs_engine.data.config import TEXT_DATASETS, DataConfig
-from dfs_engine.methods import ByotConfig, CAGradConfig, GEConfig, NashMTLConfig, PCGradConfig, list_methods
+from dfs_engine.methods import (
+    BDLConfig,
+    ByotConfig,
+    CAGradConfig,
+    DRMGFConfig,
+    GEConfig,
+    MetaGFConfig,
+    NashMTLConfig,
+    PCGradConfig,
+    WPNConfig,
+    list_methods,
+)
 from dfs_engine.models import VARIANTS, check_model
 from dfs_engine.partition import check_beta
 from dfs_engine.runtime.backend import BACKENDS
@@ -134,8 +145,10 @@ class TrainConfig:
     """The optimizer and its schedule."""
     method: str = "joint"
     """Training method: joint (sum of all exits' losses), byot (the deepest exit also teaches the others), ge (the
-    exits' gradients are averaged in every block), or one that combines them by their inner products: pcgrad, cagrad,
-    nash_mtl (a backward for each exit)."""
+    exits' gradients are averaged in every block); pcgrad, cagrad or nash_mtl (they are combined by their inner
+    products); bdl1 or bdl2 (an exit trains the blocks next to it alone; bdl2: the last one trains all); wpn (a small
+    net learns each sample's weight at each exit); meta_gf (each exit is trained alone for a pass over the data and what
+    comes of it fused: exits + 1 passes an epoch) or dr_mgf (the same, kernel by kernel)."""
     byot: ByotConfig = field(default_factory=ByotConfig)
     """Options of method byot."""
     ge: GEConfig = field(default_factory=GEConfig)
@@ -146,6 +159,14 @@ class TrainConfig:
     """Options of method cagrad."""
     nash_mtl: NashMTLConfig = field(default_factory=NashMTLConfig)
     """Options of method nash_mtl."""
+    bdl: BDLConfig = field(default_factory=BDLConfig)
+    """Options of methods bdl1 and bdl2."""
+    wpn: WPNConfig = field(default_factory=WPNConfig)
+    """Options of method wpn."""
+    meta_gf: MetaGFConfig = field(default_factory=MetaGFConfig)
+    """Options of method meta_gf."""
+    dr_mgf: DRMGFConfig = field(default_factory=DRMGFConfig)
+    """Options of method dr_mgf."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 100

@@ -42,11 +42,11 @@ class Journal:
         with report.event_writer(self.run_dir / "tensorboard" if is_written else None, step) as self._events:
             yield
 
-    def begin(self, num_in_epoch: int) -> None:
+    def begin(self, num_in_epoch: int, num_phases: int = 1) -> None:
         """Writes what the run is and what it runs on.
 
         Args:
-            num_in_epoch: samples that an epoch sees.
+            num_in_epoch: samples that a pass sees. num_phases: passes of an epoch.
         """
         config, accelerator = self.config, self.accelerator
         write_text(self.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -59,10 +59,11 @@ class Journal:
         }
         write_text(self.run_dir / run_folder.ENVIRONMENT_FILE, yaml.safe_dump(environment, sort_keys=False))
         logger.info(
-            "training: %s with %s for %s of %d samples in batches of %d, on %s",
+            "training: %s with %s for %s of %s%d samples in batches of %d, on %s",
             report.title(environment["model"]),
             report.counted(self.model.num_exits, "exit"),
             report.counted(config.epochs, "epoch"),
+            f"{num_phases} passes over " if num_phases > 1 else "",
             num_in_epoch,
             config.batch_size,
             self.data.description,
@@ -93,6 +94,11 @@ class Journal:
             leave=False,
             disable=not shown,
         )
+
+    def begin_phase(self, progress: Progress, name: str, bar: "tqdm[Any]") -> None:
+        """Says which pass of the epoch begins, of a method whose passes have names."""
+        if name:
+            bar.set_description(f"epoch {progress.epoch + 1}/{self.config.epochs}, {name}")
 
     def log_step(self, progress: Progress, loss: float, lr: float, bar: "tqdm[Any]") -> None:
         bar.set_postfix(loss=f"{loss:.3f}")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from dfs_engine.models.weights import REMEDY
@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 _SAMPLES = "data: number of training samples"
 # With another value of these a resumed run would be another run, or could not take over the optimizer's state.
 _FIXED = ("method", "batch_size", "seed", "optim.name", "optim.decay_norm_and_bias", "optim.ema_decay", _SAMPLES)
+# Methods' options that their state is shaped by.
+_SHAPES = ("wpn.input", "wpn.hidden", "meta_gf.granularity", "dr_mgf.average")
 # These say where the data are and how they are read, not what they are.
 FREE_DATA = ("data.root", "data.tokenizer", "data.num_workers")
 # These change nothing of the run.
@@ -22,13 +24,13 @@ _SILENT = ("run_dir", "progress", "tensorboard", "log_every_steps", "checkpoint_
 
 
 def check_same_run(
-    saved: dict[str, Any], config: TrainConfig, *, num_train: int, steps_per_epoch: int, epoch: int
+    saved: dict[str, Any], config: TrainConfig, *, num_train: int, schedule: Schedule, epoch: int
 ) -> None:
     """Compares a checkpoint with what is to go on with it; warns of what goes on differently.
 
     Args:
         saved: the checkpoint's manifest.
-        num_train: training samples now.
+        num_train: training samples now. schedule: of now.
         epoch: epochs that the checkpoint has begun.
 
     Raises:
@@ -43,7 +45,7 @@ def check_same_run(
     if saved.get("num_train", num_train) != num_train:
         changed[_SAMPLES] = saved["num_train"], num_train
     for name, (before, now) in changed.items():
-        if name in _FIXED or (name in written and name.startswith("data.") and name not in FREE_DATA):
+        if name in _FIXED + _SHAPES or (name in written and name.startswith("data.") and name not in FREE_DATA):
             raise ValueError(
                 f"{name}: expected {before!r} as in the run to resume, got {now!r}. "
                 "Give the same value, or start another run in another --run_dir."
@@ -57,8 +59,8 @@ def check_same_run(
         logger.warning("resume: going on with another %s: %r, was %r", name, now, before)
     known = {field.name for field in fields(OptimConfig)}
     optim = OptimConfig(**{name: value for name, value in saved["config"]["optim"].items() if name in known})
-    lr_before = Schedule(optim, steps_per_epoch, saved["config"]["epochs"])(saved["progress"]["step"])
-    lr = Schedule(config.optim, steps_per_epoch, config.epochs)(saved["progress"]["step"])
+    lr_before = replace(schedule, config=optim, epochs=saved["config"]["epochs"])(saved["progress"]["step"])
+    lr = schedule(saved["progress"]["step"])
     if lr != lr_before:
         logger.warning("resume: the next step's learning rate is %.4g; by the run's schedule: %.4g", lr, lr_before)
 

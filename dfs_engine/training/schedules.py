@@ -15,11 +15,15 @@ class Schedule:
 
     config: OptimConfig
     steps_per_epoch: int
+    """Of one pass over the data."""
     epochs: int
+    num_phases: int = 1
+    """Passes over the data in an epoch, which all have the same rates."""
 
     def __call__(self, step: int) -> float:
         """The learning rate of `step`. Warm-up is linear and reaches lr with its last step."""
         config = self.config
+        step = step // (self.steps_per_epoch * self.num_phases) * self.steps_per_epoch + step % self.steps_per_epoch
         warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         if step < warmup_steps:
             return config.lr * (step + 1) / warmup_steps

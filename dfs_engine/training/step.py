@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dfs_engine.data.mixup import Mixup
 from dfs_engine.gradients import ExitGradients
 from dfs_engine.methods import Method, exit_losses
+from dfs_engine.methods.method import LossOf
 from dfs_engine.models import MultiExitModel
 from dfs_engine.nn import smooth_labels
 from dfs_engine.training.batches import micro_batches
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OptimizerStep:
-    """What `config` does with one batch.
+    """What `config` does with one batch: `methods.Step`, for the method to make an update with.
 
     Args:
         model, method, optimizer: as `accelerator` prepared them.
@@ -35,12 +36,15 @@ class OptimizerStep:
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.model, self.method, self.optimizer = model, method, optimizer
-        raw_model: MultiExitModel = accelerator.unwrap_model(model)
+        self.raw_model: MultiExitModel = accelerator.unwrap_model(model)
         self.raw_method = cast(Method, accelerator.unwrap_model(method))
-        self.parameters = dict(itertools.chain(raw_model.named_parameters(), self.raw_method.named_parameters()))
-        self.num_classes = raw_model.num_classes
-        self.exit_gradients = ExitGradients(raw_model) if self.raw_method.combines else None
-        _check_targets(config, raw_model)
+        self.parameters = dict(itertools.chain(self.raw_model.named_parameters(), self.raw_method.named_parameters()))
+        self.num_classes = self.raw_model.num_classes
+        self.exit_gradients: ExitGradients | None = None
+        if self.raw_method.combines:
+            self.exit_gradients = ExitGradients(self.raw_model, self.raw_method.routing(self.raw_model))
+        self.epoch, self.epochs, self.phase = 0, config.epochs, 0
+        _check_targets(config, self.raw_model)
         self.mixup: Mixup | None = None
         if config.data.mixup or config.data.cutmix:
             self.mixup = Mixup(config.data, self.num_classes, seed=config.seed, rank=accelerator.process_index)
@@ -60,15 +64,38 @@ class OptimizerStep:
             input, target = self.mixup(cast(Tensor, input), target, step)
         if config.label_smoothing:
             target = smooth_labels(target, self.num_classes, config.label_smoothing)
+        return self.raw_method.train_batch(self, input, target)
+
+    def update(self, input: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """As `methods.Step.update`."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, losses = self._backward(input, target)
         norm = self._gradient_norm()
         self._check_finite(loss, norm, losses)
-        if config.optim.clip_grad is not None:
+        if self.config.optim.clip_grad is not None:
             assert norm is not None
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), config.optim.clip_grad, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.optim.clip_grad, norm)
         self.optimizer.step()
         return losses
+
+    def gradients(
+        self, loss_of: LossOf, input: Tensor | Mapping[str, Tensor], target: Tensor, of: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """As `methods.Step.gradients`."""
+        sums, exit_parts = [torch.zeros_like(tensor, requires_grad=False) for tensor in of], []
+        for part, part_target in micro_batches(input, target, self.config.micro_batch_size):
+            share = len(part_target) / len(target)
+            loss, logits = loss_of(part, part_target)
+            found = torch.autograd.grad(loss, of, allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(sums, found, strict=True):
+                total.add_(gradient, alpha=share)
+            exit_parts.append(exit_losses([exit_logits.detach() for exit_logits in logits], part_target) * share)
+        losses = torch.stack(exit_parts).sum(0)
+        sums = [self.accelerator.reduce(total, "mean") for total in sums]
+        # A reduced sum is not finite wherever one process's is not, so that all refuse at once.
+        if not all(total.isfinite().all() for total in sums):
+            raise FloatingPointError(f"{_by_exit(losses)}; not finite: what the method itself learns by")
+        return sums, losses
 
     def _backward(self, input: Tensor | Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """Leaves the gradient of the batch's mean loss; returns that loss, and each exit's (num_exits,)."""
@@ -114,11 +141,14 @@ class OptimizerStep:
             finite &= norm.isfinite()
         if finite.item():
             return
-        by_exit = ", ".join(f"exit {index} {value:.4g}" for index, value in enumerate(losses.tolist(), start=1))
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         others = f"; not finite: the gradient of {broken[0]} and of {len(broken) - 1} others" if broken else ""
-        raise FloatingPointError(by_exit + others)
+        raise FloatingPointError(_by_exit(losses) + others)
+
+
+def _by_exit(losses: Tensor) -> str:
+    return ", ".join(f"exit {index} {value:.4g}" for index, value in enumerate(losses.tolist(), start=1))
 
 
 def _check_targets(config: TrainConfig, model: MultiExitModel) -> None:

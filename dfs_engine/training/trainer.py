@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dfs_engine.data import DataSplits, load_data
 from dfs_engine.evaluation.conflicts import check_has_conflicts
@@ -99,7 +100,10 @@ class Trainer:
         unreached = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
         if unreached:
             logger.warning("optim.milestones: %s come after the last of %d epochs", unreached, config.epochs)
-        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs)
+        num_phases = self.raw_method.num_phases
+        self.steps_per_epoch = self.batches.num_batches * num_phases
+        self.samples_per_epoch = self.batches.num_in_epoch * num_phases
+        self.schedule = Schedule(config.optim, self.batches.num_batches, config.epochs, num_phases)
         self.journal = Journal(config, self.run_dir, self.accelerator, self.raw_model, self.data)
         self.progress = Progress()
         self.loss_sums = self._zero_losses()
@@ -149,7 +153,10 @@ class Trainer:
         trained = nn.ModuleList([self.raw_model, self.raw_method])
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, build_optimizer(trained, config.optim))
         has_state = bool(self.raw_method.state_dict())  # then it is part of the checkpoint
-        self.method = self.accelerator.prepare(self.raw_method) if has_state else self.raw_method
+        is_trained = any(parameter.requires_grad for parameter in self.raw_method.parameters())
+        self.method: nn.Module = self.raw_method
+        if has_state:  # DistributedDataParallel takes no module that it has nothing to do for
+            self.method = self.accelerator.prepare_model(self.raw_method, evaluation_mode=not is_trained)
         if self.ema is not None:  # a part of the checkpoint, and evaluated in the run's precision
             self.accelerator.prepare_model(self.ema.module, evaluation_mode=True)
 
@@ -173,7 +180,7 @@ class Trainer:
     def _fit(self) -> TrainResult:
         config, progress = self.config, self.progress
         if self.accelerator.is_main_process:
-            self.journal.begin(self.batches.num_in_epoch)
+            self.journal.begin(self.batches.num_in_epoch, self.raw_method.num_phases)
         metrics: dict[str, dict[str, Any]] | None = None
         caches = config.caching_allocator and self.accelerator.device.type == "cpu" and memory.is_available()
         with self.journal.opened(progress.step), memory.caching_allocator(caches):
@@ -238,7 +245,7 @@ class Trainer:
             raise MemoryError(f"{error} {self._kept()}") from error
 
     def _where(self, step: int) -> str:
-        return f"step {step} (epoch {max(step - 1, 0) // self.schedule.steps_per_epoch + 1})"
+        return f"step {step} (epoch {max(step - 1, 0) // self.steps_per_epoch + 1})"
 
     def _kept(self) -> str:
         if self.last_checkpoint is None:
@@ -248,42 +255,55 @@ class Trainer:
         return f"The last good checkpoint is {self.last_checkpoint}. Go on with: {how}"
 
     def _train_epoch(self) -> None:
-        config, progress, device = self.config, self.progress, self.accelerator.device
+        config, progress = self.config, self.progress
         self.model.train()
-        self.batches.epoch, self.batches.start = progress.epoch, progress.step_in_epoch
-        started = time.perf_counter() - progress.seconds
         self.schedule.apply(self.optimizer, progress.step)
         self._stop_if_asked()
         size = config.micro_batch_size or self.batches.batch_size // self.batches.num_processes
         remedy = f", or add --micro_batch_size {max(size // 2, 1)}, which computes the same in pieces"
         with (
-            self.journal.progress_bar(progress, self.batches.num_batches) as bar,
+            self.journal.progress_bar(progress, self.steps_per_epoch) as bar,
             batch_in_memory("batch_size", config.batch_size, remedy),
         ):
-            for input, target in self.train_loader:
-                target = target.to(device, non_blocking=True)
-                losses = self.train_step(to_device(input, device, self.memory_format), target)
-                self.loss_sums += losses.double() * len(target)
-                progress.step += 1
-                progress.step_in_epoch += 1
-                progress.seconds = time.perf_counter() - started
-                self.schedule.apply(self.optimizer, progress.step)
-                bar.update()
-                if config.log_every_steps and progress.step % config.log_every_steps == 0:
-                    loss = losses.sum().item()
-                    if self.accelerator.is_main_process:
-                        self.journal.log_step(progress, loss, self.schedule(progress.step - 1), bar)
-                every = config.checkpoint_every_steps
-                if every and progress.step % every == 0 and progress.step_in_epoch < self.batches.num_batches:
-                    self._save_checkpoint()
-                self._stop_if_asked()
+            while progress.step_in_epoch < self.steps_per_epoch:
+                self._train_phase(bar)
+
+    def _train_phase(self, bar: "tqdm[Any]") -> None:
+        """A pass over the data, or what is left of it: all of an epoch, unless the method makes several."""
+        config, progress, device = self.config, self.progress, self.accelerator.device
+        phase, start = divmod(progress.step_in_epoch, self.batches.num_batches)
+        self.batches.epoch, self.batches.start = progress.epoch * self.raw_method.num_phases + phase, start
+        self.step.epoch, self.step.phase = progress.epoch, phase
+        self.journal.begin_phase(progress, self.raw_method.phase_name(phase), bar)
+        started = time.perf_counter() - progress.seconds
+        if start == 0:
+            self.raw_method.begin_phase(self.step)
+        for input, target in self.train_loader:
+            target = target.to(device, non_blocking=True)
+            losses = self.train_step(to_device(input, device, self.memory_format), target)
+            self.loss_sums += losses.double() * len(target)
+            start += 1
+            if start == self.batches.num_batches:
+                self.raw_method.end_phase(self.step)
+            progress.step += 1
+            progress.step_in_epoch += 1
+            progress.seconds = time.perf_counter() - started
+            self.schedule.apply(self.optimizer, progress.step)
+            bar.update()
+            if config.log_every_steps and progress.step % config.log_every_steps == 0:
+                loss = losses.sum().item()
+                if self.accelerator.is_main_process:
+                    self.journal.log_step(progress, loss, self.schedule(progress.step - 1), bar)
+            every = config.checkpoint_every_steps
+            if every and progress.step % every == 0 and progress.step_in_epoch < self.steps_per_epoch:
+                self._save_checkpoint()
+            self._stop_if_asked()
 
     def _finish_epoch(self) -> dict[str, dict[str, Any]]:
         """Evaluates, reports and saves; moves on to the next epoch."""
         progress = self.progress
         metrics = self.evaluate()
-        num_samples = self.batches.num_in_epoch
-        train_losses = [loss_sum / num_samples for loss_sum in self._total_losses()]
+        train_losses = [loss_sum / self.samples_per_epoch for loss_sum in self._total_losses()]
         progress.epoch += 1
         row: report.Row = {
             "epoch": progress.epoch,
@@ -292,7 +312,7 @@ class Trainer:
             "train_loss": sum(train_losses),
             **report.metrics_row(metrics, train_losses),
             "seconds": round(progress.seconds, 3),
-            "samples_per_second": round(num_samples / progress.seconds, 1),
+            "samples_per_second": round(self.samples_per_epoch / progress.seconds, 1),
         }
         progress.rows.append(row)
         progress.step_in_epoch, progress.seconds, self.loss_sums = 0, 0.0, self._zero_losses()
@@ -332,8 +352,7 @@ class Trainer:
         folder, saved = checkpoint.latest(self.run_dir, self.raw_model.get_config())
         progress = Progress.load(saved["progress"], self.raw_model.num_exits)
         epoch = progress.epoch + (progress.step_in_epoch > 0)
-        steps = self.batches.num_batches
-        check_same_run(saved, self.config, num_train=len(self.data.train), steps_per_epoch=steps, epoch=epoch)
+        check_same_run(saved, self.config, num_train=len(self.data.train), schedule=self.schedule, epoch=epoch)
         settings = [{**group, "params": None} for group in self.optimizer.param_groups]
         checkpoint.restore(self.accelerator, folder)
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):

@@ -53,7 +53,7 @@ def test_ratios_are_of_the_best_forms(write):
         "train_vgg7_64.csv", [*step("dense", 6.0), *step("split", 5.0), *step("detach", 8.0), *step("dfs", 2.0)]
     )
     lines = list(targets_section(results))
-    assert "| best `dense` | 1.3 | 1.6 | 3.00 (3.00); FLOPs alone 1.00 | yes |" in "\n".join(lines)
+    assert "| best stock | 2.3 | 2.5 | 2.50 (2.50); FLOPs alone 1.00 | yes |" in "\n".join(lines)
     assert "| best `split` or `detach` | 1.2 | 1.5 | 2.50 (2.50)" in "\n".join(lines)
     assert "| peak memory of the step | `dense` eager | 0.8 | 0.6 | 1.00 | **no** |" in "\n".join(lines)
     assert lines[-1].startswith("- `dfs bench train")
@@ -97,6 +97,17 @@ def test_allocators_are_told_apart(write):
     assert (found.median, found.min, found.one_allocator, found.flops) == (3.0, 3.0, 2.5, 1.0)
 
 
+def test_targets_tell_attentions_apart_and_how_near_the_limit_is(write):
+    rows = [*step("dense", 6.0), *step("dense", 3.0, mode="eager, plain attention"), *step("dfs", 2.5)]
+    limits = [row | {"metric": "attainable", "median": 2.0} for row in rows if row["metric"] == "step"]
+    bf16 = [row | {"dtype": "bf16", "model": "bert"} for row in (*rows, *limits)]
+    text = "\n".join(targets_section(write("train_bert_bf16.csv", bf16)))
+    assert "| best stock, its default attention | 1.5 | 1.8 | 2.40 (2.40); FLOPs alone 1.00 | yes |" in text
+    assert "| best stock | 1.2 | 1.4 | 1.20 (1.20); FLOPs alone 1.00 | yes |" in text
+    assert "| bert, batch 100, bf16 | its attainable limit | 0.75 | 0.85 | 0.80; limit 2000 ms | yes |" in text
+    assert "| peak memory, bert, bf16 | the fastest stock step | 1.05 |  | 1.00 of 0 MB | yes |" in text
+
+
 def test_only_the_newest_run_of_a_shape_counts(write):
     old = [row | {"timestamp_utc": "2025-01-01T00:00:00+00:00"} for row in (*step("dense", 1.0), *step("split", 1.0))]
     other = [row | {"timestamp_utc": "2025-06-01T00:00:00+00:00"} for row in step("dense", 7.0, batch=50)]
@@ -113,7 +124,9 @@ def test_a_step_table_has_every_form(write):
     results = write("train_vgg7_64.csv", rows)
     lines = list(train_section(results / "train_vgg7_64.csv"))
     assert sum(line.startswith("| ") for line in lines) == 4
-    assert "| **dfs** (cpp) | nchw | eager | 2000 | 2000 | 2000 (1000) | 3.00 (1.00) | 2.50 | 2.50 | 0 | 20 |" in lines
+    assert (
+        "| **dfs** (cpp) | nchw | eager | 2000 | 2000 | 2000 (1000) | 3.00 (1.00) | 2.50 | 2.50 | - | 0 | 20 |" in lines
+    )
     assert "| no surgery (`dense`) | nchw, eager | 6000 | 3.00 x |" in list(headline(results))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dfs_engine.models import MultiExitModel, create_model
 from dfs_engine.models.multi_exit import Block
 from dfs_engine.nn import Fork
-from dfs_engine.training.config import TrainConfig
+from dfs_engine.training.config import OptimConfig, TrainConfig
 from dfs_engine.training.step import OptimizerStep
 
 
@@ -37,6 +37,9 @@ class Accelerator:
 
     def backward(self, loss):
         loss.backward()
+
+    def reduce(self, tensor, reduction):
+        return tensor
 
 
 @pytest.fixture
@@ -82,6 +85,20 @@ def update():
         return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
 
     return step
+
+
+@pytest.fixture
+def make_step():
+    """A step of SGD with these options of `OptimConfig`."""
+
+    def make(model, method, config=None, **optim):
+        config = config or TrainConfig(optim=OptimConfig(**optim))
+        names = ("lr", "momentum", "weight_decay", "nesterov")
+        options = {name: getattr(config.optim, name) for name in names}
+        optimizer = torch.optim.SGD(model.train().parameters(), **options)
+        return OptimizerStep(config, Accelerator(), model, method, optimizer)
+
+    return make
 
 
 @pytest.fixture

@@ -304,6 +304,19 @@ results["depthwise grad_input"] = ops.conv2d_grad_input.kernel(
 results["depthwise grad_weight"] = ops.conv2d_grad_weight.kernel(
     found, image, filters.shape, *around, False, kernel="depthwise"
 )[0]
+transformed, numbers = ops.winograd_weight(weight), (weight[:, 0, 0, 0], weight[:, 0, 0, 1].contiguous())
+endings = {
+    "act": (None, None, None, True, False),
+    "no relu": (None, None, None, False, False),
+    "affine": (*numbers, None, True, False),
+    "pool": (*numbers, None, True, True),
+    "residual": (None, None, results["output"].flip(0), True, False),
+}
+for label, (scale, shift, residual, relu, pool) in endings.items():
+    made = ops.winograd_conv_act(
+        input, transformed, 17, tensors["bias"], scale, shift, residual, (1, 1), relu, pool, True
+    )
+    results |= {f"conv_act {label} feature": made[0], f"conv_act {label} average": made[1]}
 for label, residual, pool, relu_first in (("pool", None, True, True), ("residual", input.flip(0), False, False)):
     affine = tensors["gamma"], tensors["beta"]
     produced = ops.norm_act(input, *affine, residual, None, None, 1e-5, pool, relu_first, True)

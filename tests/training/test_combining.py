@@ -68,7 +68,7 @@ def test_does_not_go_with_several_processes(make_config, make_model, monkeypatch
         num_processes = 2
 
     monkeypatch.setattr(build, "accelerator_for", lambda *_: Two())
-    with pytest.raises(ValueError, match=r"method: expected joint, byot or ge with 2 processes, got nash_mtl"):
+    with pytest.raises(ValueError, match=r"method: expected joint, byot, ge or meta_gf with 2 processes, got nash_mtl"):
         Trainer(make_config(method="nash_mtl"), model=make_model())
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from dfs_engine.data import DataConfig
-from dfs_engine.methods import list_methods
+from dfs_engine.methods import list_methods, section_of
 from dfs_engine.training.build import build_model, input_shape
 from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
 
@@ -32,7 +32,7 @@ from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
         (lambda: TrainConfig(batch_size=0), r"batch_size: expected a number >= 1"),
         (lambda: TrainConfig(num_threads=0), r"num_threads: expected a number >= 1"),
         (lambda: TrainConfig(precision="bf17"), r"precision: .* Did you mean 'bf16'"),
-        (lambda: TrainConfig(method="joined"), r"method: expected one of byot, .*joint"),
+        (lambda: TrainConfig(method="joined"), r"method: expected one of bdl1, .*joint"),
         (lambda: TrainConfig(resume=True), r"resume: expected run_dir .*--run_dir"),
         (lambda: TrainConfig(epochs=2, optim=OptimConfig(warmup_epochs=2)), r"optim.warmup_epochs: .*epochs=2"),
     ],
@@ -62,7 +62,10 @@ def test_to_dict_is_plain_and_rebuilds():
             **values,
             "model": ModelConfig(**values["model"]),
             "data": DataConfig(**values["data"]),
-            **{name: type(getattr(config, name))(**values[name]) for name in list_methods() if name in values},
+            **{
+                name: type(getattr(config, name))(**values[name])
+                for name in {section_of(method) for method in list_methods()} & values.keys()
+            },
             "optim": OptimConfig(**{**optim, "milestones": tuple(optim["milestones"])}),
         }
     )

@@ -16,12 +16,13 @@ SCRIPT = """
     from dfs_engine.training.config import ModelConfig, OptimConfig, TrainConfig
     from dfs_engine.training.trainer import Trainer
 
-    folder, reference, beta, epochs, resume, micro = sys.argv[1:]
+    folder, reference, beta, epochs, resume, micro, method = sys.argv[1:]
     torch.manual_seed(0)
     model = create_model("vgg7_64", width=4, beta=float(beta), reference=reference == "True")
     config = TrainConfig(
         data=DataConfig(name="synthetic", synthetic_train=48, synthetic_test=11, image_size=16),
-        optim=OptimConfig(lr=0.01, clip_grad=1.0, ema_decay=0.5), micro_batch_size=int(micro) or None,
+        optim=OptimConfig(lr=0.01, clip_grad=1.0, ema_decay=0.5 * (method == "joint")), method=method,
+        micro_batch_size=int(micro) or None,
         epochs=int(epochs), batch_size=16, run_dir=Path(folder) / "run", device="cpu", tensorboard=False, num_threads=1,
         resume=resume == "True",
     )
@@ -40,21 +41,22 @@ SCRIPT = """
     result = trainer.fit()
     rank = trainer.accelerator.process_index
     state = {"weights": model.state_dict(), "rows": result.rows, "metrics": result.metrics}
-    state |= {"average": trainer.ema.module.state_dict(), "reductions": len(reductions)}
+    state |= {"average": trainer.ema and trainer.ema.module.state_dict(), "reductions": len(reductions)}
+    state["learned"] = trainer.raw_method.state_dict()
     state["unused"] = trainer.accelerator.ddp_handler and trainer.accelerator.ddp_handler.find_unused_parameters
     torch.save(state, Path(folder) / f"rank{rank}.pt")
     trainer.accelerator.end_training()
 """
 
 
-def launch(folder, num_processes, *, reference=True, beta=0.5, epochs=2, resume=False, micro=0):
+def launch(folder, num_processes, *, reference=True, beta=0.5, epochs=2, resume=False, micro=0, method="joint"):
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += [str(script), str(folder), str(reference), str(beta), str(epochs), str(resume), str(micro)]
+    command += [str(script), str(folder), str(reference), str(beta), str(epochs), str(resume), str(micro), method]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(num_processes)]
@@ -82,6 +84,19 @@ def test_two_processes_agree_with_each_other_and_with_one_and_resume(tmp_path):
             torch.testing.assert_close(value, alone[part][name], rtol=1e-4, atol=1e-5, msg=name)
     longer, _ = launch(tmp_path / "two", 2, epochs=3, resume=True)
     assert [row["epoch"] for row in longer["rows"]] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_two_processes_fuse_what_one_does(tmp_path):
+    first, second = launch(tmp_path / "two", 2, method="meta_gf")
+    (alone,) = launch(tmp_path / "one", 1, method="meta_gf")
+    for part in ("weights", "learned"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
+            torch.testing.assert_close(value, alone[part][name], rtol=1e-3, atol=1e-4, msg=name)
+    for ours, theirs in zip(first["rows"], alone["rows"], strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dfs_engine.cli.parser import Parser
 from dfs_engine.inference import evaluate
+from dfs_engine.methods import section_of
 from dfs_engine.training.build import build_method, build_model, build_optimizer
 from dfs_engine.training.config import TrainConfig
 from dfs_engine.training.schedules import Schedule
@@ -112,6 +113,48 @@ def test_published_numbers(name):
         assert (config.data.mean, config.data.crop_padding, config.data.flip) == ("published", 4, True)
         assert optim.momentum == 0.9
         assert config.data.autoaugment == ("msdnet" not in name)
+
+
+# MSDNet's own recipe, and the rows that were trained by it; the options of each that are not the method's default.
+MSDNET = (300, 64, 0.1, 1e-4, "multistep", (150, 225))
+MSDNET_ROWS = {
+    "joint": (MSDNET, {}),
+    "ge": (MSDNET, {}),
+    "pcgrad": (MSDNET, {"reduction": "port", "include_heads": True}),
+    "cagrad": (MSDNET, {"c": 0.5, "scale": "mean", "include_heads": True}),
+    "nash_mtl": (MSDNET, {}),
+    "meta_gf": (
+        MSDNET,
+        {
+            "leak_momentum": True,
+            "freeze_v_after_first_epoch": True,
+            "aux_weights": (1.0, 1.0, 0.6, 0.6, 0.75, 0.9, 1.0),
+        },
+    ),
+    "bdl1": (MSDNET, {}),
+    "bdl2": (MSDNET, {}),
+    "wpn": ((300, 1024, 0.8, 1e-4, "cosine", ()), {}),
+    "dr_mgf": (MSDNET, {}),
+}
+
+
+@pytest.mark.parametrize("method", MSDNET_ROWS)
+def test_rows_of_msdnet(method):
+    config = load(f"cifar100_msdnet_{method}")
+    (epochs, batch, lr, decay, schedule, milestones), changed = MSDNET_ROWS[method]
+    optim, data = config.optim, config.data
+    assert (config.epochs, config.batch_size, optim.lr, optim.weight_decay) == (epochs, batch, lr, decay)
+    assert (optim.schedule, optim.milestones, optim.momentum) == (schedule, milestones, 0.9)
+    assert (data.mean, data.crop_padding, data.flip, data.autoaugment) == ("cifar100", 4, True, False)
+    assert data.val_fraction == (0.0 if method in ("bdl1", "bdl2", "wpn") else 0.1)
+    assert (config.method, config.model.variant) == (method, "dense")
+    if method != "joint":
+        section = getattr(config, section_of(method))
+        assert section == type(section)(**changed)
+    model = build_model(config.model, 100, device="meta")
+    num_millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert num_millions == pytest.approx(3.07 if method in ("bdl1", "bdl2") else 7.36, abs=0.01)
+    assert {layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}
 
 
 def test_vit_is_the_published_one():
