@@ -1,8 +1,8 @@
 """What mkdocs.yml makes a site of: the repository's documents, each at its own place.
 
-README.md is the home page and docs/method.md is docs/method/, so every relative link that works on the repository's page
-works in the site too, and no text exists twice. Files that a page links, such as figures and CSV files, come along. A page
-api/MODULE.md of the navigation is made from the docstrings of that module.
+README.md is the home page and docs/method.md is docs/method/. So every relative link that works on the repository's
+page works in the site too, and no text exists twice. Files that a page links, such as figures and CSV files, come
+along. A page api/MODULE.md of the navigation is made from the docstrings of that module.
 """
 
 import ast
@@ -56,8 +56,8 @@ def _api_page(module: str) -> str:
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     imports = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ImportFrom)]
     names = [(node.module, alias.name) for node in imports for alias in node.names]
-    namesakes = [(home, name) for home, name in names if home == f"{module}.{name}"]
-    return API_PAGE.format(module=module) + "".join(API_NAMESAKE.format(home=home, name=name) for home, name in namesakes)
+    namesakes = [API_NAMESAKE.format(home=home, name=name) for home, name in names if home == f"{module}.{name}"]
+    return API_PAGE.format(module=module) + "".join(namesakes)
 
 
 def _linked(documents: set[str]) -> set[str]:
