@@ -9,7 +9,7 @@ UV := build/uv/bin/uv
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.inc)
 RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-all test-oldest test-latest lock sanitize lint format clean
+.PHONY: train test test-all test-oldest test-latest docs lock sanitize lint format clean
 
 train: $(VENV)/.built
 	$(BIN)/dfs train --config digits_vgg7_dfs --run_dir $(RUN_DIR)
@@ -37,6 +37,10 @@ build/oldest build/latest:
 	mkdir -p $@
 	find $@ \( -name .venv -o -name build -o -name '*.egg-info' \) -prune -o -type f ! -name '*.so' -exec rm {} +
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -p --parents -t $@
+
+# The site in build/site: README, docs/, the measurements, and the API from its docstrings. Needs no network.
+docs: $(VENV)/.built
+	$(BIN)/mkdocs build --strict
 
 # Versions for every supported Python, newest and oldest. The header of each file names the command that wrote it.
 lock: $(UV)

@@ -34,7 +34,7 @@ def test_extras_are_those_of_the_project():
     extras = declared()
     for extra, modules in EXTRAS.items():
         assert set(modules) == extras[extra]
-    assert extras.keys() == EXTRAS.keys() | {"all", "triton", "dev"}
+    assert extras.keys() == EXTRAS.keys() | {"all", "triton", "docs", "dev"}
 
 
 def test_every_import_is_of_the_core_or_of_an_extra():
