@@ -22,10 +22,8 @@ EVERY = 2  # steps between checkpoints, in killed_run.py
 SCRIPT = Path(__file__).with_name("killed_run.py")
 
 
-@pytest.mark.parametrize(
-    "num_kills",
-    [pytest.param(1, id="1-kill"), pytest.param(10, id="10-kills", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # each start of two processes takes some seconds, and there are two and more
+@pytest.mark.parametrize("num_kills", [1, 10])
 def test_a_killed_process_costs_one_restart_and_no_epoch(tmp_path, num_kills):
     seed = str(secrets.randbelow(10**6))  # `random` is seeded for every test
     # Not --standalone, whose meeting point takes an agent that is stopped for a while for a dead one.
