@@ -112,11 +112,11 @@ def _random(config: BenchInferenceConfig) -> _Subject:
 def _from_run(config: BenchInferenceConfig, bar: Any) -> _Subject:
     """Loads weights and data, and finds the thresholds on those that were kept out of training."""
     from dfs_engine.data import DataConfig, load_data
-    from dfs_engine.training.weights import load_model
+    from dfs_engine.models.weights import load_model, read_description
 
     assert config.run_dir is not None
     with torch.inference_mode(False):
-        model, saved = load_model(config.run_dir)
+        model, saved = load_model(config.run_dir), read_description(config.run_dir)
         options = {**saved["data"]}
         if config.data_root is not None:
             options["root"] = str(config.data_root)

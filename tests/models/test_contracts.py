@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_engine import attach_exits, create_model
 from dfs_engine.models import resnet
-from dfs_engine.nn import NormAct2d, apply_norm_relu, norm_act
+from dfs_engine.nn import NormAct2d, apply_norm_relu, conv_norm_relu, norm_act
 from dfs_engine.nn.channel_order import ChannelOrder
 from dfs_engine.validate.tolerances import assert_close
 
@@ -119,7 +119,7 @@ def out_of_place(monkeypatch) -> None:
             apply_norm_relu(bn, z, residual) if is_fused else torch.relu(bn(z) + (0 if residual is None else residual))
         )
 
-    for module in (norm_act, resnet):
+    for module in (conv_norm_relu, norm_act, resnet):
         monkeypatch.setattr(module, "apply_norm_relu", apply)
 
 

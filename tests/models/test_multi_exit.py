@@ -118,7 +118,8 @@ def name(request):
 
 
 def test_every_registered_model_is_tested():
-    assert set(list_models()) <= set(SMALL)
+    others = {"distilbert", "electra", "roberta"}  # in test_huggingface.py
+    assert set(list_models()) <= others | set(SMALL)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

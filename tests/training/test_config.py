@@ -47,6 +47,10 @@ def test_frozen():
         TrainConfig().epochs = 3  # type: ignore[misc]
 
 
+def plain_tuples(values: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def test_to_dict_is_plain_and_rebuilds():
     config = TrainConfig(
         model=ModelConfig(beta=0.3, options={"width": 8}),
@@ -63,7 +67,7 @@ def test_to_dict_is_plain_and_rebuilds():
             "model": ModelConfig(**values["model"]),
             "data": DataConfig(**values["data"]),
             **{
-                name: type(getattr(config, name))(**values[name])
+                name: type(getattr(config, name))(**plain_tuples(values[name]))
                 for name in {section_of(method) for method in list_methods()} & values.keys()
             },
             "optim": OptimConfig(**{**optim, "milestones": tuple(optim["milestones"])}),
