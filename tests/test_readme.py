@@ -176,6 +176,7 @@ WORK = (
     "experiments.compare.merge",
     "experiments.sweep.compare",
     "benchmarks.gradients.run",
+    "benchmarks.inference.run",
     "benchmarks.ops.run",
     "benchmarks.plot.run",
     "benchmarks.train.run",
