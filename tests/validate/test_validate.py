@@ -265,9 +265,14 @@ stock = CONV_BLOCK._stock
 )
 def test_a_broken_producer_is_found(monkeypatch, name, broken, tensors):
     monkeypatch.setattr(CONV_BLOCK, name, broken)
-    report = quick(ops="norm_act", backends="aten", dtypes="fp64", seed=random.getrandbits(31))
-    assert breached(report) == tensors
-    assert f"BREACH: norm_act aten fp64 {min(tensors)}:" in report.table()
+    found = set()
+    for _ in range(3):  # a draw of shapes may have none on which one of the tensors is wrong
+        report = quick(ops="norm_act", backends="aten", dtypes="fp64", seed=random.getrandbits(31))
+        assert f"BREACH: norm_act aten fp64 {min(breached(report))}:" in report.table()
+        found |= breached(report)
+        if found == tensors:
+            break
+    assert found == tensors
 
 
 def quick_with_any_seed(op, dtype="fp64"):
