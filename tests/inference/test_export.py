@@ -150,8 +150,18 @@ def test_whole_graph_has_the_logits_of_all_exits(family, format, exported):
         assert not any(logits.requires_grad for logits in found)
 
 
-@FAMILY
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+# Graphs of many operators take 15 seconds and more to be cut, checked and loaded.
+LARGE = ("resnet18", "msdnet_cifar_lin_grow", "vit_tiny_patch16_224")
+STAGED = [
+    pytest.param(
+        family, format, marks=[pytest.mark.slow] * (family in LARGE and (family, format) != (LARGE[-1], "torch"))
+    )
+    for family in FAMILIES
+    for format in ("torch", "onnx")
+]
+
+
+@pytest.mark.parametrize(("family", "format"), STAGED)
 def test_stages_stop_early_as_the_model_does(family, format, exported):
     model, folder = exported(family, format, True)
     runs = ExportedModel(folder)
