@@ -137,7 +137,9 @@ def check_grad_weight(case, grad_output, input, bias, device, reference_weight, 
     form = torch.channels_last if is_last else torch.contiguous_format
     assert grad_weight.stride() == torch.empty(grad_weight.shape, memory_format=form).stride()
     assert_close("grad_weight", grad_weight, reference_weight)
-    assert_close("grad_bias", grad_bias, reference_bias if bias else torch.empty(0))
+    # Of one channel with few pixels the sum may nearly cancel.
+    scale = 0.1 * grad_output.abs().max().item() if grad_output.numel() else 0.0
+    assert_close("grad_bias", grad_bias, reference_bias if bias else torch.empty(0), scale=scale)
 
 
 @cases()
