@@ -118,7 +118,9 @@ def check(tensors, grads, mode, *, device, training=True, exit_start=0) -> None:
     actual = by_kernels(here, [grad.to(device) for grad in grads], mode, training, exit_start)
     expected = by_reference(tensors, grads, mode, training, exit_start)
     assert actual.keys() == expected.keys()
-    cancelled = gradient_scale(value for name, value in expected.items() if name.startswith("grad_") and value.numel())
+    cancelled = 10 * gradient_scale(
+        value for name, value in expected.items() if name.startswith("grad_") and value.numel()
+    )
     for name, value in actual.items():
         if name in ("grad_z", "grad_weight") and not (expected[name].abs() > 1e-9).any():
             # A gradient that is the same on all pixels does not get past the statistics: only rounding is left.
