@@ -67,6 +67,8 @@ def run(op: str, backend: str, *arguments: Any) -> Any:
 
 
 def _pick_and_run(op: str, *arguments: Any) -> Any:
+    # The dispatcher makes lists of the tuples that `choice` compares with.
+    arguments = tuple(tuple(one) if isinstance(one, list) else one for one in arguments)
     return _run_kernel(op, choice.KERNEL_OF[op](*arguments), arguments)
 
 

@@ -87,3 +87,31 @@ def test_an_op_without_that_kernel_refuses(kernel):
         return
     with pytest.raises(RuntimeError, match=f"backend 'cpp:{kernel}' was requested, but it has only cpp:aten"):
         call(*tensors, start=0, stop=2, backend=f"cpp:{kernel}")
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "geometry"),
+    [
+        (partitioned_conv2d, ((8, 64, 16, 16), (64, 64, 3, 3)), {"padding": 1}),
+        (partitioned_conv2d, ((8, 64, 16, 16), (64, 64, 3, 3)), {"padding": (1, 1), "stride": 2}),
+        (partitioned_conv2d, ((2, 17, 9, 9), (17, 1, 3, 3)), {"groups": 17}),
+        (partitioned_linear, ((2048, 256), (192, 256)), {}),
+    ],
+    ids=["conv2d", "strided", "depthwise", "linear"],
+)
+def test_torch_compile_gets_the_kernels_that_eager_calls_get(op, shapes, geometry):
+    torch.compiler.reset()
+    input, weight = (torch.randn(shape) for shape in shapes)
+    input = input.contiguous(memory_format=torch.channels_last) if input.dim() == 4 else input
+    leaves = input.requires_grad_(), weight.requires_grad_()
+
+    def call(input: Tensor, weight: Tensor) -> Tensor:
+        return op(input, weight, start=0, stop=input.size(1), backend="cpp", **geometry)
+
+    used = []
+    for function in (call, torch.compile(call, backend="aot_eager")):
+        backends._last_used.clear()
+        function(*leaves).sum().backward()
+        used.append({name: backends.last_used(name) for name in backends.CPP_KERNELS[op.__name__]})
+    assert used[1] == used[0]
+    assert None not in used[0].values()
