@@ -11,18 +11,17 @@ implementation is from what could be:
 What else a step does (norms, activations, losses, Winograd's transforms) is taken to be free, so 1.0 is out of reach.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count
 
+from dfs_engine.benchmarks import machine
 from dfs_engine.benchmarks.measure import TOTAL, Phases, Times
 
 # Winograd's F(4x4, 3x3) multiplies 36 numbers for a tile of 4 x 4 outputs. With fewer channels it is not worth it.
@@ -204,31 +203,18 @@ class Gauges:
 
     def __init__(self, dtype: torch.dtype, device: str = "cpu") -> None:
         self.dtype = dtype
-        self._units: dict[str, float] = {}
-        self.calls: dict[str, Phases] = {}
-        size = 1024 if torch.device(device).type == "cpu" else 8192
-        for each in dict.fromkeys((torch.float32, dtype)):
-            matrix = torch.ones(size, size, dtype=each, device=device)
-            self._add(f"mm {each}", functools.partial(torch.mm, matrix, matrix), 2 * size**3)
-            image = torch.ones(size // 32, 128, 16, 16, dtype=each, device=device)
-            image, weight = (
-                one.contiguous(memory_format=torch.channels_last) for one in (image, image.new_ones(128, 128, 3, 3))
-            )
-            flops = 2 * image.numel() * 128 * 9
-            self._add(f"conv2d {each}", functools.partial(F.conv2d, image, weight, padding=1), flops)
-        # Larger than the caches.
-        source = torch.ones(2**26 if size == 1024 else 2**29, device=device)
-        target = torch.empty_like(source)
-        self._add("copy", lambda: target.copy_(source), 2 * source.numel() * source.element_size())
-
-    def _add(self, name: str, call: Callable[[], object], units: float) -> None:
-        # Under the name of no step.
-        self.calls[f"gauge: {name}"] = {"call": call}
-        self._units[f"gauge: {name}"] = units
+        is_cpu = torch.device(device).type == "cpu"
+        self._gauges = {
+            f"gauge: {name} {each}": gauge  # the name of no step
+            for each in dict.fromkeys((torch.float32, dtype))
+            for name, gauge in machine.product_gauges(each, device, 1024 if is_cpu else 8192).items()
+        }
+        self._gauges["gauge: copy"] = machine.copy_gauge(device, 2**26 if is_cpu else 2**29)
+        self.calls: dict[str, Phases] = {name: {"call": gauge.call} for name, gauge in self._gauges.items()}
 
     def speeds(self, times: Times) -> Speeds:
         """From the fastest of the timed runs; those of gauges leave `times`."""
-        reached = {name: units / min(times.pop(name)[TOTAL]) for name, units in self._units.items()}
+        reached = {name: gauge.units / min(times.pop(name)[TOTAL]) for name, gauge in self._gauges.items()}
 
         def products(dtype: torch.dtype) -> float:
             return max(speed for name, speed in reached.items() if name.endswith(f" {dtype}"))
