@@ -70,9 +70,9 @@ def test_runs_table_and_pictures(whole):
     assert list(found) == ["dense-seed0", "dense-seed1", "dfs-seed0", "dfs-seed1"]
     for epochs, budget in found.values():
         assert [line["epoch"] for line in epochs] == [1, 2]
-        operations = [line["val_operations"] for line in budget]
-        assert operations == sorted(operations)
-        assert all(line["val_operations"] <= line["budget"] * (1 + 1e-9) for line in budget)
+        assert [line["p"] for line in budget] == [round(0.05 * step, 2) for step in range(1, 41)]
+        assert budget[0]["test_operations"] < budget[-1]["test_operations"]
+        assert all(0 <= line["test_top1"] <= 100 for line in budget)
     one = read_run(whole / "dfs-seed1")
     assert one.record.flags == {"model.variant": "dfs"}
     assert (one.config["seed"], one.config["model"]["variant"], one.config["epochs"]) == (1, "dfs", 2)
