@@ -21,8 +21,8 @@ _SHAPES = ("wpn.input", "wpn.hidden", "meta_gf.granularity", "dr_mgf.average")
 FREE_DATA = ("data.root", "data.tokenizer", "data.num_workers")
 # These change nothing of the run.
 _SILENT = (
-    *("run_dir", "progress", "tensorboard", "wandb", "log_every_steps", "checkpoint_every_steps", "conflicts_every"),
-)
+    "run_dir", "progress", "tensorboard", "wandb", "log_every_steps", "checkpoint_every_steps", "conflicts_every",
+)  # fmt: skip
 
 
 def check_same_run(
