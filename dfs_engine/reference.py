@@ -4,6 +4,8 @@ The ops run it for `backend="reference"` and where a backward is differentiated 
 it, and tests, `dfs validate` and benchmarks compare with it. Imports only torch.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,3 +138,24 @@ def partitioned_norm_linear(
     """See `dfs_engine.ops.partitioned_norm_linear`."""
     seen = live_slice(input, start, stop, reference, -1, full)
     return F.linear(F.layer_norm(seen, seen.shape[-1:], norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)
+
+
+def conv_act(
+    input: Tensor,
+    conv: Any,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    pool: bool = False,
+    averages: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `dfs_engine.ops.conv_act`, whose `FixedConv` `conv` is, or another object with its attributes."""
+    bias = None if conv.bias is None else conv.bias.to(input.dtype)
+    feature = F.conv2d(input, conv.weight.to(input.dtype), bias, *conv.geometry)
+    feature = feature if residual is None else feature + residual
+    feature = F.relu(feature) if relu else feature
+    if conv.scale is not None:
+        scale, shift = (tensor.to(input.dtype)[:, None, None] for tensor in (conv.scale, conv.shift))
+        feature = feature * scale + shift
+    feature = F.max_pool2d(feature, 2) if pool else feature
+    return feature, feature.mean((2, 3)) if averages else None

@@ -84,7 +84,7 @@ def test_no_modules_import_each_other():
 
 def test_reference_imports_only_torch():
     (path,) = files_of("reference")
-    assert {name.split(".")[0] for name in imported_modules(path)} == {"torch"}
+    assert {name.split(".")[0] for name in imported_modules(path)} == {"torch", "typing"}
 
 
 def run(code: str, **environment: str) -> str:

@@ -8,13 +8,16 @@ from typing import Any
 
 from dfs_engine.ops import _triton
 from dfs_engine.ops.conv2d import partitioned_conv2d
+from dfs_engine.ops.conv_act import FixedConv, conv_act
 from dfs_engine.ops.dropout import dropout
 from dfs_engine.ops.linear import partitioned_linear
 from dfs_engine.ops.norm_act import ProducedFeature, live_mean, norm_act, norm_relu
 from dfs_engine.ops.norm_linear import partitioned_norm_linear
 
 __all__ = [
+    "FixedConv",
     "ProducedFeature",
+    "conv_act",
     "dropout",
     "live_mean",
     "norm_act",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfs_engine import reference as oracle
 from dfs_engine.ops import _common
 from dfs_engine.runtime import backend as backends
 from dfs_engine.runtime import choice
@@ -67,11 +68,14 @@ class FixedConv:
         self._made: dict[Any, Any] = {}
 
     def of(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, the former in channels_last, as stock convolutions of such images read it."""
+        """Weight and bias, the former in channels_last, as stock convolutions of such images read it.
+
+        The bias without gaps: oneDNN's pointwise convolutions read it as if it had none.
+        """
         made = self._made.get(dtype)
         if made is None:  # two threads may both make it, and the same
             weight = self.weight.to(dtype).contiguous(memory_format=torch.channels_last)
-            made = self._made[dtype] = weight, None if self.bias is None else self.bias.to(dtype)
+            made = self._made[dtype] = weight, None if self.bias is None else self.bias.to(dtype).contiguous()
         return made
 
     def transformed(self) -> Tensor:
@@ -139,7 +143,8 @@ def conv_act(
         residual: of the convolution's shape; without a scale and a pool.
         relu, pool, averages: what else is wanted.
         backend: "aten" or "reference" (stock PyTorch), "cpp" (fp32 and bf16 on the CPU) or one of its kernels,
-            "cpp:winograd", "cpp:onednn", "cpp:aten"; None or "auto" picks: on the CPU, in those dtypes, cpp.
+            "cpp:winograd", "cpp:onednn", "cpp:aten"; None or "auto" picks: on the CPU, in those dtypes, cpp. Triton has
+            none.
 
     Returns:
         (N, out_channels, H', W') in the dtype of input (of autocast, where that is on), and the averages
@@ -157,9 +162,13 @@ def conv_act(
             "torch.inference_mode(), or the model that it was made of."
         )
     input, residual = _common.autocast(input, residual)  # type: ignore[assignment]
-    kernel = choice.conv_act_kernel(input, conv.weight.shape, conv.geometry, pool, backend)
-    backends.record("conv_act_forward", kernel)
+    used, _, kernel = choice.conv_act_backend(input, backend).partition(":")
+    if used == "cpp":
+        kernel = kernel or choice.conv_act_kernel(input, conv.weight.shape, conv.geometry, pool)
+        backends.record("conv_act_forward", kernel)
     with _common.no_autocast(input.device.type):
+        if used == "reference":
+            return oracle.conv_act(input, conv, residual, relu=relu, pool=pool, averages=averages)
         if kernel == "winograd":
             scale, shift = conv.affine() if pool else (conv.scale, conv.shift)
             feature, average = torch.ops.dfs_engine.winograd_conv_act.default(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "aten", "cpp", "triton")
 # What `variant="split"` asks its layers' ops for, two stock calls each: a form to compare with, offered to nobody else.
 SPLIT = "split"
-OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "norm_act")
+OPS = ("partitioned_conv2d", "partitioned_linear", "partitioned_norm_linear", "norm_act", "conv_act")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # backend -> op -> the dtypes in which this project's code computes it; in half precision `cpp` does it in float32 where
@@ -35,7 +35,7 @@ KERNEL_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "dropout": (torch.float32, torch.bfloat16),
         "conv_act": (torch.float32, torch.bfloat16),
     },
-    "triton": dict.fromkeys(OPS, _FLOATS),
+    "triton": {op: _FLOATS for op in OPS if op != "conv_act"},
 }
 # Of the ops that `cpp` has several kernels of (`runtime.choice` describes them): their passes, and who serves each. An
 # op's `backend=` may name one, as in "cpp:winograd"; passes that lack it are served as usual.
@@ -122,6 +122,8 @@ def unsupported_dtype(op: str, backend: str, dtype: torch.dtype) -> str | None:
     """Why `backend` refuses `op` on tensors of `dtype` here, or None if it takes them."""
     if backend not in KERNEL_DTYPES:
         return None
+    if op not in KERNEL_DTYPES[backend]:
+        return f"it has no kernel of {op}"
     if dtype not in KERNEL_DTYPES[backend][op]:
         names = ", ".join(str(known).removeprefix("torch.") for known in KERNEL_DTYPES[backend][op])
         return f"it has no kernel for {str(dtype).removeprefix('torch.')}, only for {names}"
@@ -208,8 +210,6 @@ def select(
         chosen = explicit
     else:
         chosen = _automatic(device, lambda kernels: unsupported_dtype(op, kernels, dtype) is None and wins(kernels))
-    if not torch.compiler.is_compiling() and op in CPP_KERNELS:
-        _last_used.pop(_forward(op), None)  # of an earlier call
     record(op, chosen)
     return chosen
 
@@ -217,6 +217,8 @@ def select(
 def record(op: str, used: str) -> None:
     """Remembers for `last_used` the backend that serves an op, or the kernel that serves one of its passes."""
     if not torch.compiler.is_compiling():
+        if op in CPP_KERNELS:
+            _last_used.pop(_forward(op), None)  # of an earlier call
         _last_used[op] = used
 
 

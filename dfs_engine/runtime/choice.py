@@ -19,7 +19,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -174,28 +173,25 @@ def norm_act_table(pool: bool) -> str:
     return "norm_act_pool" if pool else "norm_act"
 
 
-def conv_act_kernel(input: Tensor, weight_size: torch.Size, geometry: Geometry, pool: bool, request: str | None) -> str:
-    """Of `conv_act`: "winograd" or "onednn" with a weight that was brought into their order before, else "aten".
+def conv_act_backend(input: Tensor, request: str | None) -> str:
+    """Of `conv_act`: cpp, but under torch.compile, which fuses by itself, and under torch.func's transforms."""
+    if is_transforming() and backends.requested(request) is None:
+        request = "reference"
 
-    Without the extension, in other dtypes, on other devices and under torch.compile, which fuses by itself: "aten".
-    """
-    explicit = backends.requested(request)
-    name, _, kernel = (explicit or "").partition(":")
-    if name == "cpp":
-        backends.check_request("conv_act", cast(str, explicit), input.device, input.dtype)
-        if kernel:
-            return kernel
-    elif name or torch.compiler.is_compiling() or is_transforming():
-        return "aten"
-    is_ours = backends.unsupported_dtype("conv_act", "cpp", input.dtype) is None
-    if not is_ours or backends.unavailable_reason("cpp", input.device.type) is not None or input.numel() == 0:
-        return "aten"
+    def wins(kernels: str) -> bool:
+        return kernels == "cpp" and input.numel() > 0 and not torch.compiler.is_compiling()
+
+    return backends.select("conv_act", input.device, input.dtype, request, wins)
+
+
+def conv_act_kernel(input: Tensor, weight_size: torch.Size, geometry: Geometry, pool: bool) -> str:
+    """Of `conv_act` by cpp: "winograd" or "onednn", with a weight brought into their order before, or "aten"."""
     _, padding, _, groups = geometry
     if _is_winograd(weight_size, *geometry) and _takes_winograd(input.dtype, min(weight_size[:2])):
         height, width = (size + 2 * pad - 2 for size, pad in zip(input.shape[2:], padding, strict=True))
-        if min(height, width) >= (2 if pool else 1) and _fixed_winograd_pays(
-            input.dtype, weight_size[1], weight_size[0], input.size(0), height, width
-        ):
+        sizes = input.size(0), height, width
+        is_large_enough = min(height, width) >= (2 if pool else 1)
+        if is_large_enough and _winograd_pays(input.dtype, weight_size[1], weight_size[0], *sizes, is_fixed=True):
             return "winograd"
     return "onednn" if torch.backends.mkldnn.is_available() and groups == 1 else "aten"
 
@@ -243,13 +239,20 @@ def _takes_winograd(dtype: torch.dtype, channels: int) -> bool:
 
 
 def _winograd_pays(
-    dtype: torch.dtype, in_channels: int, out_channels: int, num_images: int, height: int, width: int
+    dtype: torch.dtype,
+    in_channels: int,
+    out_channels: int,
+    num_images: int,
+    height: int,
+    width: int,
+    is_fixed: bool = False,
 ) -> bool:
-    """For outputs of so many images and pixels.
+    """For outputs of so many images and pixels, by a weight that is transformed first or, `is_fixed`, was before.
 
     Measured over 2 to 32 pixels a side, 1 to 256 images, 16 to 512 channels: the speed of full tiles, many of them,
-    over oneDNN's; by the part of the tiles that lies inside the image; and the transform of the weights costs as much
-    as some tiles.
+    over oneDNN's; by the part of the tiles that lies inside the image. The transform of the weights costs as much as
+    some tiles. So does reading what was transformed before, and more where it is large: in a whole net no cache holds
+    it from one call to the next (measured on VGG7 and ResNet18 as they are, 1 to 64 images).
     """
     if _winograd is not None:
         return _winograd
@@ -257,25 +260,11 @@ def _winograd_pays(
     if in_channels * out_channels <= 256 or min(in_channels, out_channels) < fewest:
         return False
     tiles = num_images * -(-height // 4) * -(-width // 4)
-    return speedup * num_images * height * width > 16 * (tiles + weights)
-
-
-def _fixed_winograd_pays(
-    dtype: torch.dtype, in_channels: int, out_channels: int, num_images: int, height: int, width: int
-) -> bool:
-    """As `_winograd_pays`, of a weight that was transformed before.
-
-    Reading it costs as much as some tiles, more of them where it is large: in a whole net no cache holds it from one
-    call to the next. Measured on VGG7 and ResNet18 as they are, 1 to 64 images.
-    """
-    if _winograd is not None:
-        return _winograd
-    speedup, fewest = (2.1, 16) if _computes_in_float(dtype) else (1.3, 32)
-    if in_channels * out_channels <= 256 or min(in_channels, out_channels) < fewest:
-        return False
-    tiles = num_images * -(-height // 4) * -(-width // 4)
-    least = 10 if 36 * in_channels * out_channels <= 1 << 21 else 14
-    return speedup * num_images * height * width > 16 * max(tiles, least)
+    if is_fixed:
+        tiles = max(tiles, 10 if 36 * in_channels * out_channels <= 1 << 21 else 14)
+    else:
+        tiles += weights
+    return speedup * num_images * height * width > 16 * tiles
 
 
 def _has_adjacent_channels(images: Tensor) -> bool:

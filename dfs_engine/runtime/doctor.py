@@ -155,7 +155,8 @@ def _automatic(op: str, device: str) -> str:
         chosen = backend.select(op, torch.device(device), torch.float32)
     except (RuntimeError, ValueError) as error:
         return f"none: {error}"
-    is_tuned = device == "cuda" and backend.requested() is None and kernels.gpu_name() in kernels.read_tables()
+    has_kernels = device == "cuda" and op in backend.KERNEL_DTYPES["triton"]
+    is_tuned = has_kernels and backend.requested() is None and kernels.gpu_name() in kernels.read_tables()
     return "triton where this GPU's tuned table says that it wins, else aten" if is_tuned else chosen
 
 

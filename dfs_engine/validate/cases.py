@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfs_engine.ops import FixedConv
 from dfs_engine.partition import ChannelSlice, Partition
 from dfs_engine.validate.gradients import MakeGrad, Results, as_leaves, differentiate, lay_out, layout_of_values
 from dfs_engine.validate.tolerances import EXACT, Comparison, Tolerance, compare, failure
@@ -360,6 +361,44 @@ def partition_cases(problem: Problem) -> list[Case]:
         PartitionCase(beta, *route, layout, reader)
         for beta, route, reader, layout in itertools.product(BETAS, routes, ("both", "shared", "exit"), problem.layouts)
     ]
+
+
+@dataclass(frozen=True)
+class FixedCase(Case):
+    """Of a convolution for evaluation alone: whether a ReLU follows, and the averages too; there is no gradient."""
+
+    relu: bool
+    averages: bool
+    layout: str
+
+    def __str__(self) -> str:
+        return ", ".join(self._modes())
+
+    def _modes(self) -> tuple[str, str, str]:
+        return "ReLU" if self.relu else "no ReLU", "averages" if self.averages else "no averages", self.layout
+
+    def canonical(self) -> "FixedCase":
+        return replace(self, layout=layout_of_values(self.layout))
+
+    def traits(self, problem: Problem) -> tuple[str, ...]:
+        return self._modes()
+
+    def run(
+        self, function: Callable, problem: Problem, tensors: dict[str, Tensor | None], make_grad: MakeGrad
+    ) -> Results:
+        given = {name: lay_out(tensor, self.layout) for name, tensor in tensors.items() if tensor is not None}
+        vectors = (given.get(name) for name in ("bias", "scale", "shift"))
+        conv = FixedConv(given["weight"], problem.options["geometry"], *vectors)
+        asked = {"relu": self.relu, "pool": problem.options["pool"], "averages": self.averages}
+        with torch.no_grad():
+            feature, average = function(given["input"], conv, given.get("residual"), **asked)
+        return {"feature": feature} | ({} if average is None else {"average": average})
+
+
+def fixed_cases(problem: Problem) -> list[Case]:
+    """With and without ReLU and averages, in every layout."""
+    modes = itertools.product((True, False), (True, False), problem.layouts)
+    return [FixedCase(relu, averages, layout) for relu, averages, layout in modes]
 
 
 def _compare_zeros(name: str, tensor: Tensor, mask: Tensor) -> Comparison:

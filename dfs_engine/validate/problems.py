@@ -6,6 +6,9 @@ A later op joins by one function here.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from dfs_engine.partition import ChannelSlice
 from dfs_engine.validate.cases import (
     Case,
@@ -13,6 +16,7 @@ from dfs_engine.validate.cases import (
     SlicedCase,
     few_produced_cases,
     few_sliced_cases,
+    fixed_cases,
     partition_cases,
     produced_cases,
     sliced_cases,
@@ -170,6 +174,60 @@ def _norm_act_problems() -> list[Problem]:
         problem("ties, ReLU last, pool", (2, 8, 8, 6), relu_first=False, pool=True)._replace(has_ties=True),
         problem("many pixels", (5, 20, 23, 21), cases=few_produced_cases),
         problem("batch 0", (0, 8, 4, 4), pool=True),
+    ]
+
+
+@problems("conv_act")
+def _conv_act_problems() -> list[Problem]:
+    def problem(
+        label: str,
+        input: tuple,
+        out_channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: tuple[int, int] = (1, 1),
+        dilation: int = 1,
+        groups: int = 1,
+        affine: bool = False,
+        residual: bool = False,
+        pool: bool = False,
+    ) -> Problem:
+        geometry = ((stride, stride), padding, (dilation, dilation), groups)
+        weight = (out_channels, input[1] // groups, kernel, kernel)
+        output = F.conv2d(torch.empty(input, device="meta"), torch.empty(weight, device="meta"), None, *geometry).shape
+        vector = (out_channels,)
+        tensors: dict[str, tuple[int, ...] | None] = {
+            "input": input,
+            "weight": weight,
+            "bias": vector,
+            "scale": vector if affine else None,
+            "shift": vector if affine else None,
+            "residual": tuple(output) if residual else None,
+        }
+        options = {"geometry": geometry, "pool": pool}
+        return Problem(
+            label, tensors, options, 1, input[1], ("nchw", "channels_last", "strided"), fixed_cases, signed=True
+        )
+
+    # Winograd's tiles of 4 pixels end on the border and 1 to 3 pixels behind it; a pool leaves out an odd last row.
+    return [
+        problem("round", (4, 16, 8, 8), 32),
+        problem("pool, affine", (3, 17, 9, 14), 24, affine=True, pool=True),
+        problem("pool alone", (2, 33, 11, 6), 17, pool=True),
+        problem("affine", (2, 24, 7, 9), 65, affine=True),
+        problem("residual", (2, 20, 10, 13), 20, residual=True),
+        problem("padding 0", (2, 18, 9, 7), 18, padding=(0, 0)),
+        problem("padding 2, 1, pool", (2, 18, 6, 7), 18, padding=(2, 1), pool=True),
+        problem("one pixel", (2, 16, 1, 1), 16),
+        problem("3 channels, 7x7, stride 2", (2, 3, 15, 17), 17, kernel=7, stride=2, padding=(3, 3), pool=True),
+        problem("stride 2, residual", (2, 17, 9, 8), 12, stride=2, residual=True),
+        problem("1x1, affine", (3, 17, 5, 6), 40, kernel=1, padding=(0, 0), affine=True),
+        problem("1x1, stride 3", (2, 16, 8, 7), 9, kernel=1, stride=3, padding=(0, 0)),
+        problem("dilation 2", (2, 16, 9, 9), 16, dilation=2, padding=(2, 2)),
+        problem("4 groups, pool", (2, 16, 7, 6), 8, groups=4, affine=True, pool=True),
+        problem("depthwise", (2, 17, 9, 6), 17, groups=17),
+        problem("many channels and pixels", (5, 130, 21, 18), 150, affine=True, pool=True),
+        problem("batch 0", (0, 16, 6, 6), 16),
     ]
 
 

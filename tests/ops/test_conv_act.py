@@ -56,7 +56,7 @@ def check(input: Tensor, conv: FixedConv, backend: str, *, residual=False, **opt
     shape = F.conv2d(input[:1].float(), conv.weight.float(), None, *conv.geometry).shape[1:]
     added = torch.randn(input.size(0), *shape, dtype=input.dtype) if residual else None
     feature, average = conv_act(input, conv, added, averages=True, backend=backend, **options)
-    assert backends.last_used("conv_act_forward") == backend
+    assert backends.last_used("conv_act") == backend
     assert feature.dtype == average.dtype == input.dtype
     exact = expect(input, conv, added, **options)
     assert_close("feature", feature, exact[0])
@@ -101,7 +101,7 @@ def test_other_geometries_are_no_work_for_winograd(kernel, stride, padding):
     conv, image = make(kernel=kernel, geometry=geometry), torch.randn(2, 17, 11, 12)
     found, _ = conv_act(image, conv, torch.randn(F.conv2d(image, conv.weight, None, *geometry).shape) * 0)
     assert_close("feature", found, expect(image, conv, None)[0])
-    assert backends.last_used("conv_act_forward") != "cpp:winograd"
+    assert backends.last_used("conv_act") != "cpp:winograd"
 
 
 def test_any_strides(backend):
@@ -110,6 +110,9 @@ def test_any_strides(backend):
     check(image, conv, backend, pool=True)
     check(torch.randn(2, 17, 8, 9).transpose(2, 3), conv, backend)
     check(torch.randn(1, 1, 1, 1).expand(2, 17, 9, 8), conv, backend)
+    vectors = [torch.full((48,), float("nan"))[::2].copy_(torch.randn(24)) for _ in range(3)]
+    check(image, FixedConv(conv.weight, GEOMETRY, *vectors), backend, pool=True)
+    check(image, FixedConv(conv.weight, GEOMETRY, vectors[0]), backend)
 
 
 def test_a_nan_stays_one(backend):
@@ -179,6 +182,7 @@ def test_what_is_picked(images, channels, size, kernel):
     if backends.unavailable_reason("cpp") is not None:
         pytest.skip(backends.unavailable_reason("cpp"))
     image, weight = torch.empty(images, channels, size, size), torch.Size((channels, channels, 3, 3))
-    assert choice.conv_act_kernel(image, weight, GEOMETRY, False, None) == kernel
-    assert choice.conv_act_kernel(image, weight, GEOMETRY, False, "aten") == "aten"
-    assert choice.conv_act_kernel(image.double(), weight, GEOMETRY, False, None) == "aten"
+    assert choice.conv_act_kernel(image, weight, GEOMETRY, False) == kernel
+    assert choice.conv_act_backend(image, None) == "cpp"
+    assert choice.conv_act_backend(image, "aten") == choice.conv_act_backend(image.double(), None) == "aten"
+    assert backends.unsupported_dtype("conv_act", "triton", torch.float32) == "it has no kernel of conv_act"

@@ -1,5 +1,6 @@
 """`dfs validate` passes on the kernels that are right, and fails, by name, on ones that are broken on purpose."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfs_engine import validate
+from dfs_engine import ops, validate
 from dfs_engine.ops import _two_calls
 from dfs_engine.ops._common import ATEN
 from dfs_engine.ops.linear import _matrix
@@ -44,7 +45,7 @@ def test_every_usable_backend_passes(dtype):
     assert {(row.op, row.backend) for row in report.rows} == served | two_calls | {("partition", "aten")}
     # Stock under a kernel's name would pass, and say nothing of the kernel.
     for op, name in asked - served:
-        assert any(f"{op} {name} {dtype}: it has no kernel for" in line for line in report.skipped)
+        assert any(f"{op} {name} {dtype}: it has no kernel" in line for line in report.skipped)
     sliced = {"output", "grad_input outside", "grad_weight outside"}
     produced = {"full", "shared", "average", "exit", "running_mean", "running_var"}
     # In half precision a residual is judged where bf16 storage is summed in fp32: by the cpp backend.
@@ -53,10 +54,11 @@ def test_every_usable_backend_passes(dtype):
     everywhere = {"grad_input", "grad_weight", "grad_bias", "backend"}
     partitioned = {row.tensor for row in report.rows if row.op == "partition"}
     assert partitioned == {"full", "shared", "exit", "grad_input", "backend"}
-    for op in backends.OPS:
+    for op in backends.OPS[:-1]:
         expected = everywhere | (produced if op == "norm_act" else sliced)
         expected |= {"grad_norm_weight", "grad_norm_bias"} if op == "partitioned_norm_linear" else set()
         assert {row.tensor for row in report.rows if row.op == op} == expected
+    assert {row.tensor for row in report.rows if row.op == "conv_act"} == {"feature", "average", "backend"}
 
 
 def test_all_combinations_are_there_without_quick(monkeypatch):
@@ -279,7 +281,7 @@ def quick_with_any_seed(op, dtype="fp64"):
     return breached(quick(ops=op, backends="aten", dtypes=dtype, seed=random.getrandbits(31)))
 
 
-@pytest.mark.parametrize("op", [op for op in PROBLEMS if op != "partition"])
+@pytest.mark.parametrize("op", [op for op in PROBLEMS if op not in ("partition", "conv_act")])
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_gradient_that_is_wrong_when_it_is_wanted_alone_is_found(monkeypatch, op, name):
     """As with the other parameters frozen: kernels and autograd's functions have paths of their own for it."""
@@ -295,6 +297,33 @@ def test_a_gradient_that_is_wrong_when_it_is_wanted_alone_is_found(monkeypatch, 
 
     monkeypatch.setattr(RUN.ops, op, broken)
     assert quick_with_any_seed(op) == {f"grad_{name}"}
+
+
+def other_taps(input, conv, residual, **asked):
+    turned = ops.FixedConv(conv.weight.flip(-1), conv.geometry, conv.bias, conv.scale, conv.shift)
+    return ops.conv_act(input, turned, residual, **asked)
+
+
+def doubled_average(*given, **asked):
+    feature, average = ops.conv_act(*given, **asked)
+    return feature, None if average is None else 2 * average
+
+
+@pytest.mark.parametrize(
+    ("broken", "tensors"),
+    [
+        (other_taps, None),
+        (lambda input, conv, residual, **asked: ops.conv_act(input, conv, None, **asked), None),
+        (lambda input, conv, residual, **asked: ops.conv_act(input, conv, residual, **asked | {"relu": True}), None),
+        (doubled_average, {"average"}),
+    ],
+    ids=["other-taps", "without-residual", "unasked-relu", "doubled-average"],
+)
+def test_a_broken_convolution_for_evaluation_is_found(monkeypatch, broken, tensors):
+    with monkeypatch.context() as patched:
+        patched.setattr(RUN, "_function", lambda op, backend: functools.partial(broken, backend=backend))
+        found = quick_with_any_seed("conv_act")
+    assert found == (tensors or {"feature", "average"})
 
 
 PARTITION = importlib.import_module("dfs_engine.partition")  # the package has a function of that name
