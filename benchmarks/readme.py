@@ -12,6 +12,7 @@ from dfs_engine.benchmarks.markdown import fill, link, table
 from dfs_engine.benchmarks.measure import TOTAL
 from dfs_engine.benchmarks.results import Measurements, compare_file
 from dfs_engine.benchmarks.results_accuracy import VGG7, accuracy_section, how_it_ends, last_rows
+from dfs_engine.benchmarks.results_inference import inference_section
 from dfs_engine.benchmarks.results_tables import (
     families_section,
     losses_section,
@@ -102,6 +103,7 @@ def results_blocks(results: Path) -> dict[str, Iterator[str]]:
         "ops": ops_section(results / "ops_fp32.csv"),
         "losses": losses_section(results / "ops_fp32.csv"),
         "accuracy": accuracy_section(results),
+        "inference": inference_section(results),
     }
 
 

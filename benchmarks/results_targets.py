@@ -8,6 +8,7 @@ from typing import NamedTuple
 from dfs_engine.benchmarks.markdown import link, table
 from dfs_engine.benchmarks.measure import TOTAL
 from dfs_engine.benchmarks.results import LIMIT, Measurements, compare_steps
+from dfs_engine.benchmarks.results_inference import NETWORKS, gains
 from dfs_engine.benchmarks.train_config import STOCK_VARIANTS
 
 # What regenerates each file; on a quiet machine, one after another.
@@ -62,6 +63,20 @@ COMMANDS |= {
     for dtype in DTYPES
 }
 
+# Where a call's own cost counts, not its arithmetic.
+_SMALL = ("vgg7_64", "resnet18", "msdnet_cifar")
+COMMANDS |= {
+    f"train_small_{model}.csv": (
+        f"dfs bench train --model {model} --batch-size 1,2,4,8 --variants dense,dfs --dtypes fp32 --compile off "
+        "--layouts channels_last"
+    )
+    for model in _SMALL
+}
+
+COMMANDS |= {
+    f"inference_{network.name}.csv": f"dfs bench inference --run_dir runs/{network.name}" for network in NETWORKS
+}
+
 _FUSED = "best stock, its default attention"
 
 
@@ -103,6 +118,8 @@ _STEP_TARGETS = (
     *_family("bert_dropout", "fp32", f"{_TEXT}, dropout 0.1", ("best stock", 1.45, 1.6)),
     *_family("bert_dropout", "bf16", f"{_TEXT}, dropout 0.1", (_FUSED, 1.8, 2.2), ("best stock", 1.6, 1.9)),
 )
+# Smaller differences are noise: of two runs of one step either may be the faster one by so much.
+_NOISE = 0.03
 # The least share of its attainable limit that a family's step is to reach, and the aim.
 _LIMIT_LEAST, _LIMIT_AIM = 0.75, 0.85
 
@@ -226,6 +243,53 @@ def _batch_line(results: Path) -> Iterator[Line]:
     yield Line("step time against batch size", "linear", "within 10 %", "", text, worst <= 0.1, file)
 
 
+def _small_lines(results: Path) -> Iterator[Line]:
+    """Whether the automatic choice is never slower than stock, both eager."""
+    for file in (f"train_small_{model}.csv" for model in _SMALL):
+        found = Measurements.read(results / file)
+        ratios = {}
+        for size in found.distinct("batch_size"):
+            ratio = compare_steps(found.of(batch_size=size), ("dense",))
+            if ratio is not None:
+                ratios[size] = ratio
+        if ratios:
+            text = "; ".join(f"batch {size}: {one.median:.2f} ({one.min:.2f})" for size, one in ratios.items())
+            is_met = all(one.median >= 1 - _NOISE for one in ratios.values())
+            model = found[0].model
+            yield Line(f"{model} step, small batches", "`dense`, eager", "1", "", text, is_met, file)
+
+
+# (network, batch) -> how much faster the prepared full model is to be than the fastest stock form: at least, aim.
+_PREPARED = {
+    ("cifar10_vgg7", 64): (1.8, 2.5),
+    ("cifar10_vgg7", 1): (1.0, 1.3),
+    ("cifar10_resnet18", 64): (1.5, 2.0),
+}
+
+
+def _inference_lines(results: Path) -> Iterator[Line]:
+    for network in NETWORKS:
+        file = network.file(results).name
+        for size in (1, 64, 256):
+            found = gains(results, network, size)
+            if found is None:
+                continue
+            what, early = f"{network.name}, batch {size}", f"early exit, {found.drop}"
+            least, aim = _PREPARED.get((network.name, size), (0.0, 0.0))
+            wanted = [("evaluation mode", "best stock", least, aim, found.prepared)] if least else []
+            if size == 64:
+                wanted.append((early, "best stock", 1.5, 3.0, found.early))
+            if size == 256:
+                wanted.append((early, "the gain by operations", 0.8, 0.95, found.share_of_operations))
+            if size == 1:
+                wanted.append((f"{early}, p50", "best stock", 1.5, 2.5, found.early))
+                wanted.append((f"{early}, p95", "best stock", 0.95, 1.0, found.early_p95))
+            for form, against, lowest, best, ratio in wanted:
+                text = "no threshold keeps the accuracy" if ratio is None else f"{ratio:.2f}"
+                is_met = ratio is not None and ratio >= lowest
+                yield Line(f"{form}, {what}", against, f"{lowest:g}", f"{best:g}", text, is_met, file)
+
+
 def targets_section(results: Path) -> Iterator[str]:
     """The table; lines whose file is missing are left out."""
     lines = [
@@ -235,6 +299,8 @@ def targets_section(results: Path) -> Iterator[str]:
         *_limit_lines(results),
         *_memory_lines(results),
         *_batch_line(results),
+        *_small_lines(results),
+        *_inference_lines(results),
     ]
     yield from table(
         ("what", "against", "at least", "aim", "measured: ratio of medians (of minima)", "reached", "file"),

@@ -10,6 +10,7 @@ from dfs_engine.benchmarks.measure import CSV_COLUMNS
 from dfs_engine.benchmarks.readme import headline, render
 from dfs_engine.benchmarks.results import Measurements, compare_steps
 from dfs_engine.benchmarks.results_accuracy import accuracy_section
+from dfs_engine.benchmarks.results_inference import inference_section
 from dfs_engine.benchmarks.results_tables import losses_section, train_section
 from dfs_engine.benchmarks.results_targets import COMMANDS, missing_section, targets_section
 
@@ -106,6 +107,50 @@ def test_targets_tell_attentions_apart_and_how_near_the_limit_is(write):
     assert "| best stock | 1.2 | 1.4 | 1.20 (1.20); FLOPs alone 1.00 | yes |" in text
     assert "| bert, batch 100, bf16 | its attainable limit | 0.75 | 0.85 | 0.80; limit 2000 ms | yes |" in text
     assert "| peak memory, bert, bf16 | the fastest stock step | 1.05 |  | 1.00 of 0 MB | yes |" in text
+
+
+def test_small_batches(write):
+    rows = [
+        row
+        for size, seconds in ((1, 2.0), (8, 2.2))
+        for row in (*step("dense", 2.1, size), *step("dfs", seconds, size))
+    ]
+    text = "\n".join(targets_section(write("train_small_vgg7_64.csv", rows)))
+    assert "| `dense`, eager | 1 |  | batch 1: 1.05 (1.05); batch 8: 0.95 (0.95) | **no** |" in text
+
+
+def inferred(variant: str, seconds: float, size: int, mode: str = "eager", **metrics: float) -> list[dict]:
+    key = {"suite": "inference", "model": "vgg7_64", "mode": mode, "variant": variant, "shape": f"{size}x3x32x32"}
+    values = {"step": seconds, "p95": 2 * seconds, "throughput": size / seconds, "operations": 8.0, "accuracy": 0.9}
+    return [
+        key | {"case": "nchw", "backend_used": "cpp", "metric": metric, "median": value, "min": value / 2}
+        for metric, value in (values | metrics).items()
+    ]
+
+
+def test_early_exit_counts_at_the_full_models_accuracy(write):
+    rows = [
+        row
+        for size in (1, 256)
+        for row in (
+            *inferred("stock", 4.0, size, "compile"),
+            *inferred("stock", 6.0, size),
+            *inferred("prepared", 3.0, size),
+            *inferred("early exit", 2.0, size, "drop 0", operations=4.0, accuracy=0.899),
+            *inferred("early exit", 1.0, size, "drop 0.01", operations=2.0, accuracy=0.89),
+        )
+    ]
+    results = write("inference_cifar10_vgg7.csv", rows)
+    text = "\n".join(targets_section(results))
+    assert "| evaluation mode, cifar10_vgg7, batch 1 | best stock | 1 | 1.3 | 1.33 | yes |" in text
+    assert "| early exit, drop 0, p50, cifar10_vgg7, batch 1 | best stock | 1.5 | 2.5 | 2.00 | yes |" in text
+    assert "| early exit, drop 0, p95, cifar10_vgg7, batch 1 | best stock | 0.95 | 1 | 2.00 | yes |" in text
+    assert (
+        "| early exit, drop 0, cifar10_vgg7, batch 256 | the gain by operations | 0.8 | 0.95 | 0.75 | **no** |" in text
+    )
+    lines = list(inference_section(results))
+    assert "| 256 | best stock: compile, nchw | 64 | 4000.00 | 8000.00 | 90.00 | 1.00 (1.00) | - | - |" in lines
+    assert "| 1 | early exit, drop 0.01 | 1 | 1000.00 | 2000.00 | 89.00 | 4.00 (4.00) | 3.00 | 4.00 |" in lines
 
 
 def test_only_the_newest_run_of_a_shape_counts(write):
