@@ -439,7 +439,16 @@ class AttachedModel(MultiExitModel):
         return self
 
     def to_backbone(self) -> nn.Module:
-        """Gives the backbone back as it came, trained; this model is of no use afterwards."""
+        """Gives the backbone back as it came, trained; this model is of no use afterwards.
+
+        Raises:
+            TypeError: a snapshot that `inference.prepare` made, whose layers are no longer the backbone's.
+        """
+        if any(isinstance(module, ConvAct) for module in self.modules()):
+            raise TypeError(
+                "to_backbone: expected a model with its backbone's own layers, got a snapshot that prepare() made. "
+                "Call to_backbone() of the model that was given to prepare()."
+            )
         self._hook.remove()
         for exit in self.exits:
             cast(AttachedExit, exit).disconnect(self.backbone)

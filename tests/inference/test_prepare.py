@@ -336,3 +336,10 @@ def test_without_the_extension_stock_operators_serve(monkeypatch):
 def test_models_that_are_none(wrap):
     with pytest.raises(TypeError, match="prepare: expected a MultiExitModel, got model="):
         prepare(wrap(create_model("vgg7_64", width=4)))
+
+
+def test_a_snapshot_has_no_backbone_to_give_back():
+    model = make_model("attached")
+    with pytest.raises(TypeError, match="got a snapshot that prepare"):
+        prepare(model).to_backbone()
+    assert model.to_backbone() is model.backbone
