@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import Subset
 
 from dfs_engine.benchmarks.inference_config import BenchInferenceConfig, InferenceCase
 from dfs_engine.benchmarks.inference_report import InferenceReport, draw
@@ -111,31 +111,28 @@ def _random(config: BenchInferenceConfig) -> _Subject:
 
 def _from_run(config: BenchInferenceConfig, bar: Any) -> _Subject:
     """Loads weights and data, and finds the thresholds on those that were kept out of training."""
-    from dfs_engine.data import DataConfig, load_data
-    from dfs_engine.models.weights import load_model, read_description
+    from dfs_engine.inference.saved_run import SavedRun, SavedRunConfig, data_of
 
     assert config.run_dir is not None
     with torch.inference_mode(False):
-        model, saved = load_model(config.run_dir), read_description(config.run_dir)
-        options = {**saved["data"]}
-        if config.data_root is not None:
-            options["root"] = str(config.data_root)
-        for name in ("mean", "std", "crop_scale"):
-            options[name] = tuple(options[name]) if isinstance(options.get(name), list) else options.get(name)
-        data = load_data(DataConfig(**options), input_shape=model.input_shape)
-        drops = config.chosen_drops
+        moved = {} if config.data_root is None else {"root": str(config.data_root)}
+        data_config = data_of(config.run_dir, **moved)
+        saved = SavedRun(SavedRunConfig(path=config.run_dir, data=data_config, device="cpu", batch_size=_LOGIT_BATCH))
+        data, drops = saved.load_data(), config.chosen_drops
         if drops and data.val is None:
             raise ValueError(
                 f"run_dir: expected a run with data.val_fraction above 0, on whose samples thresholds are found, got "
                 f"{config.run_dir} without. Train with it, or give --drops '' to measure the full model alone."
             )
-        subject = _subject(model, _Samples(0, lambda rows: {}), {}, "")
+        epoch = saved.description["epoch"]
+        description = f"{saved.model.name}{'' if epoch is None else f', epoch {epoch}'}, on {data.description}"
+        subject = _subject(saved.model, _Samples(0, lambda rows: {}), {}, description)
     bar.set_description("predicting test samples")
-    test = _predict(subject.prepared, data.test, config)
+    test = _predict(saved, subject.prepared, data.test, config)
     policies = {}
     if drops:
         bar.set_description("predicting validation samples")
-        val = _predict(subject.prepared, data.val, config)
+        val = _predict(saved, subject.prepared, data.val, config)
         logits, labels = cast(list[Tensor], val.logits), cast(Tensor, val.labels)
         full = float((logits[-1].argmax(-1) == labels).double().mean())
         for drop in drops:
@@ -143,26 +140,22 @@ def _from_run(config: BenchInferenceConfig, bar: Any) -> _Subject:
             policies[drop] = find_thresholds(
                 logits, labels, MaxProbability, target_accuracy=target, costs=subject.costs
             ).policy
-    epoch = "" if saved["epoch"] is None else f", epoch {saved['epoch']}"
-    description = f"{model.name}{epoch}, on {data.description}"
-    return subject._replace(test=test, policies=policies, description=description)
+    return subject._replace(test=test, policies=policies)
 
 
-def _predict(model: MultiExitModel, dataset: Any, config: BenchInferenceConfig) -> _Samples:
+def _predict(saved: Any, model: MultiExitModel, dataset: Any, config: BenchInferenceConfig) -> _Samples:
     """Every exit's logits of a dataset."""
     count = min(len(dataset), config.max_samples or len(dataset))
-
-    def collate(rows: list[int]) -> list[Any]:
-        return default_collate(dataset.__getitems__(rows))
-
+    if count < len(dataset):
+        dataset = Subset(dataset, range(count))
     logits, labels = [], []
-    for start in range(0, count, _LOGIT_BATCH):
-        input, target = collate(list(range(start, min(count, start + _LOGIT_BATCH))))
+    for input, target in saved.batches(dataset):
         logits.append(run_model(model, input))
         labels.append(target)
+    collate = saved.loader(dataset).collate_fn
     return _Samples(
         count,
-        lambda rows: collate(rows)[0],
+        lambda rows: collate(dataset.__getitems__(rows))[0],
         torch.cat(labels),
         [torch.cat(parts) for parts in zip(*logits, strict=True)],
     )

@@ -14,7 +14,7 @@ from dfs_engine.data import DataSplits, load_data
 from dfs_engine.data.config import OWN_DATASETS, DataConfig
 from dfs_engine.data.text import TextDataset
 from dfs_engine.evaluation.operations import count_operations
-from dfs_engine.models import MultiExitModel, create_model
+from dfs_engine.models import MultiExitModel, create_model, load_model, read_description
 from dfs_engine.training.batches import eval_loader, to_device, worker_deaths
 from dfs_engine.training.config import DEVICES, PRECISIONS
 from dfs_engine.training.out_of_memory import batch_in_memory
@@ -60,7 +60,6 @@ class SavedRun:
     """
 
     def __init__(self, config: SavedRunConfig) -> None:
-        from dfs_engine.models.weights import load_model, read_description
         from dfs_engine.training.build import accelerator_for
 
         if config.num_threads is not None:
@@ -116,6 +115,14 @@ class SavedRun:
         with worker_deaths([loader]), batch_in_memory("batch_size", batch_size or self.config.batch_size):
             for input, target in loader:
                 yield to_device(input, self.accelerator.device, self.memory_format), target
+
+
+def data_of(path: Path | str, **options: Any) -> DataConfig:
+    """The data that weights were trained on, with `options` in place of theirs."""
+    trained_on: dict[str, Any] = read_description(path)["data"] | options
+    return DataConfig(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in trained_on.items()}
+    )
 
 
 def _as_trained_on(config: DataConfig, trained_on: dict[str, Any]) -> DataConfig:
