@@ -143,6 +143,12 @@ def test_the_weight_gradient_of_a_strided_convolution_is_picked(faster, monkeypa
     assert kernel == ("gemm" if faster else "aten")
     for size in ((32, 16, 1, 1), (15, 16, 3, 3), (32, 15, 3, 3)):
         assert choice.KERNEL_OF["conv2d_grad_weight"](grad, x, torch.Size(size), *geometry) == "aten"
+    for channels, pays in (((64, 32), True), ((128, 64), True), ((32, 64), False), ((64, 16), False)):
+        grad, x, size = torch.empty(64, channels[0], 4, 4), torch.empty(64, channels[1], 8, 8), (*channels, 3, 3)
+        kernel = choice.KERNEL_OF["conv2d_grad_weight"](grad, x, torch.Size(size), *geometry)
+        assert kernel == ("gemm" if faster and pays else "aten")
+    dense = torch.empty(2, 32, 8, 8), torch.empty(2, 16, 8, 8), torch.Size((32, 16, 5, 5)), (1, 1), (2, 2)
+    assert choice.KERNEL_OF["conv2d_grad_weight"](*dense, (1, 1), 1, True) == "aten"
 
 
 def test_it_refuses_half_precision_that_the_cpu_computes_itself_and_groups():

@@ -83,10 +83,10 @@ def test_explicit_request_is_the_one_that_runs(op, backend):
         assert backends.last_used(op).partition(":")[0] == name
 
 
-def convolve(channels: int, kernel: int, dtype: torch.dtype = torch.float32, **options) -> None:
+def convolve(channels: int, kernel: int, dtype: torch.dtype = torch.float32, stride: int = 1, **options) -> None:
     input, weight = torch.randn(2, channels, 6, 5, dtype=dtype), torch.randn(17, channels, kernel, kernel, dtype=dtype)
     input = input.contiguous(memory_format=torch.channels_last)
-    ops.partitioned_conv2d(input, weight, start=0, stop=2, **options)
+    ops.partitioned_conv2d(input, weight, stride=stride, start=0, stop=2, **options)
 
 
 @pytest.mark.parametrize("backend", [None, "auto"])
@@ -100,7 +100,8 @@ def test_automatic_convolution_takes_our_kernels_where_they_have_something_of_th
         ((16, 3), ours),
         ((15, 3), "aten"),
         ((16, 1), "aten"),
-        ((16, 5), ours if is_faster else "aten"),
+        ((16, 5), "aten"),
+        ((16, 3, torch.float32, 2), ours if is_faster else "aten"),
         ((16, 3, torch.float64), "aten"),
         ((4, 1, torch.bfloat16), ours),
     ):
