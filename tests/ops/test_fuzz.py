@@ -240,7 +240,71 @@ def check_block(backend: str) -> None:
         raise AssertionError(f"norm_act {backend} {dtype} {given} {options}: {error}") from error
 
 
+def draw_fixed() -> tuple[dict[str, Tensor | None], dict]:
+    """The tensors of a convolution for evaluation, by name, and the options; no pixel may be too few for a pool."""
+    groups, per_group, out_per_group = size(1, 1, 1, 4), size(1, 3, 16, 17, 35), size(1, 9, 16, 40)
+    kernel, dilation = random.choice([1, 3, 3, 3, 5]), size(1, 1, 1, 2)
+    geometry = ((size(1, 1, 2, 6),) * 2, (size(0, 1, 2), size(0, 1, 3)), (dilation,) * 2, groups)
+    least = dilation * (kernel - 1) + 1
+    image = torch.randn(size(0, 1, 3), groups * per_group, *(max(1, least + size(-1, 0, 1, 5, 11)) for _ in range(2)))
+    outputs = groups * out_per_group
+    weight = torch.randn(outputs, per_group, kernel, kernel)
+    options = {"relu": random.random() < 0.7, "pool": random.random() < 0.4, "averages": random.random() < 0.5}
+    spans = [edge + 2 * pad - least for edge, pad in zip(image.shape[2:], geometry[1], strict=True)]
+    edges = [span // step + 1 if span >= 0 else 0 for span, step in zip(spans, geometry[0], strict=True)]
+    if min(edges) < 1 + options["pool"]:
+        return draw_fixed()
+    affine = random.random() < 0.5
+    tensors = {
+        "input": image,
+        "weight": weight,
+        "bias": maybe(outputs),
+        "scale": torch.randn(outputs) if affine else None,
+        "shift": torch.randn(outputs) if affine else None,
+        "residual": torch.randn(len(image), outputs, *edges)
+        if not affine and not options["pool"] and random.random() < 0.5
+        else None,
+    }
+    return tensors, {"geometry": geometry, **options}
+
+
+def call_fixed(function: Callable, tensors: dict[str, Tensor | None], options: dict, **more) -> tuple:
+    conv = ops.FixedConv(
+        tensors["weight"], options["geometry"], *(tensors[name] for name in ("bias", "scale", "shift"))
+    )
+    asked = {name: value for name, value in options.items() if name != "geometry"}
+    with torch.no_grad():
+        return function(tensors["input"], conv, tensors["residual"], **asked, **more)
+
+
+def check_fixed(backend: str) -> None:
+    if backends.unsupported_dtype("conv_act", backend, torch.float32) is not None:
+        pytest.skip(f"{backend} has no kernel of conv_act")
+    dtype = random.choice([d for d in DTYPES if backends.unsupported_dtype("conv_act", backend, d) is None])
+    drawn, options = draw_fixed()
+    # A repeated number is the same everywhere: what cancels would have no scale.
+    tensors = {n: None if t is None else random.choice(LAYOUTS[:-1])(t.to(dtype)) for n, t in drawn.items()}
+    try:
+        found = call_fixed(ops.conv_act, tensors, options, backend=backend)
+        assert backends.last_used("conv_act").partition(":")[0] == backend
+        wide = {name: None if t is None else t.double().contiguous() for name, t in tensors.items()}
+        expected = call_fixed(reference.conv_act, wide, options)
+        whole = call_fixed(
+            reference.conv_act, {n: None if t is None else t.abs() for n, t in wide.items()}, options | {"pool": False}
+        )
+        scale = whole[0].max().item() if whole[0].numel() else 0.0
+        for name, value, exact in zip(("feature", "average"), found, expected, strict=True):
+            assert (value is None) == (exact is None), name
+            if value is not None:
+                assert value.shape == exact.shape, name
+                assert_close(name, value, exact, scale=scale)
+    except Exception as error:
+        given = {name: (tuple(t.shape), t.stride()) for name, t in tensors.items() if t is not None}
+        raise AssertionError(f"conv_act {backend} {dtype} {given} {options}: {error}") from error
+
+
 def check_cases(name: str, backend: str, count: int) -> None:
+    alone = {"norm_act": check_block, "conv_act": check_fixed}
     for number in range(count):
         # One of its own, by which a case is repeated without those before it.
         seed = random.randrange(2**31)
@@ -248,19 +312,19 @@ def check_cases(name: str, backend: str, count: int) -> None:
         random.seed(seed)
         torch.manual_seed(seed)
         try:
-            check_block(backend) if name == "norm_act" else check_sliced(name, backend)
+            alone[name](backend) if name in alone else check_sliced(name, backend)
         except AssertionError as error:
             raise AssertionError(f"case {number} (seed {seed}): {error}") from error
         random.setstate(state)
 
 
-@pytest.mark.parametrize("name", [*SLICED, "norm_act"])
+@pytest.mark.parametrize("name", [*SLICED, "norm_act", "conv_act"])
 def test_random_cases(name, backend):
     check_cases(name, backend, 60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SLICED, "norm_act"])
+@pytest.mark.parametrize("name", [*SLICED, "norm_act", "conv_act"])
 def test_many_random_cases(name, backend):
     check_cases(name, backend, 2000)
 
