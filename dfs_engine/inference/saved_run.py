@@ -119,10 +119,11 @@ class SavedRun:
 
 def data_of(path: Path | str, **options: Any) -> DataConfig:
     """The data that weights were trained on, with `options` in place of theirs."""
-    trained_on: dict[str, Any] = read_description(path)["data"] | options
-    return DataConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in trained_on.items()}
-    )
+    options = read_description(path)["data"] | options
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    return DataConfig(**given)
 
 
 def _as_trained_on(config: DataConfig, trained_on: dict[str, Any]) -> DataConfig:

@@ -332,11 +332,11 @@ def _conv2d_grad_weight(
         fewest = min(weight_size[:2])
         if pays and _is_winograd(weight_size, stride, padding, dilation, groups) and _takes_winograd(dtype, fewest):
             return "winograd"
-        num_images, _, height, width = grad_output.shape
+        num_pixels = grad_output.numel() // weight_size[0]
         is_gemm = (
             _computes_in_float(dtype)
             and _is_gemm(weight_size, stride, groups)
-            and _gemm_pays(weight_size[0], weight_size[1], num_images * height * width)
+            and _gemm_pays(weight_size[0], weight_size[1], num_pixels)
             and calibration.wins().conv_grad_weight
         )
         return "gemm" if is_gemm else "aten"

@@ -43,7 +43,9 @@ def test_attention_is_its_definition(queries, masked, dtype, emulated, p, monkey
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     expected = (scores.softmax(-1) * factors) @ value
     grad = torch.randn(output.shape)
-    actual_grads = torch.autograd.grad(output, inputs, grad.to(dtype))
+    actual_grads = torch.autograd.grad(output, inputs, grad.to(dtype), retain_graph=True)
+    again = torch.autograd.grad(output, inputs, grad.to(dtype))
+    assert all(torch.equal(one, other) for one, other in zip(actual_grads, again, strict=True))
     expected_grads = torch.autograd.grad(expected, (query, key, value), grad.to(dtype).double())
     assert_close("output", output, expected)
     for name, *pair in zip(("query", "key", "value"), actual_grads, expected_grads, strict=True):
