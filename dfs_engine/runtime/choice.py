@@ -332,7 +332,7 @@ def _conv2d_grad_weight(
         fewest = min(weight_size[:2])
         if pays and _is_winograd(weight_size, stride, padding, dilation, groups) and _takes_winograd(dtype, fewest):
             return "winograd"
-        num_pixels = grad_output.numel() // weight_size[0]
+        num_pixels = grad_output.numel() // max(weight_size[0], 1)
         is_gemm = (
             _computes_in_float(dtype)
             and _is_gemm(weight_size, stride, groups)
