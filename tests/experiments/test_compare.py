@@ -140,6 +140,15 @@ def is_locked(run_dir):
         return True
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Also where the shell began the tests in the background, which ignores SIGINT for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_signal_saves_the_run_of_the_moment(tmp_path):
     recipe = replace(RECIPE, epochs=200)
     rows = [Row("dfs", {}), Row("dense", {"model.variant": "dense"})]
