@@ -183,6 +183,7 @@ def test_what_is_picked(images, channels, size, kernel):
         pytest.skip(backends.unavailable_reason("cpp"))
     image, weight = torch.empty(images, channels, size, size), torch.Size((channels, channels, 3, 3))
     assert choice.conv_act_kernel(image, weight, GEOMETRY, False) == kernel
-    assert choice.conv_act_backend(image, None) == "cpp"
-    assert choice.conv_act_backend(image, "aten") == choice.conv_act_backend(image.double(), None) == "aten"
+    with backends.use_backend(None):
+        assert choice.conv_act_backend(image, None) == "cpp"
+        assert choice.conv_act_backend(image, "aten") == choice.conv_act_backend(image.double(), None) == "aten"
     assert backends.unsupported_dtype("conv_act", "triton", torch.float32) == "it has no kernel of conv_act"
