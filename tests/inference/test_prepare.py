@@ -102,7 +102,7 @@ def run(model: nn.Module, input: Any, **options: Any) -> Any:
     return run_model(model, input, **options)
 
 
-def assert_near(actual: list[Tensor], exact: list[Tensor], tolerance: float = 5e-4) -> None:
+def assert_near(actual: list[Tensor], exact: list[Tensor], tolerance: float = 1e-4) -> None:
     """`tolerance`: of the largest error, in root mean squares of the exact logits of its exit."""
     assert len(actual) == len(exact)
     for index, (found, expected) in enumerate(zip(actual, exact, strict=True)):
@@ -168,7 +168,7 @@ def test_odd_sizes(family, size):
 )
 def test_every_variant(family, options):
     model, input = make_model(family, **options), batch(family, 3)
-    assert_near(run(prepare(model), input), exact_logits(model, input))
+    assert_near(run(prepare(model), input), exact_logits(model, input), 5e-4 if family == "resnet50" else 1e-4)
 
 
 @FAMILY
